@@ -1,5 +1,6 @@
 """Identity of a cell: the folder of its record, and the files it shares. Imports nothing heavy."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -73,12 +74,12 @@ def resolved(request: CellRequest) -> CellRequest:
     recipe, data = request.recipe, request.data
     scopes, evaluations = registry.scopes(request.task), registry.evaluations(request.task)
     scope = None if recipe is None else recipe.scope
-    for kind, wanted, known in (
-        ("evaluation", data.evaluation, evaluations),
-        ("scope", scope, scopes),
+    for kind, wanted, known, alone in (
+        ("evaluation", data.evaluation, evaluations, "It has one only"),
+        ("scope", scope, scopes, "It always quantizes the whole model"),
     ):
         if wanted is not None and wanted not in known:
-            hint = suggest(wanted, known) if known else " There is no choice: leave this out."
+            hint = suggest(wanted, known) if known else f" {alone}: leave this out."
             raise RecipeError(f"Task '{request.task}' has no {kind} '{wanted}'.{hint}")
     if data.evaluation in evaluations[:1]:
         request = replace(request, data=replace(data, evaluation=None))
@@ -142,12 +143,9 @@ def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> Non
     request alone, so a plan finds the file. ``kind`` and ``digest`` as of :func:`shared_digest`.
     """
     entry = _entry(request, _basis(request), kind, digest)
-    try:
-        if not entry.is_file() or entry.read_bytes() != path.name.encode():
-            with replaced_whole(entry, durable=False) as temporary:
-                temporary.write_text(path.name, encoding="utf-8")
-    except (CheckpointError, OSError):
-        return  # a plan misses the file then, which is no reason to end a run
+    # A plan misses the file if this fails, which is no reason to end a run.
+    with contextlib.suppress(CheckpointError), replaced_whole(entry, durable=False) as temporary:
+        temporary.write_text(path.name, encoding="utf-8")
 
 
 def cached(request: CellRequest, folder: Path) -> list[str]:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, T
 
 
 @dataclass
-class Prepared:
+class PreparedCell:
     """A cell with its model and calibration images.
 
     :meth:`build` makes the parts, :meth:`run` changes them stage by stage, and :meth:`evaluate`
@@ -93,7 +93,7 @@ class Prepared:
         Raises CheckpointError if ``mlp_checkpoint`` is missing or belongs to another run.
         """
         task, loaded, images, recipe = self.task, self.loaded, self.images, self.request.recipe
-        batch, whole_model = self.resources.batch_size, self.fingerprint
+        batch, fingerprint = self.resources.batch_size, self.fingerprint
         # Chains take modules of the float model, so all that needs the float model comes first.
         divergences = task.divergences(loaded, images, recipe, self.device, batch)
         inputs = task.inputs(loaded, images, recipe, self.device)
@@ -101,7 +101,7 @@ class Prepared:
             own = recipe
             if name:  # scope limited to this part, so that runs with other scopes share its files
                 own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
-            mark = whole_model.model_copy(update={"recipe": own})
+            mark = fingerprint.model_copy(update={"recipe": own})
             chain, facts = chain.to(self.device), self.facts
             self.parts.append(Part(chain, inputs[name], own, divergences[name], mark, name, facts))
         if self.request.mlp_checkpoint is not None:
@@ -113,14 +113,9 @@ class Prepared:
         for part in self.parts:
             part.teacher = copy.deepcopy(part.chain)
 
-    def run(
-        self,
-        stages: Iterable[Stage],
-        address: Callable[[Stage, Part], Address],
-        alone: Callable[[Path], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        """Run stages on all parts, or load what earlier runs kept, by a ``CheckpointStore``."""
-        store = CheckpointStore(self.resources, address, alone)
+    def run(self, stages: Iterable[Stage], address: Callable[[Stage, Part], Address]) -> None:
+        """Run stages on all parts, or load the files that earlier runs kept at their addresses."""
+        store = CheckpointStore(self.resources, address, self._alone)
         for stage in stages:
             for part in filter(stage.wanted, self.parts):
                 reused = store.run(stage, part)
@@ -130,15 +125,15 @@ class Prepared:
     def shared_file(self, stage: Stage, part: Part) -> Path:
         """Return the file of a stage that cells share: equal inputs give an equal name."""
         digest = shared_digest(stage.kind, part.name, part.recipe)
-        mark = self.fingerprint
-        inputs = f"{digest}{mark.weights}{mark.calibration}{NUMERICS_VERSION}{mark.model}"
+        own = self.fingerprint
+        inputs = f"{digest}{own.weights}{own.calibration}{NUMERICS_VERSION}{own.model}"
         name = f"{hashlib.sha256(inputs.encode()).hexdigest()[:24]}.safetensors"
         path = self.request.results.parent / stage.kind / name
         note_shared(self.request, stage.kind, digest, path)
         return path
 
     @contextmanager
-    def alone(self, path: Path) -> Iterator[None]:
+    def _alone(self, path: Path) -> Iterator[None]:
         """Keep other processes from making ``path``; wait if one of them is making it now."""
         if path.is_file():
             yield
@@ -162,7 +157,7 @@ class Prepared:
         return self.task.evaluate(model, self.loaded, data, *how, on_progress)
 
 
-def prepare(request: CellRequest, on_progress: OnProgress) -> Prepared:
+def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
     """Load the model, and draw the calibration images if it is to be quantized.
 
     Raises FimaqError if the request makes no sense, or something is missing, damaged or misfits.
@@ -173,7 +168,7 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> Prepared:
     device = resolve_device(request.device)
     clock, task = StageClock(device), get_task(request.task)
     resources = Resources(on_progress, request.placement, request.eval_batch, request.step_engine)
-    cell = Prepared(request, task, device, resources, clock, task.load(request.model))
+    cell = PreparedCell(request, task, device, resources, clock, task.load(request.model))
     if request.recipe is not None:
         cell.images = task.calibration(cell.loaded, request.data, request.recipe)
     clock.lap("load")

@@ -19,7 +19,7 @@ from tasks.common.cell.environment import describe
 from tasks.common.cell.identity import planned_folder, variant_name
 from tasks.common.cell.lease import Lease, acquire, awaited
 from tasks.common.cell.prediction_samples import EXAMPLES_FILE
-from tasks.common.cell.prepare import Prepared, check_request, prepare
+from tasks.common.cell.prepare import PreparedCell, check_request, prepare
 from tasks.common.cell.stages import run_stages
 from tasks.common.hashing import file_sha256
 from tasks.common.models.module_map import whole_map
@@ -65,7 +65,7 @@ def _measure(request: CellRequest, lease: Lease, on_progress: OnProgress) -> Non
 
 
 def _record(
-    cell: Prepared, evaluation: Evaluation, full: dict[str, records.Metric] | None
+    cell: PreparedCell, evaluation: Evaluation, full: dict[str, records.Metric] | None
 ) -> records.ResultRecord:
     """Return the record of a cell, without the files beside it.
 
@@ -123,7 +123,7 @@ def _record(
     )
 
 
-def _calibration(cell: Prepared) -> records.Calibration:
+def _calibration(cell: PreparedCell) -> records.Calibration:
     images, recipe = cell.images, cell.request.recipe
     passes = (recipe.reconstruct and takes_passes(recipe.loss)) or (
         recipe.reconstruct_mlp and recipe.mlp_loss == "perturb_mean"

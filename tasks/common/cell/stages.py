@@ -17,7 +17,7 @@ from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.store import Address, CheckpointStore, Part, Pieces, Stage
 from tasks.common.cell.lease import Lease
 from tasks.common.cell.origin import Origin, read_origin
-from tasks.common.cell.prepare import Prepared, all_segments, prepare, whole
+from tasks.common.cell.prepare import PreparedCell, all_segments, prepare, whole
 from tasks.common.models.facts import joined_facts, model_facts
 from tasks.common.models.inspection import Inspection
 from tasks.common.preprocessing import replaced
@@ -32,7 +32,7 @@ _FULL_PRECISION = {
 }
 
 
-def run_stages(cell: Prepared, lease: Lease) -> None:
+def run_stages(cell: PreparedCell, lease: Lease) -> None:
     """Run all stages of a cell, and write the checkpoint of the whole model into its folder.
 
     Cells share the files of their stages, except the blocks of a model of one chain: these stay in
@@ -51,7 +51,7 @@ def run_stages(cell: Prepared, lease: Lease) -> None:
     if cell.request.mlp_checkpoint is not None:
         cell.clock.lap(f"{MLPS.name} (reused)")
     remove_leftovers(folder / "blocks")
-    cell.run(STAGES, address, cell.alone)
+    cell.run(STAGES, address)
     lease.check()
     done = RECONSTRUCT if any(map(RECONSTRUCT.wanted, cell.parts)) else CALIBRATE
     cell.save(folder / "quantized.safetensors", whole(cell.chains), done.mark)
@@ -149,12 +149,12 @@ def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
     return Inspection(checkpoint, request.task, *found, loaded.entry, loaded.preprocessing)
 
 
-def _run(stage: Stage, cell: Prepared, out: Path) -> None:
+def _run(stage: Stage, cell: PreparedCell, out: Path) -> None:
     """Run a stage; each part is kept beside ``out``, or is ``out`` if it is the only part."""
     cell.run([stage], lambda stage, part: Address.beside(_beside(out, part.name), stage))
 
 
-def _join(cell: Prepared, out: Path, module: nn.Module, mark: str) -> None:
+def _join(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
     """Write ``module`` of all parts to ``out``, unless it is there, and remove the parts' files."""
     if not out.is_file():
         cell.save(out, module, mark)
@@ -168,7 +168,9 @@ def _beside(path: Path, name: str) -> Path:
     return path.with_name(f"{path.stem}.{name}{path.suffix}") if name else path
 
 
-def _restored(cell: Prepared, checkpoint: Path, fingerprint: Fingerprint, origin: Origin) -> Chains:
+def _restored(
+    cell: PreparedCell, checkpoint: Path, fingerprint: Fingerprint, origin: Origin
+) -> Chains:
     """Return the model of a checkpoint; that of stage ``mlp`` is in full precision."""
     if fingerprint.weights != cell.loaded.sha256:
         other, own = fingerprint.weights[:12], cell.loaded.sha256[:12]

@@ -33,7 +33,7 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
     @options.recipe(own)
     @click.option("--variant", help="Name of this variant of the method in tables.")
     @click.option("--results", default="results/runs", type=options.PATH, help="Folder of records.")
-    @click.option("--force", is_flag=True, help="Remove the cell's files first.")
+    @click.option("--force", is_flag=True, help="Remove the cell's and its shared files first.")
     def run(force: bool, **given: Any) -> None:
         """Calibrate, reconstruct and evaluate one model; writes a result record."""
         from tasks.common.cell.environment import resolve_device
