@@ -6,12 +6,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import Recipe
 from tasks.classification.demo.digit_pairs import DigitPairs
-from tasks.common.data.calibration import draw, positions_of, read_list
+from tasks.common.data.calibration import positions_of, read_list, take
 from tasks.common.data.files import file_below
 from tasks.common.data.folders import Source, open_folder
 from tasks.common.data.imagenet import LAYOUT
@@ -65,13 +66,12 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     name = recipe.calibration_transform
     transform = loaded.train_transform if name == "train" else loaded.eval_transform
     images = Images(ids, [0] * len(ids), read, transform, data.skip_corrupt)
-    drawn = draw(images, order, recipe.calibration_images, recipe.seed)
-    names = [ids[position] for position in drawn.positions]
+    taken, positions, skipped = take(images, order, recipe.calibration_images, recipe.seed)
+    pixels, names = torch.stack(taken), [ids[position] for position in positions]
     digest = hashlib.sha256("\n".join([name, *names]).encode())
-    digest.update(drawn.images.numpy().tobytes())
-    notes = [*(source.notes() if source is not None else ()), *drawn.notes]
-    made = drawn.images, names, name, digest.hexdigest(), drawn.skipped
-    return CalibrationSet(*made, notes=notes)
+    digest.update(pixels.numpy().tobytes())
+    notes = [*(source.notes() if source is not None else ()), *images.notes()]
+    return CalibrationSet(pixels, names, name, digest.hexdigest(), skipped, notes=notes)
 
 
 def _listed(

@@ -91,12 +91,12 @@ class DigitPairs(digits.DigitSamples):
         self.classes = [f"{label:02d}" for label in range(NUM_CLASSES)]
 
     def told(self, index: int) -> int:
-        """Return the label of an image."""
+        """The label of an image."""
         return self.targets[index]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash (sha256) of ids, labels and pixels."""
+        """sha256 over ids, labels and pixels."""
         digest = hashlib.sha256("\n".join(self.ids).encode())
         digest.update(np.asarray(self.targets, dtype="<i8").tobytes())
         digest.update(self.pixels.tobytes())
