@@ -66,6 +66,10 @@ model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
     """Return the missing data and weights. Downloads nothing."""
-    calibrates, demo = data.calibration_list is None, model.name in DEMO_NAMES
-    found = missing_imagenet(data, demo, calibrates), CATALOGUE.missing_weights(model)
+    found = missing_data(data, model.name in DEMO_NAMES), CATALOGUE.missing_weights(model)
     return [item for item in found if item is not None]
+
+
+def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
+    """Return the missing part of the data; ``brings_data`` is True for demo models."""
+    return missing_imagenet(data, brings_data, calibrates=data.calibration_list is None)

@@ -93,8 +93,8 @@ class Task:
     :meth:`chains` and the other methods that take or return chains instead of :meth:`build`.
 
     Its module ``tags`` imports nothing heavy. It has ``SHORT_NAMES``, ``DEMO_NAMES``,
-    ``model_tag``, ``weights_digest`` and ``preflight``, and optionally ``SCOPES``, ``parts``,
-    ``EVALUATIONS`` and ``DEFAULTS``, see :mod:`tasks.common.registry`.
+    ``CATALOGUE``, ``model_tag``, ``weights_digest``, ``missing_data`` and ``preflight``; and, if
+    needed, ``SCOPES``, ``parts``, ``EVALUATIONS``, ``DEFAULTS``, see :mod:`tasks.common.registry`.
     """
 
     name: str  # of the package

@@ -17,8 +17,8 @@ from fimaq_core.errors import DataError
 from fimaq_core.progress import silent
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.classification.data import calibration_set, open_source
+from tasks.classification.tags import missing_data
 from tasks.classification.task import TASK
-from tasks.common.data.imagenet import missing_imagenet
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, describe_missing
 from tasks.common.task import Evaluation, LoadedModel
@@ -39,7 +39,7 @@ def loaded(classes: int = 3) -> LoadedModel:
 
 def missing(data: DataRequest, brings_data: bool) -> str | None:
     """What a user is told of missing data."""
-    found = missing_imagenet(data, brings_data, calibrates=data.calibration_list is None)
+    found = missing_data(data, brings_data)
     return describe_missing([] if found is None else [found])
 
 
