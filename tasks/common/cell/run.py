@@ -27,7 +27,7 @@ from tasks.common.request import CellRequest
 from tasks.common.task import Evaluation
 
 
-def run_cell(request: CellRequest, on_progress: OnProgress = silent, wait: bool = False) -> Path:
+def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bool = False) -> Path:
     """Measure one cell and write its record; a cell with a valid record is not measured again.
 
     The full-precision model of a quantized cell is measured first, as a cell of its own.

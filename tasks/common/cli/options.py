@@ -47,7 +47,7 @@ class GroupedCommand(click.Command):
                 field = Recipe.model_fields.get(parameter.name or "")
                 group = "Options"
                 if field is not None and parameter.name not in ("method", "scope"):
-                    group = f"Recipe: {field.json_schema_extra['group']}"
+                    group = f"Recipe ({field.json_schema_extra['group']})"
                 sections.setdefault(group, []).append(entry)
         for heading, entries in sections.items():
             with formatter.section(heading):
@@ -81,16 +81,14 @@ def _recipe_option(name: str) -> Option:
     field, flag = Recipe.model_fields[name], name.replace("_", "-")
     default = "as a_bits" if field.default is None else field.default
     text = f"{field.description}  [fimaq: {default}]"
-    names = f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}"
-    return click.option(names, name, type=_type(field.annotation), default=None, help=text)
-
-
-def _type(annotation: Any) -> Any:
-    if get_origin(annotation) is Literal:
-        return click.Choice([str(choice) for choice in get_args(annotation)])
-    if annotation in (int, float, bool, str):
-        return annotation
-    return next(part for part in get_args(annotation) if part is not type(None))
+    names, kind = f"--{flag}", field.annotation
+    if kind is bool:
+        names = f"--{flag}/--no-{flag}"
+    elif get_origin(kind) is Literal:
+        kind = click.Choice([str(choice) for choice in get_args(kind)])
+    elif get_args(kind):  # such as int | None
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    return click.option(names, name, type=kind, default=None, help=text)
 
 
 def _choice(flag: str, name: str, choices: tuple[str, ...], text: str) -> Iterator[Option]:
@@ -206,11 +204,8 @@ def cell_request(task: str, options: dict[str, Any], recipe: Recipe | None = Non
     """Make the request of a command from all its ``options``. Raises RecipeError."""
     given = {name: options.pop(name) for name in HELP if name in options}
     options["preprocessing"] = parse_preprocessing(given)
-    own = _taken(ModelRequest, options), _taken(DataRequest, options)
-    return CellRequest(task, *own, recipe, **options)
-
-
-def _taken(kind: type, options: dict[str, Any]) -> Any:
-    """Take the fields of ``kind`` out of ``options``."""
-    names = [field.name for field in fields(kind) if field.name in options]
-    return kind(**{name: options.pop(name) for name in names})
+    parts = []
+    for kind in (ModelRequest, DataRequest):
+        names = [field.name for field in fields(kind) if field.name in options]
+        parts.append(kind(**{name: options.pop(name) for name in names}))
+    return CellRequest(task, *parts, recipe, **options)
