@@ -32,10 +32,9 @@ from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, T
 
 @dataclass
 class PreparedCell:
-    """A cell with its model and calibration images.
+    """A cell with its model, its calibration images and the parts of the model.
 
-    :meth:`build` makes the parts, :meth:`run` changes them stage by stage, and :meth:`evaluate`
-    measures the result.
+    :meth:`run` changes the parts stage by stage, and :meth:`evaluate` measures the result.
     """
 
     request: CellRequest  # checked, see check_request
@@ -45,7 +44,7 @@ class PreparedCell:
     clock: StageClock
     loaded: LoadedModel  # the float model
     images: CalibrationSet | None = None  # None for full precision
-    parts: list[Part] = field(default_factory=list)  # of the model, made by build
+    parts: list[Part] = field(default_factory=list)  # empty for full precision
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -86,27 +85,6 @@ class PreparedCell:
         own = self.loaded.preprocessing
         said = [] if own is None else [f"preprocessing: {own.text()}"]
         return [*self.loaded.weights.notes(), *said, *(self.images.notes if self.images else [])]
-
-    def build(self) -> None:
-        """Turn the float model into its parts, with the MLPs of ``mlp_checkpoint`` if it is given.
-
-        Raises CheckpointError if ``mlp_checkpoint`` is missing or belongs to another run.
-        """
-        task, loaded, images, recipe = self.task, self.loaded, self.images, self.request.recipe
-        batch, fingerprint = self.resources.batch_size, self.fingerprint
-        # Chains take modules of the float model, so all that needs the float model comes first.
-        divergences = task.divergences(loaded, images, recipe, self.device, batch)
-        inputs = task.inputs(loaded, images, recipe, self.device)
-        for name, chain in task.chains(loaded, recipe).items():
-            own = recipe
-            if name:  # scope limited to this part, so that runs with other scopes share its files
-                own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
-            mark = fingerprint.model_copy(update={"recipe": own})
-            chain, facts = chain.to(self.device), self.facts
-            self.parts.append(Part(chain, inputs[name], own, divergences[name], mark, name, facts))
-        if self.request.mlp_checkpoint is not None:
-            self.keep_teachers()
-            load_mlps(all_segments(self.chains), self.request.mlp_checkpoint, self.fingerprint)
 
     def keep_teachers(self) -> None:
         """Keep a copy of each chain with its own MLPs, as the target of reconstruction."""
@@ -158,7 +136,7 @@ class PreparedCell:
 
 
 def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
-    """Load the model, and draw the calibration images if it is to be quantized.
+    """Load the model; if it is to be quantized, draw the calibration images and build its parts.
 
     Raises FimaqError if the request makes no sense, or something is missing, damaged or misfits.
     """
@@ -172,7 +150,28 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
     if request.recipe is not None:
         cell.images = task.calibration(cell.loaded, request.data, request.recipe)
     clock.lap("load")
+    if request.recipe is not None:
+        cell.parts = _parts(cell)
+    if request.mlp_checkpoint is not None:
+        cell.keep_teachers()
+        load_mlps(all_segments(cell.chains), request.mlp_checkpoint, cell.fingerprint)
     return cell
+
+
+def _parts(cell: PreparedCell) -> list[Part]:
+    """Turn the float model into its parts."""
+    task, loaded, images, recipe = cell.task, cell.loaded, cell.images, cell.request.recipe
+    # Chains take modules of the float model, so all that needs the float model comes first.
+    divergences = task.divergences(loaded, images, recipe, cell.device, cell.resources.batch_size)
+    inputs, parts = task.inputs(loaded, images, recipe, cell.device), []
+    for name, chain in task.chains(loaded, recipe).items():
+        own = recipe
+        if name:  # scope limited to this part, so that runs with other scopes share its files
+            own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
+        mark = cell.fingerprint.model_copy(update={"recipe": own})
+        chain, facts = chain.to(cell.device), cell.facts
+        parts.append(Part(chain, inputs[name], own, divergences[name], mark, name, facts))
+    return parts
 
 
 def check_request(request: CellRequest) -> CellRequest:

@@ -47,7 +47,6 @@ def run_stages(cell: PreparedCell, lease: Lease) -> None:
             return Address(None, folder / "blocks")
         return Address.beside(cell.shared_file(stage, part), stage)
 
-    cell.build()
     if cell.request.mlp_checkpoint is not None:
         cell.clock.lap(f"{MLPS.name} (reused)")
     remove_leftovers(folder / "blocks")
@@ -67,7 +66,6 @@ def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[
     recipe = make_recipe(request.recipe.method, given, {"reconstruct_mlp": True})
     made = out if out.is_file() else None
     cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=made), on_progress)
-    cell.build()
     _run(MLPS, cell, out)
     _join(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
     return cell.notes
@@ -79,7 +77,6 @@ def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) ->
     An ``out`` of the same run is kept. MLPs that this reconstructs are kept in a file beside it.
     """
     cell = prepare(request, on_progress)
-    cell.build()
     _run(MLPS, cell, _beside(out, "mlp"))
     if out.is_file():
         load_checkpoint(out, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
@@ -94,10 +91,9 @@ def reconstruct_stage(
 ) -> list[str]:
     """Reconstruct the calibrated checkpoint ``source`` into ``out``; return notes for the user.
 
-    Finished blocks lie beside ``out`` until it is written.
     The checkpoint gives the model's name, its arguments and the recipe; ``given`` recipe fields
-    have priority. Raises CheckpointError if the checkpoint is of another run, or if given fields
-    would change its ranges.
+    have priority. Finished blocks lie beside ``out`` until it is written. Raises CheckpointError if
+    the checkpoint is of another run, or if given fields would change its ranges.
     """
     fingerprint, origin = read_origin(source, request.task)
     if origin.stage != CALIBRATE.mark:
@@ -107,7 +103,6 @@ def reconstruct_stage(
         )
     recipe = _changed(fingerprint.recipe, given, defaults(request.task))
     cell = prepare(_of_origin(request, origin, recipe), on_progress)
-    cell.build()
     if recipe.reconstruct_mlp:
         cell.keep_teachers()
         use_relu(all_segments(cell.chains))
