@@ -94,8 +94,6 @@ def _listed(
             ids[place] = str(path)
     absent = [str(path) for path in paths if not path.is_file()]
     if absent:
-        raise DataError(
-            f"The calibration list names {len(absent)} files that are not there, such as "
-            f"{absent[0]}."
-        )
+        names = f"{len(absent)} files that are not there, such as {absent[0]}"
+        raise DataError(f"The calibration list names {names}.")
     return ids, file_reader(paths)

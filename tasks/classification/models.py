@@ -129,10 +129,8 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
     own = {option for build in builders for option in inspect.signature(build).parameters}
     wrong = sorted((own - {"kwargs"}) & arguments.keys())
     if wrong:
-        raise ModelError(
-            f"--model-args are for the model's constructor, {', '.join(wrong)} are not: leave them "
-            "out."
-        )
+        problem = f"{', '.join(wrong)} are not: leave them out"
+        raise ModelError(f"--model-args are for the model's constructor, {problem}.")
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except _REFUSALS as error:

@@ -28,16 +28,10 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise RecipeError(f"Unknown device '{name}': give cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
-        raise RecipeError(
-            f"Device '{name}' is not supported: give cpu, cuda or cuda:N (range search needs "
-            "float64)."
-        )
+        raise RecipeError(f"Device '{name}' is not supported: give cpu, cuda or cuda:N.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise RecipeError(
-            f"Device '{name}' is not available: PyTorch sees {count} CUDA device(s). Use "
-            "--device cpu."
-        )
+        raise RecipeError(f"Device '{name}' is not available (CUDA devices: {count}). Use cpu.")
     return device
 
 

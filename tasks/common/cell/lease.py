@@ -147,9 +147,8 @@ class Lease:
             os.utime(self.lock.lock_file)
         if (owner := self.lock.owner) is None or owner.token != self.lock.token:
             raise LeaseLost(
-                f"The lease of {self.path} is lost: this process gave no sign of life for too "
-                "long, or the folder cannot be read. Nothing is written here. Run the same command "
-                "again: what is finished is kept."
+                f"The lease of {self.path} is lost: this process was silent for too long, or the "
+                "folder cannot be read. Nothing is written here. Run the same command again."
             )
 
     def release(self) -> None:
@@ -191,7 +190,7 @@ def acquire(path: Path) -> Lease:
     except OSError as error:
         raise CheckpointError(
             f"Cannot read or write in {path.parent}: {error}. Free space or make it writable, then "
-            "run the same command again: what was finished is kept."
+            "run the same command again: finished work is kept."
         ) from error
 
 

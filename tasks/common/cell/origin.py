@@ -38,31 +38,25 @@ def read_origin(path: Path, task: str) -> tuple[Fingerprint, Origin]:
     has facts that would make a library read files, fetch or import something.
     """
     fingerprint, content = read_header(path)
+
+    def refused(why: str) -> CheckpointError:
+        return CheckpointError(f"The checkpoint {path} {why}.")
+
     if content.get("task", task) != task:
-        raise CheckpointError(
-            f"The checkpoint {path} is of task {content['task']!r}, not {task!r}."
-        )
+        raise refused(f"is of task {content['task']!r}, not {task!r}")
     try:
         origin = Origin.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(
-            f"The checkpoint {path} does not say which model it is of ({first_problem(error)})."
-        ) from error
+        raise refused(f"does not say which model it is of ({first_problem(error)})") from error
     if not _NAME.fullmatch(origin.model):
-        raise CheckpointError(
-            f"The checkpoint {path} is of a model {origin.model!r}, which is no name of a model."
-        )
+        raise refused(f"is of a model {origin.model!r}, which is no name of a model")
+    rule = "a checkpoint may not name files, addresses or modules"
     for where, text in _texts(origin.model_args, "model_args"):
         if not _WORD.fullmatch(text):
-            raise CheckpointError(
-                f"The checkpoint {path} has {text!r} in {where}: a checkpoint may not name files, "
-                "addresses or modules."
-            )
+            raise refused(f"has {text!r} in {where}: {rule}")
     scope = fingerprint.recipe.scope
     if scope is not None and scope not in scopes(task):
-        raise CheckpointError(
-            f"The checkpoint {path} has the scope {scope!r}, which task '{task}' does not have."
-        )
+        raise refused(f"has the scope {scope!r}, which task '{task}' does not have")
     return fingerprint, origin
 
 
