@@ -84,7 +84,7 @@ class StageClock:
         self.restart()
 
     def restart(self) -> None:
-        """Start a stage now; the time since the last stage counts for none."""
+        """Start a stage now; the time since the last lap counts for no stage."""
         reset_peak_memory(self._device)
         self._start = time.monotonic()
 
