@@ -2,8 +2,5 @@
 
 from tasks.common.cli.commands import build_group, main
 
-main(
-    build_group(
-        "classification", "Quantize timm classifiers (simulated) and measure their accuracy."
-    )
-)
+SUMMARY = "Quantize timm classifiers (simulated) and measure their accuracy."
+main(build_group("classification", SUMMARY))

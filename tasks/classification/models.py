@@ -24,6 +24,12 @@ from tasks.common.preprocessing import Preprocessing
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
 
+#: Exceptions with which timm refuses arguments or weights.
+_REFUSALS = (
+    *(TypeError, ValueError, AssertionError, RuntimeError),
+    *(LookupError, AttributeError, ArithmeticError),
+)
+
 
 def load_model(request: ModelRequest) -> LoadedModel:
     """Load a classifier with its weights and transforms. Raises ModelError, NumericsError."""
@@ -57,16 +63,16 @@ def load_model(request: ModelRequest) -> LoadedModel:
 
 
 def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
-    """timm's preprocessing for the model, with ``given`` fields instead. Raises ModelError."""
+    """Return timm's preprocessing for the model, with the ``given`` fields. Raises ModelError."""
     published = resolve_data_config(model=model)
     channels, *size = published["input_size"]
     # Arguments may have changed the patch embedding.
     if isinstance(embed := getattr(model, "patch_embed", None), PatchEmbed):
         channels, size = embed.proj.in_channels, embed.img_size or size
     if channels not in (1, 3):
-        kinds = "Images are read as RGB (3) or grey (1)"
         raise ModelError(
-            f"The model takes images of {channels} channels. {kinds}: give another in_chans in --model-args."
+            f"The model takes images of {channels} channels. Images are read as RGB (3) or grey "
+            "(1): give another in_chans in --model-args."
         )
     own = (channels, *size)
     wanted = own[: 3 - len(given.get("input_size", own))] + tuple(given.get("input_size", own))
@@ -82,20 +88,21 @@ def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
 
 
 def _by_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Mean or deviation by channel: one value stands for all channels, equal values for one."""
+    """Return one value per channel. One value, or several equal ones, serve all channels."""
     if len(values) == channels:
         return tuple(values)
     if len(set(values)) == 1:
         return (values[0],) * channels
+    plural = "s" if channels > 1 else ""
     raise ModelError(
         f"The {name} of images has {len(values)} values and the model takes {channels} "
-        f"channel{'s' if channels > 1 else ''}: give --{name} with {channels} "
-        f"value{'s' if channels > 1 else ''}, as the model was trained with."
+        f"channel{plural}: give --{name} with {channels} value{plural}, as the model was trained "
+        "with."
     )
 
 
 def _check_size(model: nn.Module, size: tuple[int, ...], own: tuple[int, ...]) -> None:
-    """Refuse images that the model cannot take; one with ``dynamic_img_size`` takes many sizes."""
+    """Refuse an image size (C, H, W) that the model, built for ``own``, cannot take."""
     try:
         with torch.no_grad():
             model(torch.zeros(1, *size))
@@ -110,51 +117,30 @@ def _check_size(model: nn.Module, size: tuple[int, ...], own: tuple[int, ...]) -
 
 
 def _transform(preprocessing: Preprocessing, is_training: bool) -> Callable[[Any], Tensor]:
-    """timm's transform. A model of one channel gets grey images."""
+    """Return timm's transform; images become grey for a model of one channel."""
     transform = create_transform(**preprocessing.model_dump(), is_training=is_training)
     grey = preprocessing.input_size[0] == 1
     return Compose([Grayscale(), *transform.transforms]) if grey else transform
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
-    # What timm takes for itself names weights, files and caches; nothing but --weights and the tag does that here.
-    own = {
-        *inspect.signature(timm.create_model).parameters,
-        *inspect.signature(build_model_with_cfg).parameters,
-    } - {"kwargs"}
-    wrong = sorted(own & arguments.keys())
+    # timm's own parameters name weights, files and caches, which only the request may name.
+    builders = timm.create_model, build_model_with_cfg
+    own = {option for build in builders for option in inspect.signature(build).parameters}
+    wrong = sorted((own - {"kwargs"}) & arguments.keys())
     if wrong:
-        raise ModelError(
-            f"--model-args are for the model's constructor, {', '.join(wrong)} are not: leave them out."
-        )
+        problem = f"{', '.join(wrong)} are not: leave them out"
+        raise ModelError(f"--model-args are for the model's constructor, {problem}.")
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
-    except (
-        TypeError,
-        ValueError,
-        AssertionError,
-        RuntimeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
+        return timm.create_model(name, pretrained=False, **arguments)
+    except _REFUSALS as error:
         raise ModelError(f"timm cannot build {name} with {arguments}: {error}") from error
-    return model
 
 
 def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Bring older checkpoint layouts into the model's, by timm's own function for its architecture."""
+    """Convert older checkpoint layouts to the model's, by timm's function for its architecture."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is None:
-        return state
     try:
-        return convert(state, model)
-    except (
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+        return state if convert is None else convert(state, model)
+    except _REFUSALS as error:
         raise ModelError(f"The weights do not fit {type(model).__name__}: {error}") from error

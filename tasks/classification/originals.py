@@ -1,4 +1,4 @@
-"""Original images of classification's samples; loads no model."""
+"""Original images of classified samples, without loading a model."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Names of classifiers and what is missing of weights and data; imports nothing heavy for short and demo names."""
+"""Names of classifiers, and missing weights and data. Short and demo names import nothing heavy."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from tasks.common.data.imagenet import missing_imagenet
 from tasks.common.models.hub import Catalogue, Repository
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
-#: Short names and the published checkpoints they mean. Untagged timm names have moved over the years.
+#: Published checkpoints by short name. Untagged timm names changed their meaning over the years.
 SHORT_NAMES = {
     "vit_tiny": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
     "vit_small": "vit_small_patch16_224.augreg_in21k_ft_in1k",
@@ -22,14 +22,11 @@ SHORT_NAMES = {
     "swin_base_384": "swin_base_patch4_window12_384.ms_in22k_ft_in1k",
 }
 
-#: What of a model can be quantized: always everything.
-SCOPES: tuple[str, ...] = ()
-
 DEMO_NAMES = ("demo_vit", "demo_deit", "demo_swin")
 
 
 def full_name(name: str) -> str:
-    """The full timm name: ``model.tag``, or untagged as given. Raises ModelError."""
+    """Return the full timm name, ``model.tag`` or untagged as given. Raises ModelError."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     import timm
@@ -37,10 +34,9 @@ def full_name(name: str) -> str:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         known = [*SHORT_NAMES, *DEMO_NAMES, *timm.list_models(["vit*", "deit*", "swin*"])]
-        close = suggest(name, known)
-        raise ModelError(
-            f"Unknown model '{name}'.{close if len(close) < 200 else ' See `models` for short names.'}"
-        )
+        hint = suggest(name, known)
+        hint = hint if len(hint) < 200 else " See `models` for short names."
+        raise ModelError(f"Unknown model '{name}'.{hint}")
     if tag and tag not in timm_tags(name):
         raise ModelError(
             f"timm has no weights '{tag}' for {architecture}.{suggest(tag, timm_tags(name))}"
@@ -49,7 +45,7 @@ def full_name(name: str) -> str:
 
 
 def timm_tags(name: str) -> list[str]:
-    """The tags of pretrained weights that timm knows of an architecture."""
+    """Return the tags of timm's pretrained weights for an architecture."""
     import timm
 
     return [found.partition(".")[2] for found in timm.list_pretrained(f"{name.split('.')[0]}.*")]
@@ -69,11 +65,11 @@ model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest
 
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
-    """List missing data and weights. Downloads nothing."""
-    found = [missing_data(data, model.name in DEMO_NAMES), CATALOGUE.missing_weights(model)]
+    """Return the missing data and weights. Downloads nothing."""
+    found = missing_data(data, model.name in DEMO_NAMES), CATALOGUE.missing_weights(model)
     return [item for item in found if item is not None]
 
 
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
-    """The data, if it is not there."""
+    """Return the missing part of the data; ``brings_data`` is True for demo models."""
     return missing_imagenet(data, brings_data, calibrates=data.calibration_list is None)

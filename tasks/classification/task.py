@@ -1,4 +1,6 @@
-"""The classification task as the pipeline sees it."""
+"""The task of image classification."""
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,11 +12,11 @@ from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
 from tasks.classification import models, tags
 from tasks.classification.data import calibration_set, open_source
+from tasks.common import top_k
 from tasks.common.data.class_names import readable_names
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
-from tasks.common.top_k import evaluate
 
 
 class ClassificationTask(Task):
@@ -28,14 +30,14 @@ class ClassificationTask(Task):
         return models.load_model(request)
 
     def build(self, loaded: LoadedModel, recipe: Recipe) -> BlockChain:
-        """The model as a chain, by the family that knows its class."""
+        """Turn the model into a chain, by the family that knows its class."""
         return find_family(loaded.model).build(loaded.model, recipe)
 
     def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
         return calibration_set(loaded, data, recipe)
 
     def divergence(self, recipe: Recipe) -> Divergence:
-        """KL of the class probabilities at the recipe's temperature."""
+        """Return the KL divergence of class probabilities at the recipe's temperature."""
         return ClassifierDivergence(recipe.temperature)
 
     def evaluate(
@@ -48,21 +50,12 @@ class ClassificationTask(Task):
         workers: int,
         on_progress: OnProgress,
     ) -> Evaluation:
-        """Top-1 and top-5 on the evaluation part."""
+        """Measure top-1 and top-5 on the evaluation part."""
         source = open_source(loaded, data, "val").head(data.limit)
-        images = Images(
-            source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt
-        )
-        return evaluate(
-            model,
-            images,
-            source,
-            device,
-            batch_size,
-            workers,
-            on_progress,
-            readable_names(source.class_names),
-        )
+        source = replace(source, class_names=readable_names(source.class_names))
+        content = source.ids, source.targets, source.read
+        images = Images(*content, loaded.eval_transform, data.skip_corrupt)
+        return top_k.evaluate(model, images, source, device, batch_size, workers, on_progress)
 
 
 TASK = ClassificationTask()

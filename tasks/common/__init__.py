@@ -1,1 +1,1 @@
-"""Shared by all tasks: requests, records, the pipeline behind every ``run``, and the command line."""
+"""Shared by all tasks: cells from request to record, data, models, command line."""

@@ -1,4 +1,4 @@
-"""Preprocessing of images: as a model has it, and as a user gives it. Imports nothing heavy."""
+"""Preprocessing of images: a model's own, and given by a user. Imports nothing heavy."""
 
 import re
 from collections.abc import Mapping
@@ -16,25 +16,17 @@ Deviation = Annotated[float, Field(ge=1e-3, le=1)]
 
 
 class Preprocessing(Strict):
-    """How images become inputs of a model, in the words of timm.
+    """Steps from an image to a model's input, in the words of timm."""
 
-    Attributes:
-        input_size: (C, H, W).
-        crop_pct: share of a resized image that is kept; None where nothing is cut off for it.
-        crop_mode: timm's ``center``, ``squash`` or ``border``, or open_clip's mode of resizing.
-        mean, std: by channel, of values in 0..1.
-        interpolation: of resizing.
-    """
-
-    input_size: tuple[PositiveInt, PositiveInt, PositiveInt]
-    crop_pct: Share | None = None
-    crop_mode: str
-    mean: tuple[FiniteFloat, ...]
+    input_size: tuple[PositiveInt, PositiveInt, PositiveInt]  # (C, H, W)
+    crop_pct: Share | None = None  # share of a resized image that is kept; None: no crop
+    crop_mode: str  # timm's center, squash or border, or open_clip's mode of resizing
+    mean: tuple[FiniteFloat, ...]  # by channel, of values in 0..1
     std: tuple[Positive, ...]
-    interpolation: str
+    interpolation: str  # of resizing
 
     def text(self) -> str:
-        """The settings in one line."""
+        """Return the settings in one line."""
         crop = self.crop_mode
         if self.crop_pct is not None:
             crop = f"crop {self.crop_pct:g} ({self.crop_mode})"
@@ -44,7 +36,7 @@ class Preprocessing(Strict):
 
 
 class GivenPreprocessing(Strict):
-    """Fields of :class:`Preprocessing` that replace a model's own; None keeps these."""
+    """Fields that replace those of a model's :class:`Preprocessing`; None replaces nothing."""
 
     input_size: Annotated[list[PositiveInt], Field(min_length=2, max_length=3)] | None = None
     crop_pct: Share | None = None
@@ -55,11 +47,11 @@ class GivenPreprocessing(Strict):
     )
 
     def fields(self) -> dict[str, Any]:
-        """The given fields as JSON values."""
+        """Return the given fields as JSON values."""
         return self.model_dump(mode="json", exclude_none=True)
 
 
-#: Options of a command, by the field that they give.
+#: Help of the options, by the field that they give.
 HELP = {
     "input_size": "Size of input images: one number, H,W or C,H,W.  [as the model was built]",
     "crop_pct": "Share of a resized image that is kept.  [the model's]",
@@ -70,11 +62,7 @@ HELP = {
 
 
 def parse_preprocessing(texts: Mapping[str, str | None]) -> dict[str, Any]:
-    """Fields of :class:`GivenPreprocessing` from the texts of options.
-
-    Raises:
-        RecipeError: a text is no size, number or interpolation.
-    """
+    """Return fields of :class:`GivenPreprocessing` from texts of options. Raises RecipeError."""
     content: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
     for name in ("input_size", "mean", "std"):
         if name in content:
@@ -85,18 +73,18 @@ def parse_preprocessing(texts: Mapping[str, str | None]) -> dict[str, Any]:
         return GivenPreprocessing.model_validate(content).fields()
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
+        advice = "Divide values of 0..255 by 255. " if field in ("mean", "std") else ""
         raise RecipeError(
             f"--{field.replace('_', '-')} {texts[field]!r} is not possible: "
-            f"{first_problem(error).partition(': ')[2]}. "
-            + ("Divide values of 0..255 by 255. " if field in ("mean", "std") else "")
-            + f"Give: {HELP[field]}"
+            f"{first_problem(error).partition(': ')[2]}. {advice}Give: {HELP[field]}"
         ) from error
 
 
 def replaced(made: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """A sentence for each of the ``given`` fields that is not as the checkpoint was ``made`` with."""
+    """Return one sentence per ``given`` field that the checkpoint was ``made`` with otherwise."""
     return [
-        f"--{name.replace('_', '-')} {_text(value)} replaces {_text(made.get(name))}, which the checkpoint was made with"
+        f"--{name.replace('_', '-')} {_text(value)} replaces {_text(made.get(name))}, which the "
+        "checkpoint was made with"
         for name, value in given.items()
         if value != made.get(name)
     ]

@@ -1,7 +1,7 @@
-"""Result records: one JSON file per cell, validated, written atomically; its path is its identity.
+"""Result records: one validated JSON file per cell, ``result.json`` in the cell's folder.
 
-To change the schema: raise :data:`SCHEMA_VERSION`, bring records of the version before up to it in
-:meth:`ResultRecord._migrate`, and keep a record of that version among the tests' data.
+To change the schema: raise :data:`SCHEMA_VERSION`, convert older records in
+:meth:`ResultRecord._migrate`, and keep a record of the old version in the tests' ``old_files``.
 """
 
 import hashlib
@@ -19,98 +19,79 @@ from pydantic_core import from_json
 from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, DataError, first_problem
 from fimaq_core.files import replaced_whole
-from fimaq_core.recipe import Recipe
+from fimaq_core.recipe import OFF, Recipe
 from tasks.common.hashing import file_sha256
 from tasks.common.preprocessing import Preprocessing
 
 SCHEMA_VERSION = 3
-#: Fields that version 2 brought; those of version 3 have defaults that mean "not recorded".
+#: Fields that version 2 added; the fields of version 3 have defaults that mean "not recorded".
 _NEW_IN_2 = ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint")
 
-#: Stage in which a cell waited for something that another was making.
+#: Name of the stage in which a cell waited for a file that another cell was making.
 WAIT = "wait"
 
-_REMEDY = "restore it, or delete it to measure that cell again"
-
-#: Name of a file beside the record: records come from elsewhere too, so it can name no other place.
+#: Name of a file beside the record. Records come from other people too, so it leads nowhere else.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
 
 
 class Metric(Strict):
-    """A measured value in percent, or a rank from 1, and its standard error over the samples."""
+    """A value in percent, or a rank from 1, and its standard error over the samples."""
 
     value: FiniteFloat
     stderr: FiniteFloat
 
 
 class Weights(Strict):
-    """Which weights were quantized.
-
-    ``entry`` is the entry of the file that they were taken from, ``entries`` are all its entries
-    with weights. None and empty: the file has no entries, or the record is older than the field.
-    """
+    """Origin of the float weights."""
 
     tag: str
     source: str
     sha256: str
-    entry: str | None = None
-    entries: list[str] = []
+    entry: str | None = None  # entry of the file that was loaded; None without or in old records
+    entries: list[str] = []  # all entries of the file that hold weights
 
     def notes(self) -> list[str]:
-        """A line that names the entry, where the file has several."""
+        """Return a line that names the loaded entry if the file has several, else nothing."""
         if len(self.entries) < 2:
             return []
         return [f"weights: entry '{self.entry}' of {', '.join(self.entries)} (--weights-entry)"]
 
 
 class Dataset(Strict):
-    """Which samples the metrics were measured on; None means not recorded, or no such thing.
-
-    Attributes:
-        count, captions: numbers of images, and of their captions.
-        truncated_captions: captions longer than the model's context, which were cut off.
-        exif: detection: the user's decision on EXIF orientations; None: as annotated sizes say.
-        oriented_images: images with an EXIF orientation tag.
-        class_names_from: weights or demo (``model``), COCO 2017 (``published``), or the data, by
-            position (``annotations``).
-        class_categories: category of each class of the detector; None for one that the data lack.
-        class_order: order of class folders, see :mod:`tasks.common.data.class_order`.
-        left_out: number of files that are neither hidden nor images.
-    """
+    """The evaluated samples. None means "not recorded" or "does not apply"."""
 
     name: str
     split: str
-    count: int
+    count: int  # images
     classes: int
     fingerprint: str
     captions: int | None = None
-    truncated_captions: int | None = None
-    exif: Literal["apply", "ignore"] | None = None
-    oriented_images: int | None = None
+    truncated_captions: int | None = None  # cut off at the model's context length
+    exif: Literal["apply", "ignore"] | None = None  # the user's choice; None: by annotated sizes
+    oriented_images: int | None = None  # images with an EXIF orientation tag
+    # Names from the weights file or demo, from COCO 2017, or from the order of annotations.
     class_names_from: Literal["model", "published", "annotations"] | None = None
+    # Category of each class of the detector; None for a class that the data lack.
     class_categories: tuple[str | None, ...] | None = None
-    class_order: str | None = None
-    left_out: int | None = None
+    class_order: str | None = None  # of class folders, see tasks.common.data.class_order
+    left_out: int | None = None  # files that are neither hidden nor images
 
 
 class Calibration(Strict):
-    """Which images calibrated the model: ids in order, their transform, and their captions.
-
-    ``batch`` is that of a divergence that compares samples; None where each sample stands alone.
-    """
+    """The calibration images: ids in order, their transform, and their captions if any."""
 
     ids: list[str]
     transform: str
     fingerprint: str
     captions: list[str] | None = None
     truncated_captions: int | None = None
-    batch: int | None = None
+    batch: int | None = None  # samples that the divergence compares; None if it compares none
 
 
 class LayerEntry(Strict):
-    """A layer of the module map. ``input_*`` is of a product's first operand, ``other_*`` of its second.
+    """A quantized layer. ``input_*`` describes a product's first operand, ``other_*`` its second.
 
-    Quantizers are named by kind, ``none`` for one that is off. Defaults are for older records.
+    ``*_quantizer`` is the kind, ``none`` if switched off. Defaults are those of older records.
     """
 
     name: str
@@ -126,14 +107,14 @@ class LayerEntry(Strict):
 
 
 class ModuleMap(Strict):
-    """Every quantized layer, and every module left in full precision."""
+    """All quantized layers, and all modules left in full precision."""
 
     quantized: list[LayerEntry]
     full_precision: list[str]
 
 
 class Environment(Strict):
-    """Where a record was measured; ``instructions`` of PyTorch's CPU kernels are empty in older ones."""
+    """The machine and software of a measurement; old records lack the CPU's ``instructions``."""
 
     versions: dict[str, str]
     git_revision: str
@@ -143,11 +124,11 @@ class Environment(Strict):
 
 
 class BlockFigures(Strict):
-    """How a reconstructed block came out.
+    """Quality of a reconstructed block.
 
-    ``error`` is ``||q - f||² / ||f||²`` over all calibration images: q is its output in the
-    quantized model, all errors before it included, f that in full precision. ``fisher`` is the mean
-    of the diagonal Fisher weight in its loss; None for losses without.
+    ``error`` is ``||q - f||² / ||f||²`` over all calibration images, where ``q`` is the block's
+    output in the quantized model (after all earlier errors) and ``f`` its full-precision output.
+    ``fisher`` is the mean diagonal Fisher weight of its loss; None for losses without.
     """
 
     error: FiniteFloat
@@ -155,17 +136,12 @@ class BlockFigures(Strict):
 
 
 class ResultRecord(Strict):
-    """Everything known of one finished cell. ``method`` ``fp`` is the full-precision model.
+    """All facts of one finished cell; method ``fp`` is the full-precision model.
 
     Example::
 
         record = read_record(folder / "result.json")
         print(record.model, record.method, record.metrics["top1"].value)
-
-    Of what lies beside it, ``outcomes`` names the file of per-sample outcomes and ``outcomes_sha256``
-    is its sha256, ``examples`` names the file of example predictions. ``seconds`` and
-    ``stage_memory_bytes`` (the peak meanwhile) are by stage. ``fingerprint`` is the sha256 of all
-    else: set when the record is written, empty in one of schema 1.
     """
 
     schema_version: Literal[3] = 3
@@ -193,54 +169,45 @@ class ResultRecord(Strict):
     skipped_images: list[str] = []
     blocks: dict[str, BlockFigures] = {}
     environment: Environment
-    seconds: dict[str, FiniteFloat]
+    seconds: dict[str, FiniteFloat]  # wall-clock time by stage
     peak_memory_bytes: int
-    stage_memory_bytes: dict[str, int] = {}
+    stage_memory_bytes: dict[str, int] = {}  # peak by stage
     finished: str
-    outcomes: FileName
+    outcomes: FileName  # file of per-sample outcomes
     outcomes_sha256: str | None = None
-    examples: FileName | None = None
-    fingerprint: str = ""
+    examples: FileName | None = None  # file of example predictions
+    fingerprint: str = ""  # sha256 of all other fields, set when written; empty in schema 1
 
     @model_validator(mode="before")
     @classmethod
     def _migrate(cls, content: Any) -> Any:
-        """Bring the content of an older schema to the present one."""
+        """Convert the content of an older schema to the present one."""
         if not isinstance(content, dict):
             return content
-        foreign = [name for name in _NEW_IN_2 if name in content]
-        if foreign and content.get("schema_version") == 1:
-            raise ValueError(f"version 1 has no field '{foreign[0]}'")
+        new = [name for name in _NEW_IN_2 if name in content]
+        if new and content.get("schema_version") == 1:
+            raise ValueError(f"version 1 has no field '{new[0]}'")
         return {**content, "schema_version": SCHEMA_VERSION}
 
 
 def bits_name(w_bit: int, a_bit: int) -> str:
-    """Short name of bit-widths: ``fp`` for 32/32, else such as ``w3a3``."""
-    return "fp" if w_bit == 32 and a_bit == 32 else f"w{w_bit}a{a_bit}"
+    """Return a short name of bit-widths: ``fp`` for 32/32, else such as ``w3a3``."""
+    return "fp" if w_bit == a_bit == OFF else f"w{w_bit}a{a_bit}"
 
 
-def cell_folder(
-    root: Path,
-    task: str,
-    model_tag: str,
-    method: str,
-    w_bit: int,
-    a_bit: int,
-    seed: int | None,
-    digest: str,
-) -> Path:
-    """Return the folder of a cell; 10 digits of its identity's ``digest`` end the name."""
-    name = f"seed{seed}-{digest[:10]}" if seed is not None else digest[:10]
-    return root / task / model_tag / method / bits_name(w_bit, a_bit) / name
+def cell_folder(root: Path, task: str, model_tag: str, recipe: Recipe | None, digest: str) -> Path:
+    """Return the folder of a cell. Its name ends with 10 digits of the identity's ``digest``."""
+    if recipe is None:
+        return root / task / model_tag / "fp" / bits_name(OFF, OFF) / digest[:10]
+    bits = bits_name(recipe.w_bits, recipe.a_bits)
+    return root / task / model_tag / recipe.method / bits / f"seed{recipe.seed}-{digest[:10]}"
 
 
 def fingerprint(content: dict[str, Any]) -> str:
-    """Return the sha256 (hex) of the canonical JSON of `content` without its own fingerprint.
+    """Return the sha256 (hex) of ``content`` without its own fingerprint.
 
-    Canonical: keys sorted, no whitespace, ASCII alone, so the file's layout does not count.
-
-    Raises:
-        ValueError: a number is NaN, infinite or of thousands of digits.
+    It is that of canonical JSON (sorted keys, no whitespace, ASCII): the layout of a file does not
+    count. Raises ValueError for a number that is NaN, infinite or has thousands of digits.
     """
     rest = {name: value for name, value in content.items() if name != "fingerprint"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -249,13 +216,12 @@ def fingerprint(content: dict[str, Any]) -> str:
 
 def sealed(record: ResultRecord) -> ResultRecord:
     """Return the record with its fingerprint."""
-    return record.model_copy(
-        update={"fingerprint": fingerprint(json.loads(record.model_dump_json()))}
-    )
+    mark = fingerprint(record.model_dump(mode="json"))
+    return record.model_copy(update={"fingerprint": mark})
 
 
 def write_record(record: ResultRecord, folder: Path) -> Path:
-    """Write ``result.json``, sealed, into ``folder`` and return its path."""
+    """Write ``result.json`` with its fingerprint into ``folder`` and return its path."""
     path = folder / "result.json"
     with replaced_whole(path) as temporary:
         temporary.write_text(sealed(record).model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -263,64 +229,56 @@ def write_record(record: ResultRecord, folder: Path) -> Path:
 
 
 def read_record(path: Path) -> ResultRecord:
-    """Read and validate a record; one of an older schema comes as one of the present schema.
+    """Read and validate a record; convert an older schema to the present one.
 
-    Raises:
-        CheckpointError: missing, damaged, changed after it was written, of a newer schema, or no record.
+    Raises CheckpointError if it is missing, damaged, edited, of a newer schema or no record.
     """
+    remedy = "restore it, or delete it to measure that cell again"
     try:
         content = from_json(path.read_bytes(), allow_inf_nan=False)
     except OSError as error:
         raise CheckpointError(f"Cannot read the record {path}: {error.strerror}.") from error
     except ValueError as error:
-        raise CheckpointError(f"The record {path} is damaged ({error}): {_REMEDY}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} is no record: it holds a JSON {type(content).__name__}, not an object."
-        )
-    version = content.get("schema_version")
+        raise CheckpointError(f"The record {path} is damaged ({error}): {remedy}.") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path} is no record: its schema version is {version!r}.")
     if version > SCHEMA_VERSION:
         raise CheckpointError(
-            f"The record {path} has schema version {version}, and this version of fimaq reads up to {SCHEMA_VERSION}: "
-            "update fimaq."
+            f"The record {path} has schema version {version}, and this version of fimaq reads up "
+            f"to {SCHEMA_VERSION}: update fimaq."
         )
     try:
-        if version >= 2 and content.get("fingerprint") != fingerprint(content):
-            raise CheckpointError(
-                f"The record {path} was changed after it was written (its fingerprint is not that of its content): {_REMEDY}."
-            )
+        if version > 1 and content.get("fingerprint") != fingerprint(content):
+            raise ValueError("it was changed after it was written, as its fingerprint shows")
         return ResultRecord.model_validate(content)
-    except ValueError as error:  # pydantic's, too
+    except ValueError as error:  # pydantic's ValidationError is one
         why = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise CheckpointError(
-            f"The record {path} is not valid: {why.removeprefix('Value error, ')}: {_REMEDY}."
-        ) from error
+        why = why.removeprefix("Value error, ")
+        raise CheckpointError(f"The record {path} is not valid: {why}: {remedy}.") from error
 
 
 def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
-    """Say why the outcomes in a record's ``folder`` are not its own; None if they are, or for schema 1."""
-    if record.outcomes_sha256 is None:
+    """Return why the outcomes in ``folder`` are not the record's; None if they are, or unknown."""
+    if record.outcomes_sha256 is None:  # schema 1
         return None
-    path = folder / record.outcomes
+    path, wanted = folder / record.outcomes, record.outcomes_sha256
     try:
         found = file_sha256(path)
     except DataError as error:
         return str(error)
-    if found == record.outcomes_sha256:
+    if found == wanted:
         return None
     return (
-        f"{path} does not belong to the record beside it (its sha256 is {found[:12]}, the record has "
-        f"{record.outcomes_sha256[:12]}): restore it, or delete the record to measure that cell again."
+        f"{path} does not belong to the record beside it (its sha256 is {found[:12]}, the record "
+        f"has {wanted[:12]}): restore it, or delete the record to measure that cell again."
     )
 
 
 def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of outcomes in a record's ``folder``: ``sample`` (ids), numbers per sample.
+    """Return the per-sample outcomes (n,) of a record: ids in ``sample``, else numbers.
 
-    Raises:
-        CheckpointError: the file is missing, damaged, of another record or of another form.
+    Raises CheckpointError if the file is missing, damaged, of another record or of another form.
     """
     path = folder / record.outcomes
     again = f"measure {record.model} {record.method} again with --force."
@@ -339,32 +297,29 @@ def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"The outcomes {path} have no 'sample', or arrays of different sizes: {found}."
         )
-    words = [
-        name
-        for name, array in content.items()
-        if name != "sample" and array.dtype.kind not in "biuf"
-    ]
-    if words:
-        raise CheckpointError(f"The outcomes {path} have no numbers in {', '.join(words)}: {again}")
+    for name, array in content.items():
+        if name != "sample" and array.dtype.kind not in "biuf":
+            raise CheckpointError(f"The outcomes {path} have no numbers in {name}: {again}")
     return content
 
 
 def proportion(correct: int, count: int) -> Metric:
-    """Percentage of ``correct`` among ``count`` with its binomial standard error."""
+    """Return ``correct`` of ``count`` in percent, with its binomial standard error."""
     share = correct / count
     return Metric(value=100 * share, stderr=100 * math.sqrt(share * (1 - share) / count))
 
 
 def own_seconds(record: ResultRecord) -> float:
-    """Return the seconds that a cell took without waiting for others."""
+    """Return the seconds that a cell took, without waiting for other cells."""
     return sum(seconds for stage, seconds in record.seconds.items() if stage != WAIT)
 
 
 def recipe_of(record: ResultRecord) -> Recipe | None:
-    """The record's recipe as a validated object; None for full precision."""
+    """Return the record's recipe, validated; None for full precision. Raises CheckpointError."""
     try:
         return None if record.recipe is None else Recipe.model_validate(record.recipe)
     except ValidationError as error:
         raise CheckpointError(
-            f"The record of {record.model} {record.method} holds a recipe that this version does not know: {error}"
+            f"The record of {record.model} {record.method} holds a recipe that this version does "
+            f"not know: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""The interface of a task. One package per task, loaded only when it runs."""
+"""The interface of a task. Each task is a package whose libraries are imported when it runs."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -19,172 +19,118 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.record import Dataset, Metric, Weights
-from tasks.common.request import DataRequest, Missing, ModelRequest
+from tasks.common.request import DataRequest, ModelRequest
 
 
 @dataclass
 class LoadedModel:
-    """A float model with its weights.
+    """A float model with its weights."""
 
-    Attributes:
-        model: in eval mode, on the CPU.
-        tag: ``model.tag``.
-        source: where the weights came from, for people.
-        sha256: of the weights.
-        classes: number of outputs.
-        eval_transform, train_transform: image transforms.
-        data: name of the data set the model brings along, or None.
-        input_shape: (C, H, W) of the model's images; ``inspect`` needs it.
-        tokenizer: captions to token ids (n, context_length) int64, for models that take text.
-        context_length: tokens of a caption at most.
-        entry: the entry of the weights file that was taken; None where it has none.
-        entries: all entries of the file that hold weights.
-        class_names: of the classes in order, where the weights file has them; empty where they
-            cannot be read.
-        preprocessing: how images become inputs; None where the task has a way of its own.
-    """
-
-    model: nn.Module
-    tag: str
-    source: str
-    sha256: str
-    classes: int
-    eval_transform: Callable[[Any], Tensor]
+    model: nn.Module  # in eval mode, on the CPU
+    tag: str  # `model.tag`: identity of architecture and weights
+    source: str  # place of the weights, for people
+    sha256: str  # of the weights
+    classes: int  # number of outputs
+    eval_transform: Callable[[Any], Tensor]  # image to (C, H, W) float32
     train_transform: Callable[[Any], Tensor]
-    data: str | None = None
-    input_shape: tuple[int, int, int] | None = None
-    tokenizer: Callable[[list[str]], Tensor] | None = None
-    context_length: int | None = None
-    entry: str | None = None
-    entries: tuple[str, ...] = ()
-    class_names: tuple[str, ...] | None = None
-    preprocessing: Preprocessing | None = None
+    data: str | None = None  # name of the data set that comes with the model
+    input_shape: tuple[int, int, int] | None = None  # (C, H, W) of images, for `inspect`
+    tokenizer: Callable[[list[str]], Tensor] | None = None  # captions to (n, length) int64
+    context_length: int | None = None  # largest number of tokens per caption
+    entry: str | None = None  # entry of the weights file that was loaded, if it has entries
+    entries: tuple[str, ...] = ()  # all entries of the file that hold weights
+    class_names: tuple[str, ...] | None = None  # in the weights file, by label; () if unreadable
+    preprocessing: Preprocessing | None = None  # None where the task has its own way
 
     @property
     def weights(self) -> Weights:
-        """The weights as a record has them."""
-        entries = list(self.entries)
-        return Weights(
-            tag=self.tag, source=self.source, sha256=self.sha256, entry=self.entry, entries=entries
-        )
+        """The weights in the form of a record."""
+        found = {name: getattr(self, name) for name in ("tag", "source", "sha256", "entry")}
+        return Weights(**found, entries=list(self.entries))
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Calibration images with their ids.
+    """Calibration images with their ids."""
 
-    Attributes:
-        images: (n, C, H, W) float32, or (1, C, H, W) each where sizes vary.
-        ids: of the images, in order.
-        transform: name of their transform.
-        fingerprint: sha256 over transform, ids and values.
-        skipped: damaged images that were left out.
-        inputs: what each part of a model of several is calibrated on: (n, ...) by the part's name.
-        captions: the caption of each image, for tasks that have them.
-        truncated_captions: how many of these are longer than the model's context.
-        metas: what each image's transform says of it (shapes, scale), where images vary in size; their ``images`` and
-            ``inputs`` are :class:`~fimaq_core.samples.Samples` of varying shapes.
-        notes: what a user should know of them.
-    """
-
-    images: Samples | Tensor
+    images: Samples | Tensor  # (n, C, H, W) float32, or Samples of (1, C, H, W) where sizes vary
     ids: list[str]
-    transform: str
-    fingerprint: str
-    skipped: list[str] = field(default_factory=list)
-    inputs: dict[str, Samples | Tensor] = field(default_factory=dict)
-    captions: list[str] | None = None
-    truncated_captions: int | None = None
-    metas: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    transform: str  # name of the images' transform
+    fingerprint: str  # sha256 of transform, ids and values
+    skipped: list[str] = field(default_factory=list)  # ids of damaged images
+    inputs: dict[str, Samples | Tensor] = field(default_factory=dict)  # (n, ...) by part
+    captions: list[str] | None = None  # one per image
+    truncated_captions: int | None = None  # captions that are longer than the model's context
+    metas: list[dict[str, Any]] = field(default_factory=list)  # shape and scale of each image
+    notes: list[str] = field(default_factory=list)  # for the user
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics and per-sample outcomes of one evaluation.
-
-    Attributes:
-        outcomes: arrays of equal length, a row a sample.
-        files: what else is kept beside the record, as was asked for: JSON values by file name.
-        examples: what the model says of up to 12 samples (:class:`tasks.common.cell.prediction_samples.Spread`), as
-            JSON of ``ClassSample``, ``CaptionSample`` or ``ObjectSample`` there; ``sample`` is an id
-            that :meth:`Task.originals` takes.
-        notes: what a user should know of the data and of what was measured.
-    """
+    """Metrics and per-sample outcomes of one evaluation."""
 
     metrics: dict[str, Metric]
-    n: int
-    outcomes: dict[str, np.ndarray]
+    n: int  # number of samples
+    outcomes: dict[str, np.ndarray]  # (n,) each; `sample` holds the ids
     dataset: Dataset
-    skipped: list[str] = field(default_factory=list)
-    files: dict[str, Any] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)  # ids of damaged samples
+    files: dict[str, Any] = field(default_factory=dict)  # JSON to write beside the record, by name
+    # Predictions for up to 12 samples, each the content of a ClassSample, CaptionSample or
+    # ObjectSample; their `sample` is an id that Task.originals takes.
     examples: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # for the user
 
 
-#: The chains of a model by the names of its parts; one chain alone has the name ``""``.
+#: The chains of a model by part. The only chain of a model has the name ``""``.
 Chains = dict[str, BlockChain]
 
 
 class Task:
-    """The interface of a task; ``tasks.<name>.task.TASK`` is an object of a subclass.
+    """Interface of a task; ``tasks.<name>.task.TASK`` is an object of a subclass.
 
-    Models of one chain need ``load``, ``build``, ``calibration``, ``divergence``, ``evaluate`` and
-    ``pictures``. Models of several parts define ``chains`` and all that speaks of chains instead.
+    A task whose models are one chain defines :meth:`load`, :meth:`build`, :meth:`calibration`,
+    :meth:`divergence` and :meth:`evaluate`. A task whose models have several parts defines
+    :meth:`chains` and the other methods that take or return chains instead of :meth:`build`.
 
-    Attributes:
-        name: of the package.
-        tags: its light module, which says what models are called and what is missing.
-        demo: what the demo models are, for people.
-        scopes: what of a model can be quantized, as :attr:`Recipe.scope` says it, the usual one
-            first; empty: always everything.
+    Its module ``tags`` imports nothing heavy. It has ``SHORT_NAMES``, ``DEMO_NAMES``,
+    ``CATALOGUE``, ``model_tag``, ``weights_digest``, ``missing_data`` and ``preflight``; and, if
+    needed, ``SCOPES``, ``parts``, ``EVALUATIONS``, ``DEFAULTS``, see :mod:`tasks.common.registry`.
     """
 
-    name: str
-    tags: ModuleType
-    demo: str
-    scopes: tuple[str, ...] = ()
-
-    def model_tag(self, request: ModelRequest) -> str:
-        """Return ``model.tag``; loads nothing, but may hash a weights file. Raises ModelError."""
-        tag: str = self.tags.model_tag(request)
-        return tag
+    name: str  # of the package
+    tags: ModuleType  # its tags.py
+    demo: str  # description of the demo models
 
     def model_names(self) -> dict[str, str]:
-        """Return short and demo names with what they stand for."""
+        """Return short and demo names with their meanings."""
         return {**self.tags.SHORT_NAMES, **dict.fromkeys(self.tags.DEMO_NAMES, self.demo)}
-
-    def preflight(self, model: ModelRequest, data: DataRequest) -> list[Missing]:
-        """Return what is missing of weights and data, and how to get it. Downloads nothing."""
-        missing: list[Missing] = self.tags.preflight(model, data)
-        return missing
 
     def load(self, request: ModelRequest) -> LoadedModel:
         """Load model, weights and transforms. Raises ModelError."""
         raise NotImplementedError
 
     def build(self, loaded: LoadedModel, recipe: Recipe) -> BlockChain:
-        """Turn a model into its one chain. Raises ModelError."""
+        """Turn a model into its only chain. Raises ModelError."""
         raise NotImplementedError
 
     def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
-        """Turn what is quantized into chains, each reconstructed by itself. Raises ModelError."""
+        """Turn the quantized parts of a model into chains. Raises ModelError."""
         return {"": self.build(loaded, recipe)}
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
-        """Return the model that ``evaluate`` takes: chains, and the float model for other parts."""
+        """Return the model for :meth:`evaluate`: chains, and float modules for all other parts."""
         return chains.get("", loaded.model)
 
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
-        """Return the parts of the float model for which there is no chain, by name."""
+        """Return the parts of the float model that have no chain, by name."""
         return {}
 
     def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
-        """Return one input (1, ...) of every chain; only its shape matters. Raises ModelError."""
+        """Return one input (1, ...) per chain, of any values. Raises ModelError."""
         if loaded.input_shape is None:
             raise ModelError(
-                f"Its task does not say what images {loaded.tag} takes, so its operations cannot be counted: "
-                "its load must set LoadedModel.input_shape."
+                f"The operations of {loaded.tag} cannot be counted, because its task does not say "
+                "which images it takes: its load must set LoadedModel.input_shape."
             )
         return {"": torch.zeros(1, *loaded.input_shape)}
 
@@ -195,15 +141,15 @@ class Task:
     def inputs(
         self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device
     ) -> dict[str, Samples]:
-        """Return the calibration inputs of each chain; called before any chain is made."""
+        """Return the calibration inputs of each chain. Called before any chain is built."""
         return images.inputs or {"": images.images}
 
     def part_scope(self, part: str, recipe: Recipe) -> str:
-        """Return the scope of a run that would quantize what this one does of ``part``, and no more."""
+        """Return the scope of a run that quantizes the same layers of ``part`` and nothing else."""
         return part
 
     def divergence(self, recipe: Recipe) -> Divergence:
-        """Return the divergence behind the Fisher passes of the one chain."""
+        """Return the divergence of the only chain, for its Fisher passes."""
         raise NotImplementedError
 
     def divergences(
@@ -214,7 +160,7 @@ class Task:
         device: torch.device,
         batch_size: int,
     ) -> dict[str, Divergence]:
-        """Return the divergence of each chain; called before any chain is made."""
+        """Return the divergence of each chain. Called before any chain is built."""
         return {"": self.divergence(recipe)}
 
     def evaluate(
@@ -227,21 +173,16 @@ class Task:
         workers: int,
         on_progress: OnProgress,
     ) -> Evaluation:
-        """Measure ``model`` (of :meth:`assemble`) on its ``device``. Raises DataError, NumericsError."""
+        """Measure ``model`` of :meth:`assemble` on ``device``. Raises DataError, NumericsError."""
         raise NotImplementedError
 
     def originals(
         self, model: ModelRequest, data: DataRequest, ids: Sequence[str]
     ) -> dict[str, Image.Image]:
-        """Return the original images, RGB, of samples that an evaluation names in its examples.
+        """Return the original RGB images of ``ids``, the samples of an evaluation's examples.
 
-        Reads these images alone, and no weights. Ids may come from files that others wrote: none
-        leads outside the data.
-
-        Raises:
-            DataError: the data are not there, an id is none of theirs, or an image is damaged.
+        Reads these images only, and no weights. Ids may come from files of other people: an id
+        never leads outside the data. Raises DataError.
         """
-        found: dict[str, Image.Image] = importlib.import_module(
-            f"{self.tags.__package__}.originals"
-        ).originals(model, data, ids)
-        return found
+        module = importlib.import_module(f"{self.tags.__package__}.originals")
+        return module.originals(model, data, ids)

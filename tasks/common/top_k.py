@@ -1,4 +1,4 @@
-"""Top-1 and top-5 of a classifier, with the outcome of every sample, and its answers for a few."""
+"""Top-1 and top-5 of a classifier, with the outcome of every sample and the answers to a few."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,26 +25,22 @@ def evaluate(
     batch_size: int,
     workers: int,
     on_progress: OnProgress,
-    names: Sequence[str] = (),
 ) -> Evaluation:
-    """Measure ``model`` on all of ``images``, which came from ``source``.
+    """Measure ``model`` on all of ``images``.
 
     Args:
         model: on ``device``, in eval mode; (B, C, H, W) to (B, classes).
+        images: of ``source``, transformed.
+        source: data set; its class names are for people, or empty for numbers.
+        device: of the model.
         batch_size: images per forward pass.
         workers: data-loading processes.
         on_progress: receives progress, one unit per image.
-        names: of the classes, for people; their numbers where there are none.
 
-    Raises:
-        DataError: a damaged image (unless skipped), or none left.
-        ModelError: the model does not take these images.
-        NumericsError: a logit is NaN.
+    Raises DataError if no image is left or a damaged one is not skipped, ModelError if the model
+    does not take these images, and NumericsError if a logit is NaN or infinite.
     """
-    positions: list[Tensor] = []
-    labels: list[Tensor] = []
-    ranks: list[Tensor] = []
-    predictions: list[Tensor] = []
+    columns: dict[str, list[Tensor]] = {"position": [], "label": [], "predicted": [], "rank": []}
     examples: list[dict[str, Any]] = []
     spread = Spread(len(images))
     for batch in image_outputs(model, images, device, batch_size, workers):
@@ -55,48 +51,40 @@ def evaluate(
             )
         own = logits.gather(1, target[:, None])
         # Ties count against the model: a constant output must not score.
-        rank = ((logits >= own).sum(1) - 1).cpu()
-        positions.append(batch.positions)
-        labels.append(batch.targets)
-        ranks.append(rank)
-        predictions.append(logits.argmax(1).cpu())
+        rank = (logits >= own).sum(1) - 1
+        found = batch.positions, batch.targets, logits.argmax(1).cpu(), rank.cpu()
+        for column, values in zip(columns.values(), found, strict=True):
+            column.append(values)
         for row in spread.take(batch.positions.tolist()):
-            example = {"sample": source.ids[int(batch.positions[row])]}
-            examples.append(example | _answers(logits[row], int(batch.targets[row]), names))
+            answers = _answers(logits[row], int(batch.targets[row]), source.class_names)
+            examples.append({"sample": source.ids[int(batch.positions[row])], **answers})
         on_progress(Progress("evaluate", batch.done, len(images)))
-    if not positions:
+    if not columns["rank"]:
         raise DataError(f"No image of {source.name} {source.split} could be read.")
-    order = torch.cat(positions).numpy()
-    rank_array = torch.cat(ranks).numpy()
-    count = len(order)
-    metrics = {"top1": proportion(int((rank_array < 1).sum()), count)}
-    if source.classes > 5:
-        metrics["top5"] = proportion(int((rank_array < 5).sum()), count)
-    kept = set(order.tolist())
-    outcomes = {
-        "sample": np.array([source.ids[index] for index in order]),
-        "label": torch.cat(labels).numpy().astype(np.int32),
-        "predicted": torch.cat(predictions).numpy().astype(np.int32),
-        "rank": rank_array.astype(np.int32),
-        "correct": rank_array < 1,
+    outcomes = {name: torch.cat(parts).numpy().astype(np.int32) for name, parts in columns.items()}
+    positions = outcomes.pop("position").tolist()
+    outcomes = {"sample": np.array([source.ids[position] for position in positions]), **outcomes}
+    outcomes["correct"] = outcomes["rank"] < 1
+    metrics = {
+        f"top{k}": proportion(int((outcomes["rank"] < k).sum()), len(positions))
+        for k in (1, 5)
+        if k == 1 or source.classes > k
     }
-    skipped = [source.ids[index] for index in range(len(images)) if index not in kept]
+    skipped = [source.ids[index] for index in sorted({*range(len(images))} - {*positions})]
     notes = [*source.notes(), *images.notes()]
-    measured = metrics, count, outcomes, source.describe(), skipped
+    measured = metrics, len(positions), outcomes, source.describe(), skipped
     return Evaluation(*measured, examples=examples, notes=notes)
 
 
 def _answers(logits: Tensor, target: int, names: Sequence[str]) -> dict[str, Any]:
-    """The true class of an image and the most probable ones, from its logits (classes,)."""
+    """Return the true class of an image and the most probable classes, of its logits (classes,)."""
 
     def name(label: int) -> str:
         return shortened(names[label]) if names else str(label)
 
-    # The few numbers of a sample: double precision, so that shares do not depend on the device's softmax.
+    # Double precision, so that shares do not depend on the device's softmax.
     values = logits.cpu().double()
     shares = values.softmax(0).tolist()
     best = leaders(values.numpy(), np.arange(len(values)) == target)
-    return {
-        "truth": name(target),
-        "top": [{"name": name(label), "share": shares[label]} for label in best],
-    }
+    top = [{"name": name(label), "share": shares[label]} for label in best]
+    return {"truth": name(target), "top": top}

@@ -150,9 +150,7 @@ class RetrievalTask(Task):
         source = replace(source.head(data.limit), class_names=told_apart(names, folders))
         transform = loaded.eval_transform
         images = Images(source.ids, source.targets, source.read, transform, data.skip_corrupt)
-        found = evaluate(
-            classifier, images, source, device, batch_size, workers, on_progress, source.class_names
-        )
+        found = evaluate(classifier, images, source, device, batch_size, workers, on_progress)
         return replace(found, dataset=named_classes(found.dataset, names, folders))
 
 

@@ -132,17 +132,12 @@ def record_of(request: CellRequest, value: float) -> ResultRecord:
 
 def planned_folder(request: CellRequest) -> Path:
     recipe = request.recipe
-    method, w_bit, a_bit = (
-        ("fp", OFF, OFF) if recipe is None else (recipe.method, recipe.w_bits, recipe.a_bits)
-    )
-    seed, digest = (None, "f" * 10) if recipe is None else (recipe.seed, recipe.digest())
+    digest = "f" * 10 if recipe is None else recipe.digest()
     if request.data.path is not None or request.data.evaluation is not None:
         digest = hashlib.sha256(
             f"{digest} {request.data.path} {request.data.evaluation}".encode()
         ).hexdigest()
-    return cell_folder(
-        request.results, request.task, request.model.name, method, w_bit, a_bit, seed, digest
-    )
+    return cell_folder(request.results, request.task, request.model.name, recipe, digest)
 
 
 def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:

@@ -193,17 +193,7 @@ def test_equals_the_stages_of_the_command_line(tmp_path: Path) -> None:
     )
     request = CellRequest("classification", demo, data, recipe, eval_batch=32)
     calibrate_stage(request, calibrated, silent)
-    options = {
-        **{
-            "device": "cpu",
-            "threads": None,
-            "eval_batch": 32,
-            "placement": "device",
-            "step_engine": "auto",
-        },
-        **{"workers": 0, "weights": None, "weights_folder": None},
-    }
-    reconstruct_stage("classification", calibrated, reconstructed, {}, data, options, silent)
+    reconstruct_stage(request, calibrated, reconstructed, {}, silent)
     loaded = TASK.load(demo)
     x = TASK.calibration(loaded, data, recipe).images
     q = quantize(loaded.model, x, **settings, progress=False)

@@ -1,7 +1,7 @@
 """Two-digit images made from real handwritten digits: a 100-class data set without a download.
 
-Ten digit classes saturate even for a tiny model, which would hide what quantization costs: a sample
-is two digits side by side, labelled ``10 * left + right``.
+A sample is two digits side by side with the label ``10 * left + right``. Single digits are too easy
+even for a tiny model and would hide the cost of quantization.
 """
 
 import hashlib
@@ -15,23 +15,15 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from tasks.common.data.augment import RandomDigitWarp
-from tasks.common.demo.digits import (
-    DIGIT_SIZE,
-    PARTS,
-    SEED,
-    DigitDealer,
-    DigitSamples,
-    check_part,
-    load_digits,
-    to_tensor,
-)
+from tasks.common.demo import digits
+from tasks.common.demo.digits import DIGIT_SIZE
 
 HALF_SIZE = 32
 CANVAS_SIZE = (HALF_SIZE, 2 * HALF_SIZE)
 MAX_OFFSET = HALF_SIZE - DIGIT_SIZE
 NUM_CLASSES = 100
 
-# Of the `train` part's pixels in [0, 1]; constants, so that preprocessing never drifts.
+# Statistics of the pixels of `train` in [0, 1]; constants, so that preprocessing never changes.
 PIXEL_MEAN = 0.0999
 PIXEL_STD = 0.2748
 
@@ -41,23 +33,19 @@ _PAIRS = {"train": 8192, "val": 1000, "test": 2000}
 
 @dataclass(frozen=True)
 class PairPlan:
-    """Source digits of n pairs and their places, all int64.
+    """Digits of n pairs and their places, all int64."""
 
-    ``offsets`` (n, 2, 2) are top and left of the left, then of the right digit inside its half;
-    ``targets`` are the labels ``10 * left + right``.
-    """
-
-    left: np.ndarray
-    right: np.ndarray
-    offsets: np.ndarray
-    targets: np.ndarray
+    left: np.ndarray  # (n,) index of the source digit
+    right: np.ndarray  # (n,)
+    offsets: np.ndarray  # (n, 2, 2): (top, left) in its half, of the left and the right digit
+    targets: np.ndarray  # (n,) labels
 
 
 def draw_pairs(part: str, count: int, rng: np.random.Generator) -> PairPlan:
-    """Draw ``count`` pairs in random class order, with classes and digits used evenly."""
-    check_part(part, _DATA)
+    """Draw ``count`` pairs in random order; classes and digits are used equally often."""
+    digits.check_part(part, _DATA)
     targets = rng.permutation(np.arange(count) % NUM_CLASSES)
-    dealer = DigitDealer(part, rng)
+    dealer = digits.DigitDealer(part, rng)
     left, right = np.empty((2, count), dtype=np.int64)
     for i, target in enumerate(targets.tolist()):
         left[i] = dealer.deal(target // 10)
@@ -68,28 +56,32 @@ def draw_pairs(part: str, count: int, rng: np.random.Generator) -> PairPlan:
 
 def compose_pairs(plan: PairPlan) -> np.ndarray:
     """Render the pairs of a plan, uint8 (n, 32, 64)."""
-    images, _ = load_digits()
+    images, _ = digits.load_digits()
     canvases = np.zeros((len(plan.left), *CANVAS_SIZE), dtype=np.uint8)
     for side, sources in enumerate((plan.left, plan.right)):
-        for i, (source, (top, start)) in enumerate(
-            zip(sources, plan.offsets[:, side].tolist(), strict=True)
-        ):
+        for i, (top, start) in enumerate(plan.offsets[:, side].tolist()):
             x = side * HALF_SIZE + start
-            canvases[i, top : top + DIGIT_SIZE, x : x + DIGIT_SIZE] = images[source]
+            canvases[i, top : top + DIGIT_SIZE, x : x + DIGIT_SIZE] = images[sources[i]]
     return canvases
 
 
-class DigitPairs(DigitSamples):
-    """One fixed part: 8,192 pairs in `train`, 1,000 in `val`, 2,000 in `test`; else ValueError.
+class DigitPairs(digits.DigitSamples):
+    """One fixed part: 8,192 pairs in `train`, 1,000 in `val`, 2,000 in `test`.
 
-    Ids are such as ``test/00017-1234+0456``: position, then source index of both digits.
+    Ids are such as ``test/00017-1234+0456``: position, then the source indices of both digits.
+
+    Example::
+
+        image, label = DigitPairs("val", eval_transform())[0]  # (1, 32, 64) float32, 0..99
     """
 
     def __init__(self, part: str, transform: Callable[[Image.Image], Any] | None = None) -> None:
-        check_part(part, _DATA)
+        digits.check_part(part, _DATA)
         self.part, self.transform = part, transform
-        # One stream per part: a change to the size of one part leaves the others as they are.
-        self.plan = draw_pairs(part, _PAIRS[part], np.random.default_rng([SEED, PARTS.index(part)]))
+        # One random stream per part, so that the size of a part does not affect the others.
+        self.plan = draw_pairs(
+            part, _PAIRS[part], np.random.default_rng([digits.SEED, digits.PARTS.index(part)])
+        )
         self.pixels = compose_pairs(self.plan)
         self.targets: list[int] = self.plan.targets.tolist()
         sources = zip(self.plan.left, self.plan.right, strict=True)
@@ -108,12 +100,11 @@ class DigitPairs(DigitSamples):
 
 
 def eval_transform() -> v2.Compose:
-    """Preprocessing for evaluation: PIL image of mode ``L`` to normalised float32 (1, 32, 64)."""
-    return v2.Compose([*to_tensor(), v2.Normalize(mean=[PIXEL_MEAN], std=[PIXEL_STD])])
+    """Return the preprocessing of evaluation: PIL image ``L`` to normalized float32 (1, 32, 64)."""
+    return v2.Compose([*digits.to_tensor(), v2.Normalize(mean=[PIXEL_MEAN], std=[PIXEL_STD])])
 
 
 def train_transform() -> v2.Compose:
-    """`eval_transform` with each digit warped at random (never flipped)."""
-    return v2.Compose(
-        [*to_tensor(), RandomDigitWarp(), v2.Normalize(mean=[PIXEL_MEAN], std=[PIXEL_STD])]
-    )
+    """Return `eval_transform` with a random warp of each digit, without flips."""
+    first, normalize = eval_transform().transforms[:-1], eval_transform().transforms[-1]
+    return v2.Compose([*first, RandomDigitWarp(), normalize])

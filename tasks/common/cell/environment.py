@@ -1,4 +1,4 @@
-"""Facts about where a run happens, and what it takes."""
+"""Device, software, time and memory of a run."""
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
 
 import fimaq_core
@@ -17,70 +18,44 @@ from fimaq_core.errors import RecipeError
 from tasks.common.cell.machine import processor
 from tasks.common.record import Environment
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "open_clip_torch",
-    "transformers",
-    "numpy",
-    "safetensors",
-)
+_LIBS = "torch", "torchvision", "timm", "open_clip_torch", "transformers", "numpy", "safetensors"
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called ``name``.
-
-    Raises:
-        RecipeError: no such device here. Nothing falls back to another device.
-    """
+    """Return the device called ``name``; never falls back to another one. Raises RecipeError."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise RecipeError(f"Unknown device '{name}': give cpu, cuda or cuda:N.") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or (device.index or 0) >= count:
-            raise RecipeError(
-                f"Device '{name}' is not available: PyTorch sees {count} CUDA device(s). Use --device cpu."
-            )
-    elif device.type != "cpu":
-        raise RecipeError(
-            f"Device '{name}' is not supported: give cpu, cuda or cuda:N (range search needs float64)."
-        )
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"Device '{name}' is not supported: give cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise RecipeError(f"Device '{name}' is not available (CUDA devices: {count}). Use cpu.")
     return device
 
 
 def describe(device: torch.device) -> Environment:
-    """Versions, git revision and device of this process."""
+    """Return versions, git revision and device of this process."""
     versions = {"python": platform.python_version(), "fimaq": fimaq_core.__version__}
-    for package in _PACKAGES:
+    for package in _LIBS:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} {processor()}"
-    )
+    cuda, limit = device.type == "cuda", os.environ.get("ONEDNN_MAX_CPU_ISA")
+    capability = torch.backends.cpu.get_cpu_capability()  # of PyTorch's CPU kernels
     return Environment(
         versions=versions,
-        git_revision=git_revision(),
-        device=name,
-        instructions=instructions(),
+        git_revision=_git_revision(),
+        device=torch.cuda.get_device_name(device) if cuda else f"{device.type} {processor()}",
+        instructions=capability + (f", oneDNN up to {limit}" if limit else ""),
         threads=torch.get_num_threads(),
     )
 
 
-def instructions() -> str:
-    """Return the instruction set of PyTorch's CPU kernels, and oneDNN's limit where one is set."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return torch.backends.cpu.get_cpu_capability() + (f", oneDNN up to {limit}" if limit else "")
-
-
-def git_revision() -> str:
-    """Return the checkout's commit, with ``+changes`` where files differ; ``unknown`` without one."""
+def _git_revision() -> str:
+    """Return the commit, with ``+changes`` where files differ; ``unknown`` without a checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     root = Path(__file__).resolve().parents[3]
     try:
@@ -93,26 +68,28 @@ def git_revision() -> str:
 
 
 class StageClock:
-    """Measures stages that follow each other on ``device``, from its making on.
+    """Measures time and peak memory of consecutive stages on ``device``.
 
-    Attributes:
-        seconds: wall-clock time by stage; of those that ran several times the sum.
-        memory: peak bytes by stage (:func:`peak_memory`); of those that ran several times the largest.
+    Example::
+
+        clock = StageClock(torch.device("cpu"))
+        model = load()
+        clock.lap("load")  # clock.seconds["load"], clock.memory["load"]
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.seconds: dict[str, float] = {}
-        self.memory: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}  # wall-clock time by stage; repeated stages add up
+        self.memory: dict[str, int] = {}  # peak bytes by stage; the largest of repeated stages
         self.restart()
 
     def restart(self) -> None:
-        """Leave out what has happened since the last stage ended."""
+        """Start a stage now; the time since the last lap counts for no stage."""
         reset_peak_memory(self._device)
         self._start = time.monotonic()
 
     def lap(self, stage: str) -> None:
-        """End ``stage``: it is what happened since the one before it ended."""
+        """End ``stage``, which began at the end of the one before, and start the next."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - self._start
@@ -121,40 +98,29 @@ class StageClock:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory` count from now on; on the CPU only where the system can (Linux)."""
+    """Start a new peak for :func:`peak_memory`; on the CPU this works on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(
-        OSError
-    ):  # no such file outside of Linux; some sandboxes refuse to write it
+    with contextlib.suppress(OSError):  # the file is Linux's, and some sandboxes refuse the write
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return peak bytes since :func:`reset_peak_memory`: of tensors on CUDA, of the process on the CPU.
+    """Return peak bytes since :func:`reset_peak_memory`: CUDA tensors, or the process on the CPU.
 
-    Where the system cannot reset it, that is the peak of the process so far.
+    Where the system cannot reset the peak, it is that of the process so far.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return _status("VmHWM") or _rusage()  # in the latter a new process has what its parent had
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # a child starts with its parent's
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_memory() -> int:
-    """Bytes of memory that this process has now; its peak where the system does not tell."""
-    return _status("VmRSS") or _rusage()
-
-
-def _rusage() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _status(key: str) -> int:
-    """A number of bytes in Linux's account of this process; 0 where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
+    """Return the bytes of memory that this process has now."""
+    return int(psutil.Process().memory_info().rss)

@@ -1,5 +1,6 @@
-"""Identity of a cell: where its record is, and what it shares with others. Imports nothing heavy."""
+"""Identity of a cell: the folder of its record, and the files it shares. Imports nothing heavy."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,49 +16,49 @@ from fimaq_core.files import remove, replaced_whole
 from fimaq_core.recipe import Recipe
 from tasks.common import registry
 from tasks.common.cell.lease import acquire
-from tasks.common.data.class_order import chosen as chosen_order
-from tasks.common.data.class_order import order_identity
+from tasks.common.data import class_order
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
 from tasks.common.request import CellRequest, Missing
 
+#: Kinds of shared files, each with its name for people.
+_KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"}
+
 
 def planned_folder(request: CellRequest) -> Path:
-    """Return the folder of a cell: task, model.tag, method, bits, seed, and a digest of all the rest."""
+    """Return the folder of a cell: task, model.tag, method, bits, seed, digest of all else."""
     request = resolved(request)
     recipe, basis = request.recipe, _basis(request)
     own = None if recipe is None else recipe.digest()
-    digest = _digest(
-        {**basis, "recipe": own, "variant": variant_name(request), "limit": request.data.limit}
-    )
-    name = (
-        ("fp", 32, 32, None)
-        if recipe is None
-        else (recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed)
-    )
-    return cell_folder(request.results, request.task, basis["model"][0], *name, digest)
+    rest = {"recipe": own, "variant": variant_name(request), "limit": request.data.limit}
+    digest = _digest({**basis, **rest})
+    return cell_folder(request.results, request.task, basis["model"][0], recipe, digest)
 
 
 def _basis(request: CellRequest) -> dict[str, Any]:
-    """All that decides the result of a resolved request, but for the recipe and the evaluated samples."""
-    recipe, chosen = request.recipe, request.data.calibration_list
-    order = chosen_order(request.data.class_order, request.data.path)
-    given = {"entry": request.model.weights_entry, "preprocessing": request.model.preprocessing}
+    """Return what determines a resolved request's result, except recipe and evaluated samples."""
+    recipe, model, data = request.recipe, request.model, request.data
+    # The full-precision model needs no calibration images.
+    listed, other = (data.calibration_list, data.calibration_data) if recipe else (None, None)
+    order = class_order.chosen(data.class_order, data.path)
+    # Fields that came later count only where they are given, so that older cells keep their folder.
+    later = {
+        "entry": model.weights_entry,
+        "preprocessing": model.preprocessing,
+        "exif": data.exif,
+        "class_order": None if order is None else class_order.order_identity(order),
+    }
     return {
-        **{name: value for name, value in given.items() if value},
+        **{name: value for name, value in later.items() if value},
         "numerics": NUMERICS_VERSION,
-        "model": registry.model_identity(request.task, request.model),
-        # One local file may be loaded under several names, which may stand for other transforms.
-        "name": None if request.model.weights is None else request.model.name,
-        "model_args": request.model.model_args,
-        "data": _path(request.data.path),
-        "list": None if chosen is None or recipe is None else file_sha256(chosen),
-        "evaluation": request.data.evaluation,
-        "calibration_data": _path(request.data.calibration_data) if recipe is not None else None,
-        # Only where it is given, so that cells from before this option keep their identity.
-        **({} if request.data.exif is None else {"exif": request.data.exif}),
-        # Without an order, cells keep the identity that they had before there was a choice.
-        **({} if order is None else {"class_order": order_identity(order)}),
+        "model": registry.model_identity(request.task, model),
+        # A local file may be loaded under several names, which may stand for other transforms.
+        "name": None if model.weights is None else model.name,
+        "model_args": model.model_args,
+        "data": data.path and os.path.realpath(data.path),
+        "list": listed and file_sha256(listed),
+        "evaluation": data.evaluation,
+        "calibration_data": other and os.path.realpath(other),
     }
 
 
@@ -65,222 +66,156 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> None:
-    """Note in the index of its folder that a cell of the resolved ``request`` shares the file ``path``.
+def resolved(request: CellRequest) -> CellRequest:
+    """Return the request with one spelling per choice: its scope named, the usual evaluation None.
 
-    The file's name comes from weights and images, which only a run has loaded; the index goes by the
-    request alone, so that plans find the file. ``kind``, ``digest``: see :func:`shared_digest`.
+    Raises RecipeError if the task has no such scope or evaluation.
     """
-    entry = _index(request, kind) / _entry(request, _basis(request), kind, digest)
-    try:
-        if not entry.is_file() or entry.read_bytes() != path.name.encode():
-            with replaced_whole(entry, durable=False) as temporary:
-                temporary.write_text(path.name, encoding="utf-8")
-    except (CheckpointError, OSError):
-        return  # plans then do not know of the file, which is no reason to end a run
+    recipe, data = request.recipe, request.data
+    scopes, evaluations = registry.scopes(request.task), registry.evaluations(request.task)
+    scope = None if recipe is None else recipe.scope
+    for kind, wanted, known, alone in (
+        ("evaluation", data.evaluation, evaluations, "It has one only"),
+        ("scope", scope, scopes, "It always quantizes the whole model"),
+    ):
+        if wanted is not None and wanted not in known:
+            hint = suggest(wanted, known) if known else f" {alone}: leave this out."
+            raise RecipeError(f"Task '{request.task}' has no {kind} '{wanted}'.{hint}")
+    if data.evaluation in evaluations[:1]:
+        request = replace(request, data=replace(data, evaluation=None))
+    if recipe is not None and scope is None and scopes:
+        request = replace(request, recipe=recipe.model_copy(update={"scope": scopes[0]}))
+    return request
 
 
-#: Digests that settle a shared file beside model, data and part, by its kind.
-_DIGESTS: dict[str, Callable[[Recipe], str]] = {
-    "calibration": Recipe.calibration_digest,
-    "mlp": Recipe.mlp_digest,
-    "reconstruction": Recipe.digest,
-}
+def variant_name(request: CellRequest) -> str:
+    """Return the given name or the settings that differ from the method's, and the scope."""
+    recipe, name = request.recipe, request.variant
+    if recipe is None:
+        return "fp" if name is None else name
+    if name is None:
+        changes = recipe.changes(registry.defaults(request.task))
+        name = ",".join(f"{key}={value}" for key, value in changes.items()) or "released"
+    return name if recipe.scope is None else f"{name} [{recipe.scope}]"
+
+
+def preflight(request: CellRequest) -> list[Missing]:
+    """Return the missing data and weights of the cell."""
+    request = resolved(request)
+    return registry.preflight(request.task, request.model, request.data)
 
 
 def shared_digest(kind: str, part: str, recipe: Recipe) -> str:
-    """Return what settles the shared file of a part beside model and data.
+    """Return what determines a shared file of a part, besides model and data.
 
     Args:
         kind: ``calibration``, ``mlp`` or ``reconstruction``.
-        part: its name; empty where the model is one chain.
-        recipe: the run's, with the scope of this part alone.
+        part: name of the part; empty where the model is one chain.
+        recipe: of the run, with the scope of this part only.
     """
-    return f"{part_address(part, recipe.scope)}{_DIGESTS[kind](recipe)}"
-
-
-def part_address(name: str, scope: str | None) -> str:
-    """Return what tells shared files of a part from those of other parts and of other scopes in it."""
-    return name if scope in (None, name) or not name else f"{name} {scope}"
+    digests = {"calibration": recipe.calibration_digest, "mlp": recipe.mlp_digest}
+    address = part if recipe.scope in (None, part) or not part else f"{part} {recipe.scope}"
+    return address + digests.get(kind, recipe.digest)()
 
 
 def shared_digests(request: CellRequest) -> dict[str, list[str]]:
-    """Return the digests of the files that a cell of a resolved ``request`` shares, by kind.
+    """Return the digests of the files that a resolved request shares, by kind.
 
-    One file for each part of the model that the task knows without loading it.
+    One file per part of the model that the task knows without loading it.
     """
     recipe = request.recipe
     if recipe is None:
         return {}
     parts = registry.parts(request.task, recipe.scope)
-    wanted = {
-        "calibration": True,
-        "mlp": recipe.reconstruct_mlp,
-        "reconstruction": recipe.reconstruct and "" not in parts,
-    }
     own = {name: recipe.model_copy(update={"scope": scope}) for name, scope in parts.items()}
-    return {
-        kind: [shared_digest(kind, *part) for part in own.items()]
-        for kind, use in wanted.items()
-        if use
-    }
+    wanted = ["calibration"]
+    if recipe.reconstruct_mlp:
+        wanted.append("mlp")
+    if recipe.reconstruct and "" not in parts:
+        wanted.append("reconstruction")
+    return {kind: [shared_digest(kind, *part) for part in own.items()] for kind in wanted}
 
 
-#: Names of the kinds of shared files for people.
-_KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"}
+def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> None:
+    """Write into the index that a cell of the resolved ``request`` shares the file ``path``.
+
+    The file's name depends on weights and images, which only a run loads. The index depends on the
+    request alone, so a plan finds the file. ``kind`` and ``digest`` as of :func:`shared_digest`.
+    """
+    entry = _entry(request, _basis(request), kind, digest)
+    # A plan misses the file if this fails, which is no reason to end a run.
+    with contextlib.suppress(CheckpointError), replaced_whole(entry, durable=False) as temporary:
+        temporary.write_text(path.name, encoding="utf-8")
 
 
 def cached(request: CellRequest, folder: Path) -> list[str]:
-    """Describe, for people, the work of an unfinished cell that is done already.
+    """Describe the finished work of an unfinished cell, such as ``blocks 3`` or ``parts 1 of 2``.
 
-    Such as ``blocks 3``, ``calibration``, ``MLPs``, ``parts 1 of 2``. Nothing is loaded: only the
-    run can tell whether it still belongs to the cell.
+    Nothing is loaded: only the run can tell whether the files still belong to the cell.
     """
-    blocks = _count(folder / "blocks")
-    texts = []
+    folders, texts = [folder / "blocks"], []
     for kind, files in _noted(request).items():
-        there = sum(file is not None and file.is_file() for file in files)
-        if there:
-            texts.append(_KINDS[kind] + (f" {there} of {len(files)}" if there < len(files) else ""))
-        if kind == "reconstruction":
-            # What a reconstruction that is not whole has finished lies beside where it will be.
-            blocks += sum(
-                _count(file.with_suffix(".blocks")) for file in files if file and not file.is_file()
-            )
+        made = [file for file in files if file and file.is_file()]
+        if made:
+            rest = f" {len(made)} of {len(files)}" if len(made) < len(files) else ""
+            texts.append(f"{_KINDS[kind]}{rest}")
+        if kind == "reconstruction":  # finished blocks of a part lie beside the part's later file
+            folders += [file.with_suffix(".blocks") for file in files if file and file not in made]
+    blocks = sum(1 for place in folders for _ in place.glob("block-*.safetensors"))
     return [*([f"blocks {blocks}"] if blocks else []), *texts]
 
 
 def forget(
     requests: Iterable[CellRequest], folder_of: Callable[[CellRequest], Path] = planned_folder
 ) -> None:
-    """Remove all that is there of cells and of files they share, so that a run starts from nothing.
+    """Remove all files of cells and all files they share, so that a run starts from nothing.
 
-    Files given by ``mlp_checkpoint`` stay.
-
-    Raises:
-        Busy: another process measures a cell or makes a file; nothing is removed.
-        CheckpointError: a folder cannot be written.
+    Files given by ``mlp_checkpoint`` stay. Raises Busy, and removes nothing, if another process
+    works on one of them; raises CheckpointError if a folder cannot be written.
     """
-    kept: dict[Path, list[Path]] = {}
+    doomed: dict[Path, list[Path]] = {}  # by the file whose lease protects them
     for request in requests:
         folder = folder_of(request)
         if folder.is_dir():
-            # The record goes first: without one, a cell of which a part is left is not finished.
-            rest = sorted(path for path in folder.glob("[!.]*") if path.name != "result.json")
-            kept[folder / "result.json"] = [folder / "result.json", *rest]
+            # The record goes first: a cell without record is unfinished, whatever else is left.
+            record = folder / "result.json"
+            doomed[record] = [record, *sorted(folder.glob("[!.]*"))]
         for kind, files in _noted(request).items():
-            if kind == "mlp" and request.mlp_checkpoint is not None:
-                continue
-            for file in files:
-                if file is not None:
-                    kept[file] = [file, file.with_suffix(".blocks"), file.with_suffix(".mlps")]
-    for path in kept:
+            if kind != "mlp" or request.mlp_checkpoint is None:
+                for file in filter(None, files):
+                    doomed[file] = [file, file.with_suffix(".blocks"), file.with_suffix(".mlps")]
+    for path in doomed:
         acquire(path).release()
-    for path, parts in kept.items():
+    for path, files in doomed.items():
         with acquire(path):
-            for part in parts:
-                remove(part)
-
-
-def _count(folder: Path) -> int:
-    return sum(1 for _ in folder.glob("block-*.safetensors"))
+            for file in files:
+                remove(file)
 
 
 def _noted(request: CellRequest) -> dict[str, list[Path | None]]:
-    """The files by kind that a cell shares, there or not; None for one that no run has noted."""
-    if not any(_index(request, kind).is_dir() for kind in _KINDS):
+    """Return the files that a cell shares, made or not, by kind; None for one not in the index."""
+    if not any((request.results.parent / kind / ".index").is_dir() for kind in _KINDS):
         return {}
     request = resolved(request)
     basis = _basis(request)
     return {
-        kind: [
-            _shared_file(_index(request, kind) / _entry(request, basis, kind, digest))
-            for digest in digests
-        ]
+        kind: [_shared_file(_entry(request, basis, kind, digest)) for digest in digests]
         for kind, digests in shared_digests(request).items()
     }
 
 
+def _entry(request: CellRequest, basis: dict[str, Any], kind: str, digest: str) -> Path:
+    """Return the file of the index for one shared file of a request."""
+    skip, task = request.data.skip_corrupt, request.task
+    content = {**basis, "task": task, "skip_corrupt": skip, "kind": kind, "digest": digest}
+    return request.results.parent / kind / ".index" / _digest(content)
+
+
 def _shared_file(entry: Path) -> Path | None:
+    """Return the file that an entry of the index names; None if it names no shared file."""
     try:
         with entry.open(encoding="utf-8") as file:
             name = file.read(64)
     except (OSError, UnicodeDecodeError):
         return None
     return entry.parent.parent / name if re.fullmatch(r"[0-9a-f]{24}\.safetensors", name) else None
-
-
-def _index(request: CellRequest, kind: str) -> Path:
-    return request.results.parent / kind / ".index"
-
-
-def _entry(request: CellRequest, basis: dict[str, Any], kind: str, digest: str) -> str:
-    return _digest(
-        {
-            **basis,
-            "task": request.task,
-            "skip_corrupt": request.data.skip_corrupt,
-            "kind": kind,
-            "digest": digest,
-        }
-    )
-
-
-def preflight(request: CellRequest) -> list[Missing]:
-    """Return what the cell needs of data and weights that is not there."""
-    request = resolved(request)
-    return registry.preflight(request.task, request.model, request.data)
-
-
-def _path(path: Path | None) -> str | None:
-    return None if path is None else os.path.realpath(path)
-
-
-def resolved(request: CellRequest) -> CellRequest:
-    """Return the request with one name for each choice: scope spelled out, usual evaluation None.
-
-    Raises:
-        RecipeError: the task has no such scope or evaluation.
-    """
-    recipe, wanted = request.recipe, request.data.evaluation
-    if wanted is not None:
-        evaluations = registry.evaluations(request.task)
-        if wanted not in evaluations:
-            known = (
-                suggest(wanted, evaluations) if evaluations else " It has one only: leave this out."
-            )
-            raise RecipeError(f"Task '{request.task}' has no evaluation '{wanted}'.{known}")
-        if wanted == evaluations[0]:
-            request = replace(request, data=replace(request.data, evaluation=None))
-    if recipe is None:
-        return request
-    scopes = registry.scopes(request.task)
-    if recipe.scope is None:
-        return (
-            replace(request, recipe=recipe.model_copy(update={"scope": scopes[0]}))
-            if scopes
-            else request
-        )
-    if not scopes:
-        raise RecipeError(
-            f"Task '{request.task}' always quantizes the whole model: leave scope '{recipe.scope}' out."
-        )
-    if recipe.scope not in scopes:
-        raise RecipeError(
-            f"Task '{request.task}' has no scope '{recipe.scope}'.{suggest(recipe.scope, scopes)}"
-        )
-    return request
-
-
-def variant_name(request: CellRequest) -> str:
-    """Return the variant's name: as asked for, else the changes of the method's settings; and the scope."""
-    recipe = request.recipe
-    if recipe is None:
-        return "fp" if request.variant is None else request.variant
-    name = request.variant
-    if name is None:
-        changes = recipe.changes(registry.defaults(request.task))
-        name = (
-            ",".join(f"{key}={value}" for key, value in changes.items()) if changes else "released"
-        )
-    return name if recipe.scope is None else f"{name} [{recipe.scope}]"

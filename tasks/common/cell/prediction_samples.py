@@ -1,8 +1,8 @@
-"""A model's answers for a few samples, kept beside the record: which samples, and the file's form."""
+"""Prediction samples: a model's answers to a few samples, in ``examples.json`` of a cell."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -11,21 +11,25 @@ from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, first_problem
 
 EXAMPLES_FILE = "examples.json"
-#: Samples that an evaluation keeps, and answers of each.
+#: Samples that an evaluation keeps, and answers per sample.
 SAMPLES, ANSWERS = 12, 3
-#: Objects of an image in the file: found, from this score on, and true ones.
+#: Detections per image in the file, their least score, and annotated objects per image.
 FOUND, LEAST_SCORE, TRUTHS = 20, 0.3, 100
-#: Captions of an image in the file, and characters of a text.
+#: Captions per image in the file, and characters per text.
 CAPTIONS, CHARACTERS = 10, 1000
-#: What a file that comes from elsewhere may hold.
+#: Limits on a file from other people: bytes and samples.
 _BYTES, _SAMPLES = 5 * 10**6, 64
 
 
 class Spread:
     """Chooses up to :data:`SAMPLES` of ``count`` samples, evenly spaced.
 
-    The set (damaged samples included) is cut into as many strips, and the first sample of each that
-    comes is chosen. That depends on positions alone, so every model is shown with the same samples.
+    The set, damaged samples included, is cut into that many strips, and the first sample that comes
+    of each strip is chosen. Only positions count, so all models show the same samples.
+
+    Example::
+
+        Spread(1200).take([0, 1, 100])  # [0, 2]: the first samples of two strips
     """
 
     def __init__(self, count: int) -> None:
@@ -33,7 +37,7 @@ class Spread:
         self.filled: set[int] = set()
 
     def take(self, positions: Iterable[int]) -> list[int]:
-        """Which of ``positions`` (rising from call to call) are chosen, as indices into these."""
+        """Return the indices into ``positions`` of the chosen ones; positions rise over calls."""
         chosen = []
         for index, position in enumerate(positions):
             strip = position * self.strips // self.count
@@ -44,28 +48,27 @@ class Spread:
 
 
 def leaders(scores: np.ndarray, correct: np.ndarray) -> list[int]:
-    """Indices of the highest :data:`ANSWERS` of ``scores`` (n,), the highest first.
+    """Return the indices of the :data:`ANSWERS` highest ``scores`` (n,), the highest first.
 
-    Of equal scores, ``correct`` ones (n,) come last: ties count against the model, as in its metrics.
+    Among equal scores, ``correct`` ones (n,) come last: ties count against the model everywhere.
     """
     return [int(index) for index in np.lexsort((correct, -scores))[:ANSWERS]]
 
 
 def shortened(text: str) -> str:
-    """``text``, cut off where it is longer than what a file may hold."""
+    """Return ``text``, cut off if it is longer than the file may hold."""
     return text if len(text) <= CHARACTERS else f"{text[: CHARACTERS - 1]}…"
 
 
 class _Exact(Strict, strict=True, allow_inf_nan=False):
-    """Strict also in types: the file may come from elsewhere."""
+    """Base of the file's parts: types are exact too, since the file may come from other people."""
 
 
 _Text = Annotated[str, Field(max_length=CHARACTERS)]
 _Id = Annotated[str, Field(min_length=1, max_length=4096)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Side = Annotated[int, Field(ge=1, le=100_000)]
-#: x and y in turn, of at least three corners.
-_Polygon = Annotated[list[float], Field(min_length=6, max_length=1000)]
+_Polygon = Annotated[list[float], Field(min_length=6, max_length=1000)]  # x0, y0, x1, y1, ...
 
 
 class ClassAnswer(_Exact):
@@ -76,7 +79,7 @@ class ClassAnswer(_Exact):
 
 
 class ClassSample(_Exact):
-    """A classified image: the name of its class, and the most probable ones."""
+    """A classified image: its class, and the classes with the highest probability."""
 
     sample: _Id
     truth: _Text
@@ -84,7 +87,7 @@ class ClassSample(_Exact):
 
 
 class CaptionAnswer(_Exact):
-    """A caption, its cosine similarity to the image, and whether it is one of the image's own."""
+    """A caption and its cosine similarity to the image; ``correct`` if it is the image's own."""
 
     caption: _Text
     score: float
@@ -92,7 +95,7 @@ class CaptionAnswer(_Exact):
 
 
 class CaptionSample(_Exact):
-    """An image that captions were looked for to: its own captions, and the most similar of all."""
+    """An image as a query for captions: its own captions, and the most similar captions of all."""
 
     sample: _Id
     truth: list[_Text] = Field(max_length=CAPTIONS)
@@ -100,7 +103,7 @@ class CaptionSample(_Exact):
 
 
 class TrueObject(_Exact):
-    """An annotated object in pixels: box x, y, width, height; outlines x0, y0, x1, y1, ..."""
+    """An annotated object in pixels: box x, y, width, height, and outlines."""
 
     name: _Text
     box: list[float] = Field(min_length=4, max_length=4)
@@ -108,13 +111,13 @@ class TrueObject(_Exact):
 
 
 class FoundObject(TrueObject):
-    """Likewise a detection, with its score."""
+    """A detected object with its score."""
 
     score: _Share
 
 
 class ObjectSample(_Exact):
-    """An image of ``size`` (width, height) with its objects and what was found."""
+    """An image of ``size`` (width, height) with its annotated and its detected objects."""
 
     sample: _Id
     size: list[_Side] = Field(min_length=2, max_length=2)
@@ -132,16 +135,10 @@ class ExampleFile(_Exact):
     samples: Annotated[Samples, Field(max_length=_SAMPLES)]
 
 
-def example_file(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is written for :attr:`~tasks.common.task.Evaluation.examples`."""
-    return {"task": task, "samples": samples}
-
-
 def read_examples(folder: Path, name: str) -> ExampleFile:
-    """Read the examples ``name`` (as the record calls them) in ``folder``; neither is trusted.
+    """Read the file ``name`` of prediction samples in ``folder``; file and name are not trusted.
 
-    Raises:
-        CheckpointError: missing, not in that folder, larger than any that is written, or not valid.
+    Raises CheckpointError if it is missing, elsewhere, too large or not valid.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(
@@ -158,7 +155,7 @@ def read_examples(folder: Path, name: str) -> ExampleFile:
         raise CheckpointError(f"Cannot read the examples {path}: {error.strerror}.") from error
     if len(content) > _BYTES:
         raise CheckpointError(
-            f"The examples {path} have more than {_BYTES // 10**6} MB, which none that are written have: {advice}"
+            f"The examples {path} exceed {_BYTES // 10**6} MB, which no run writes: {advice}"
         )
     try:
         return ExampleFile.model_validate_json(content)

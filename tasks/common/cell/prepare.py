@@ -1,177 +1,184 @@
-"""From a request to the parts that stages take, for ``run`` and the commands of single stages."""
+"""From a request to a cell with model, calibration images and parts, on which stages run."""
 
 import copy
+import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from fimaq_core import NUMERICS_VERSION
 from fimaq_core.chain import Segment
 from fimaq_core.checkpoint import Fingerprint, save_checkpoint
 from fimaq_core.errors import RecipeError
+from fimaq_core.files import remove_leftovers
 from fimaq_core.pipeline import load_mlps
 from fimaq_core.progress import OnProgress
-from fimaq_core.store import Part, Resources
-from tasks.common.cell.environment import resolve_device
-from tasks.common.cell.identity import resolved
+from fimaq_core.reconstruction.reconstruct import ReconstructionLog
+from fimaq_core.store import Address, CheckpointStore, Part, Resources, Stage
+from tasks.common.cell.environment import StageClock, resolve_device
+from tasks.common.cell.identity import note_shared, resolved, shared_digest
+from tasks.common.cell.lease import awaited
+from tasks.common.models.module_map import merge_logs
+from tasks.common.record import WAIT
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
 
 
 @dataclass
-class Prepared:
-    """A request with its model and calibration images.
+class PreparedCell:
+    """A cell with its model, its calibration images and the parts of the model.
 
-    Attributes:
-        request: checked, see :func:`check_request`.
-        task: of the request.
-        device: where everything runs.
-        resources: how stages run.
-        loaded: the float model.
-        images: the calibration set; None for full precision.
-        parts: of the model, filled by :meth:`build`.
+    :meth:`run` changes the parts stage by stage, and :meth:`evaluate` measures the result.
     """
 
-    request: CellRequest
+    request: CellRequest  # checked, see check_request
     task: Task
     device: torch.device
-    resources: Resources
-    loaded: LoadedModel
-    images: CalibrationSet | None = None
-    parts: list[Part] = field(default_factory=list)
-
-    @property
-    def built_model(self) -> str:
-        """The architecture and its arguments: weights of one file may fit several of them."""
-        given = self.request.model.model_args
-        return self.loaded.tag + (json.dumps(given, sort_keys=True) if given else "")
+    resources: Resources  # how stages run
+    clock: StageClock
+    loaded: LoadedModel  # the float model
+    images: CalibrationSet | None = None  # None for full precision
+    parts: list[Part] = field(default_factory=list)  # empty for full precision
 
     @property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of checkpoints of the whole model."""
-        recipe, images = self.request.recipe, self.images
-        assert recipe is not None
-        assert images is not None
+        given = self.request.model.model_args  # weights of one file may fit several architectures
         return Fingerprint(
-            model=self.built_model,
+            model=self.loaded.tag + (json.dumps(given, sort_keys=True) if given else ""),
             weights=self.loaded.sha256,
-            calibration=images.fingerprint,
-            recipe=recipe,
+            calibration=self.images.fingerprint,
+            recipe=self.request.recipe,
         )
 
     @property
     def facts(self) -> dict[str, object]:
-        """Facts in a checkpoint from which a later stage builds the model."""
-        model = self.request.model
+        """Facts in a checkpoint's header, from which later commands load the model."""
+        model, task = self.request.model, self.request.task
+        own = {"task": task, "model": model.name, "model_args": model.model_args}
         given = {"weights_entry": model.weights_entry, "preprocessing": model.preprocessing}
-        return {
-            **{
-                "task": self.request.task,
-                "model": model.name,
-                "model_args": model.model_args,
-                "tag": self.loaded.tag,
-            },
-            **{name: value for name, value in given.items() if value},
-        }
+        given = {name: value for name, value in given.items() if value}
+        return {**own, "tag": self.loaded.tag, **given}
 
     @property
     def chains(self) -> Chains:
-        """The chains by the names of their parts."""
+        """The chains by part."""
         return {part.name: part.chain for part in self.parts}
 
     @property
+    def log(self) -> ReconstructionLog:
+        """The logs of all parts in one."""
+        log = ReconstructionLog()
+        for part in self.parts:
+            merge_logs(log, part.name, part.log)
+        return log
+
+    @property
     def notes(self) -> list[str]:
-        """Which weights were taken, how images are prepared, and remarks on the images."""
+        """Notes on the loaded weights, the preprocessing and the calibration images."""
         own = self.loaded.preprocessing
         said = [] if own is None else [f"preprocessing: {own.text()}"]
         return [*self.loaded.weights.notes(), *said, *(self.images.notes if self.images else [])]
 
-    def build(self) -> None:
-        """Turn the float model into its parts, with the MLPs of ``mlp_checkpoint`` if it is given.
+    def keep_teachers(self) -> None:
+        """Keep a copy of each chain with its own MLPs, as the target of reconstruction."""
+        for part in self.parts:
+            part.teacher = copy.deepcopy(part.chain)
 
-        Raises:
-            CheckpointError: ``mlp_checkpoint`` is missing or of another run.
-        """
-        task, loaded, images, recipe = self.task, self.loaded, self.images, self.request.recipe
-        assert recipe is not None
-        assert images is not None
-        # First, since chains take the float model over: a part's divergence may need another's outputs.
-        divergences = task.divergences(
-            loaded, images, recipe, self.device, self.resources.batch_size
-        )
-        inputs = task.inputs(loaded, images, recipe, self.device)
-        for name, chain in task.chains(loaded, recipe).items():
-            # A scope that names this part alone lets runs with other scopes share the part's files.
-            own = (
-                recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
-                if name
-                else recipe
-            )
-            mark = self.fingerprint.model_copy(update={"recipe": own})
-            self.parts.append(
-                Part(
-                    chain.to(self.device),
-                    inputs[name],
-                    own,
-                    divergences[name],
-                    mark,
-                    name,
-                    dict(self.facts),
-                )
-            )
-        if self.request.mlp_checkpoint is not None:
-            for part in self.parts:
-                part.teacher = copy.deepcopy(part.chain)
-            load_mlps(all_segments(self.chains), self.request.mlp_checkpoint, self.fingerprint)
+    def run(self, stages: Iterable[Stage], address: Callable[[Stage, Part], Address]) -> None:
+        """Run stages on all parts, or load the files that earlier runs kept at their addresses."""
+        store = CheckpointStore(self.resources, address, self._alone)
+        for stage in stages:
+            for part in filter(stage.wanted, self.parts):
+                reused = store.run(stage, part)
+                if stage.name:
+                    self.clock.lap(stage.title(part) + (" (reused)" if reused else ""))
 
-    def save(self, path: Path, stage: str) -> None:
-        """Write a checkpoint of the whole model after `stage`."""
-        save_checkpoint(
-            path, whole(self.chains).state_dict(), self.fingerprint, {**self.facts, "stage": stage}
-        )
+    def shared_file(self, stage: Stage, part: Part) -> Path:
+        """Return the file of a stage that cells share: equal inputs give an equal name."""
+        digest = shared_digest(stage.kind, part.name, part.recipe)
+        own = self.fingerprint
+        inputs = f"{digest}{own.weights}{own.calibration}{NUMERICS_VERSION}{own.model}"
+        name = f"{hashlib.sha256(inputs.encode()).hexdigest()[:24]}.safetensors"
+        path = self.request.results.parent / stage.kind / name
+        note_shared(self.request, stage.kind, digest, path)
+        return path
 
-    def evaluate(self, chains: Chains, on_progress: OnProgress) -> Evaluation:
-        """Measure the model with `chains` in place of the parts they stand for."""
-        request = self.request
+    @contextmanager
+    def _alone(self, path: Path) -> Iterator[None]:
+        """Keep other processes from making ``path``; wait if one of them is making it now."""
+        if path.is_file():
+            yield
+            return
+        with awaited(path, self.resources.on_progress) as lease:
+            remove_leftovers(path.parent, path.name)
+            if lease.waited:
+                self.clock.lap(WAIT)
+            yield
+
+    def save(self, path: Path, module: nn.Module, stage: str) -> None:
+        """Write a checkpoint of ``module``, made of all chains, after ``stage``."""
+        facts = {**self.facts, "stage": stage}
+        save_checkpoint(path, module.state_dict(), self.fingerprint, facts)
+
+    def evaluate(self, chains: Chains) -> Evaluation:
+        """Measure the model with ``chains`` in place of its float parts."""
         model = self.task.assemble(self.loaded, chains).to(self.device)
-        return self.task.evaluate(
-            model,
-            self.loaded,
-            request.data,
-            self.device,
-            request.eval_batch,
-            request.workers,
-            on_progress,
-        )
+        how = self.device, self.request.eval_batch, self.request.workers
+        data, on_progress = self.request.data, self.resources.on_progress
+        return self.task.evaluate(model, self.loaded, data, *how, on_progress)
 
 
-def prepare(request: CellRequest, on_progress: OnProgress) -> Prepared:
-    """Load the model, and draw the calibration images unless it is to stay in full precision.
+def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
+    """Load the model; if it is to be quantized, draw the calibration images and build its parts.
 
-    Raises:
-        FimaqError: the request makes no sense, or something is missing, damaged or does not fit.
+    Raises FimaqError if the request makes no sense, or something is missing, damaged or misfits.
     """
     request = check_request(request)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     device = resolve_device(request.device)
-    task = get_task(request.task)
+    clock, task = StageClock(device), get_task(request.task)
     resources = Resources(on_progress, request.placement, request.eval_batch, request.step_engine)
-    cell = Prepared(request, task, device, resources, task.load(request.model))
+    cell = PreparedCell(request, task, device, resources, clock, task.load(request.model))
     if request.recipe is not None:
         cell.images = task.calibration(cell.loaded, request.data, request.recipe)
+    clock.lap("load")
+    if request.recipe is not None:
+        cell.parts = _parts(cell)
+    if request.mlp_checkpoint is not None:
+        cell.keep_teachers()
+        load_mlps(all_segments(cell.chains), request.mlp_checkpoint, cell.fingerprint)
     return cell
 
 
-def check_request(request: CellRequest) -> CellRequest:
-    """Return the request with its scope spelled out.
+def _parts(cell: PreparedCell) -> list[Part]:
+    """Turn the float model into its parts."""
+    task, loaded, images, recipe = cell.task, cell.loaded, cell.images, cell.request.recipe
+    # Chains take modules of the float model, so all that needs the float model comes first.
+    divergences = task.divergences(loaded, images, recipe, cell.device, cell.resources.batch_size)
+    inputs, parts = task.inputs(loaded, images, recipe, cell.device), []
+    for name, chain in task.chains(loaded, recipe).items():
+        own = recipe
+        if name:  # scope limited to this part, so that runs with other scopes share its files
+            own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
+        mark = cell.fingerprint.model_copy(update={"recipe": own})
+        chain, facts = chain.to(cell.device), cell.facts
+        parts.append(Part(chain, inputs[name], own, divergences[name], mark, name, facts))
+    return parts
 
-    Raises:
-        RecipeError: the task has no such scope or evaluation, or the recipe reconstructs no MLPs and
-            ``mlp_checkpoint`` is given.
+
+def check_request(request: CellRequest) -> CellRequest:
+    """Return the resolved request.
+
+    Raises RecipeError if the task has no such scope or evaluation, or if the recipe reconstructs no
+    MLPs and ``mlp_checkpoint`` is given.
     """
     request = resolved(request)
     recipe = request.recipe
@@ -185,7 +192,7 @@ def check_request(request: CellRequest) -> CellRequest:
 
 
 def whole(chains: Chains) -> nn.Module:
-    """Return what a checkpoint of a whole model holds: its one chain, or all of them by name."""
+    """Return the module of a whole checkpoint: the only chain, or all chains by part."""
     return chains[""] if list(chains) == [""] else nn.ModuleDict(chains)
 
 

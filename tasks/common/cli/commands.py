@@ -1,77 +1,49 @@
-"""The command line of every task: run, or its stages one by one."""
+"""The command line of a task: ``run``, its stages one by one, and facts about models."""
 
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from fimaq_core.errors import FimaqError, RecipeError
-from fimaq_core.progress import OnProgress, progress_bars
-from fimaq_core.recipe import Recipe
-from tasks.common.cli.options import (
-    GroupedCommand,
-    TaskOptions,
-    given_recipe,
-    mlp_option,
-    model_options,
-    out_option,
-    recipe_options,
-    run_options,
-    take,
-    take_recipe,
-    weights_options,
-    with_options,
-    with_preprocessing,
-)
-from tasks.common.registry import defaults
-from tasks.common.request import CellRequest, DataRequest, ModelRequest
+from fimaq_core.progress import progress_bars
+from tasks.common.cli import options
+from tasks.common.cli.options import TaskOptions
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+_checkpoint = click.argument("checkpoint", type=options.PATH)
 
 
-def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
-    """Make the commands of a task: run, its stages one by one, and facts about models."""
+def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
+    """Return the commands of a task. Libraries are imported only by the command that needs them."""
 
-    @click.group(
-        help=summary,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    )
+    @click.group(help=summary, context_settings=_SETTINGS)
     @click.option("--verbose", is_flag=True, help="Show the log.")
     def group(verbose: bool) -> None:
-        logging.basicConfig(
-            level=logging.INFO if verbose else logging.ERROR,
-            format="%(levelname)s %(name)s: %(message)s",
-        )
+        level = logging.INFO if verbose else logging.ERROR
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
-    @group.command(
-        cls=GroupedCommand,
-        help="Calibrate, reconstruct and evaluate one model; writes a result record.",
-    )
-    @with_options(*model_options(own), mlp_option, *recipe_options(own))
+    @group.command(cls=options.GroupedCommand)
+    @options.model(own)
+    @options.mlp_checkpoint
+    @options.recipe(own)
     @click.option("--variant", help="Name of this variant of the method in tables.")
-    @click.option(
-        "--results",
-        default="results/runs",
-        show_default=True,
-        type=click.Path(path_type=Path),
-        help="Where records go.",
-    )
-    @click.option(
-        "--force", is_flag=True, help="Remove what is there of the cell, and measure it again."
-    )
-    def run(**options: Any) -> None:
+    @click.option("--results", default="results/runs", type=options.PATH, help="Folder of records.")
+    @click.option("--force", is_flag=True, help="Remove the cell's and its shared files first.")
+    def run(force: bool, **given: Any) -> None:
+        """Calibrate, reconstruct and evaluate one model; writes a result record."""
         from tasks.common.cell.environment import resolve_device
         from tasks.common.cell.identity import forget
         from tasks.common.cell.prepare import check_request
         from tasks.common.cell.run import run_cell
         from tasks.common.record import read_record
 
-        force = options.pop("force")
-        request = check_request(
-            _request(task_name, take_recipe(options, defaults(task_name)), options)
-        )
+        recipe = options.take_recipe(task, given)
+        request = check_request(options.cell_request(task, given, recipe))
         if force:
             resolve_device(request.device)  # nothing is removed for a run that cannot start
             forget([request])
@@ -79,13 +51,11 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
             path = run_cell(request, on_progress)
         record = read_record(path)
         for name, metric in record.metrics.items():
-            full = (
-                f", full precision {record.fp_metrics[name].value:.2f}"
-                if name in record.fp_metrics
-                else ""
-            )
+            full = record.fp_metrics.get(name)
+            said = "" if full is None else f", full precision {full.value:.2f}"
             click.echo(
-                f"{record.model} {record.method} {name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {record.n}{full})"
+                f"{record.model} {record.method} {name} {metric.value:.2f} ± {metric.stderr:.2f} "
+                f"(n = {record.n}{said})"
             )
         _echo(record.weights.notes())
         if record.preprocessing is not None:
@@ -93,90 +63,77 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         _echo(f"note: {note}" for note in record.notes)
         click.echo(f"record: {path}")
 
-    @group.command(
-        name="reconstruct-mlp",
-        cls=GroupedCommand,
-        help="Reconstruct the MLPs only (GELU becomes ReLU), the first stage of APHQ-ViT; writes a checkpoint.",
-    )
-    @with_options(*model_options(own), *recipe_options(own))
-    @out_option
-    def reconstruct_mlp(**options: Any) -> None:
-        from tasks.common.cell import stages
+    @group.command(cls=options.GroupedCommand)
+    @options.model(own)
+    @options.recipe(own)
+    @options.out
+    def reconstruct_mlp(out: Path, **given: Any) -> None:
+        """Reconstruct only the MLPs, with ReLU, as APHQ-ViT does first; writes a checkpoint."""
+        _first_stage(task, "mlp_stage", out, given)
+        click.echo(f"checkpoint of reconstructed MLPs: {out}")
 
-        click.echo(
-            f"checkpoint of reconstructed MLPs: {_first_stage(task_name, stages.mlp_stage, options)}"
-        )
+    @group.command(cls=options.GroupedCommand)
+    @options.model(own)
+    @options.mlp_checkpoint
+    @options.recipe(own)
+    @options.out
+    def calibrate(out: Path, **given: Any) -> None:
+        """Find the ranges only; writes a checkpoint."""
+        _first_stage(task, "calibrate_stage", out, given)
+        click.echo(f"calibrated checkpoint: {out}")
 
-    @group.command(cls=GroupedCommand, help="Find the ranges only; writes a checkpoint.")
-    @with_options(*model_options(own), mlp_option, *recipe_options(own))
-    @out_option
-    def calibrate(**options: Any) -> None:
-        from tasks.common.cell import stages
+    @group.command(cls=options.GroupedCommand)
+    @_checkpoint
+    @options.run(own)
+    @options.weights()
+    @options.recipe(own)
+    @options.out
+    def reconstruct(checkpoint: Path, out: Path, **given: Any) -> None:
+        """Reconstruct the calibrated CHECKPOINT; goes on where an earlier call stopped.
 
-        click.echo(
-            f"calibrated checkpoint: {_first_stage(task_name, stages.calibrate_stage, options)}"
-        )
+        Recipe options apply to reconstruction; options of ranges must be the checkpoint's.
+        """
+        from tasks.common.cell.stages import reconstruct_stage
 
-    @group.command(
-        cls=GroupedCommand,
-        help="Reconstruct the calibrated CHECKPOINT, going on where an earlier call stopped. Recipe options given here apply to "
-        "reconstruction; those that determine ranges must be the checkpoint's.",
-    )
-    @click.argument("checkpoint", type=click.Path(path_type=Path))
-    @with_options(*run_options(own), *weights_options(), *recipe_options(own))
-    @out_option
-    def reconstruct(checkpoint: Path, **options: Any) -> None:
-        from tasks.common.cell import stages
-
-        out, given, data = (
-            options.pop("out"),
-            given_recipe(options),
-            take(DataRequest, with_preprocessing(options)),
-        )
+        changes = options.given_recipe(given)
+        request = options.cell_request(task, given)
         with progress_bars() as on_progress:
-            log = stages.reconstruct_stage(
-                task_name, checkpoint, out, given, data, options, on_progress
-            )
-        _echo(f"note: {note}" for note in log.sentences())
+            notes = reconstruct_stage(request, checkpoint, out, changes, on_progress)
+        _echo(f"note: {note}" for note in notes)
         click.echo(f"reconstructed checkpoint: {out}")
 
-    @group.command(
-        help="Evaluate CHECKPOINT, of any stage (with MLPs alone reconstructed: in full precision)."
-    )
-    @click.argument("checkpoint", type=click.Path(path_type=Path))
-    @with_options(*run_options(own), *weights_options())
-    def evaluate(checkpoint: Path, **options: Any) -> None:
-        from tasks.common.cell import stages
+    @group.command()
+    @_checkpoint
+    @options.run(own)
+    @options.weights()
+    def evaluate(checkpoint: Path, **given: Any) -> None:
+        """Evaluate CHECKPOINT, of any stage; reconstructed MLPs alone are in full precision."""
+        from tasks.common.cell.stages import evaluate_stage
 
-        data = take(DataRequest, with_preprocessing(options))
         with progress_bars() as on_progress:
-            evaluation = stages.evaluate_stage(task_name, checkpoint, data, options, on_progress)
-        for name, metric in evaluation.metrics.items():
-            click.echo(f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {evaluation.n})")
-        _echo(f"note: {note}" for note in evaluation.notes)
-        for sample in evaluation.skipped:
-            click.echo(f"skipped: {sample}")
+            found = evaluate_stage(options.cell_request(task, given), checkpoint, on_progress)
+        for name, metric in found.metrics.items():
+            click.echo(f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {found.n})")
+        _echo(f"note: {note}" for note in found.notes)
+        _echo(f"skipped: {sample}" for sample in found.skipped)
 
-    @group.command(
-        help="Show what CHECKPOINT (of any stage) holds, without data: layers with quantizers, bits, sizes and bit operations, "
-        "what stays in full precision, sums, and where it comes from."
-    )
-    @click.argument("checkpoint", type=click.Path(path_type=Path))
-    @click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object instead of tables."
-    )
-    @with_options(*weights_options())
-    def inspect(checkpoint: Path, as_json: bool, **options: Any) -> None:
-        from tasks.common.cell import stages
+    @group.command()
+    @_checkpoint
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+    @options.weights()
+    def inspect(checkpoint: Path, as_json: bool, **given: Any) -> None:
+        """Show layers, sizes, bit operations and origin of CHECKPOINT, of any stage."""
+        from tasks.common.cell.stages import inspect_stage
 
-        inspection = stages.inspect_stage(task_name, checkpoint, options)
-        click.echo(json.dumps(inspection.content(), indent=1) if as_json else inspection.text())
+        found = inspect_stage(options.cell_request(task, given), checkpoint)
+        click.echo(json.dumps(found.content(), indent=1) if as_json else found.text())
 
-    @group.command(help="List short names and demo models.")
+    @group.command()
     def models() -> None:
+        """List short names and demo models."""
         from tasks.common.registry import get_task
 
-        names = get_task(task_name).model_names()
+        names = get_task(task).model_names()
         width = max(14, *map(len, names))
         for name, meaning in names.items():
             click.echo(f"{name:{width}s} {meaning}")
@@ -189,31 +146,23 @@ def _echo(lines: Iterable[str]) -> None:
         click.echo(line)
 
 
-def _request(task_name: str, recipe: Recipe | None, options: dict[str, Any]) -> CellRequest:
-    model, data = take(ModelRequest, with_preprocessing(options)), take(DataRequest, options)
-    return CellRequest(task_name, model, data, recipe, **options)
+def _first_stage(task: str, stage: str, out: Path, given: dict[str, Any]) -> None:
+    """Run a stage that starts from the float model, and print its notes."""
+    from tasks.common.cell import stages
 
-
-def _first_stage(
-    task_name: str,
-    stage: Callable[[CellRequest, Path, OnProgress], list[str]],
-    options: dict[str, Any],
-) -> Path:
-    """Run a stage that starts from the float model; return the checkpoint it wrote."""
-    recipe, out = take_recipe(options, defaults(task_name)), Path(options.pop("out"))
+    recipe = options.take_recipe(task, given)
     if recipe is None:
         raise RecipeError("Method 'fp' has no stages: use run.")
+    request = options.cell_request(task, given, recipe)
     with progress_bars() as on_progress:
-        notes = stage(_request(task_name, recipe, options), out, on_progress)
+        notes = getattr(stages, stage)(request, out, on_progress)
     _echo(f"note: {note}" for note in notes)
-    return out
 
 
 def main(group: click.Group, arguments: list[str] | None = None) -> None:
-    """Run a command group: errors meant for the user become one message and exit code 2.
+    """Run a command group; an error for the user becomes one message and exit code 2.
 
-    Args:
-        arguments: instead of the process's own.
+    ``arguments`` None takes those of the process.
     """
     try:
         group.main(arguments, standalone_mode=False)

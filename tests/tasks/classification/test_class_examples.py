@@ -1,4 +1,4 @@
-"""Examples of classification against the model's own outputs, and the pictures that go with them."""
+"""Prediction samples of classification against the model's outputs, and their original images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +39,10 @@ def measure(
         return index
 
     ids = [f"s{index}" for index in range(len(logits))]
-    source = Source("table", "val", ids, targets, logits.shape[1], lambda _: Image.new("L", (1, 1)))
+    classes, image = logits.shape[1], Image.new("L", (1, 1))
+    source = Source("table", "val", ids, targets, classes, lambda _: image, names)
     images = Images(ids, targets, read, lambda index: logits[index].view(1, 1, -1), True)  # type: ignore[arg-type, return-value]
-    return evaluate(nn.Flatten(1), images, source, CPU, 7, 0, silent, names)
+    return evaluate(nn.Flatten(1), images, source, CPU, 7, 0, silent)
 
 
 def by_hand(logits: list[float], target: int, names: tuple[str, ...]) -> dict[str, Any]:

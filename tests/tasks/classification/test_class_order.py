@@ -1,4 +1,4 @@
-"""Labels of class folders: asked for where orders differ, right by every way to give them, in identity and record."""
+"""Labels of class folders: asked for where orders differ, and right in every way to give them."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def colour(label: int) -> tuple[int, int, int]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders 0 ... 11 with images of one colour each, and a ViT whose outputs tell these, fitted in numeric order."""
+    """Folders 0 to 11 with images of one colour each, and a ViT fitted to them in numeric order."""
     root = tmp_path_factory.mktemp("place")
     for part in ("train", "val"):
         for label, name in enumerate(NUMBERS):
@@ -302,7 +302,8 @@ def test_files_of_an_order(tmp_path: Path) -> None:
     [
         (
             "ant\nbee\ncst\n",
-            r"1 name without a folder, such as 'cst' \(Did you mean 'cat'\?\); 1 folder without a name in it",
+            r"1 name without a folder, such as 'cst' \(Did you mean 'cat'\?\); "
+            r"1 folder without a name in it",
         ),
         ("ant\nbee\n", "1 folder without a name in it, such as 'cat'"),
         ("ant\nbee\ncat\ndog\n", "1 name without a folder, such as 'dog'"),
@@ -318,7 +319,7 @@ def test_an_order_of_other_classes_is_refused(tmp_path: Path, text: str, message
 
 
 def test_unicode_forms_of_class_names(tmp_path: Path) -> None:
-    """A part that was copied over another system has the same classes, and a list in either form names them."""
+    """Names in another Unicode form are the same classes, in folders and in a list."""
     names = {"train": "NFC", "val": "NFD"}
     for part, form in names.items():
         for name in ("étang", "zone"):

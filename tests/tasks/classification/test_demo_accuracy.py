@@ -1,4 +1,4 @@
-"""What quantization costs the demo models at bit-widths where it should cost little, paired on the same test pairs.
+"""Accuracy that quantization costs the demo models where it should cost little, on equal pairs.
 
 Short schedules keep this quick: the demo profile's longer ones can only do better.
 """

@@ -1,4 +1,4 @@
-"""timm's real classes as chains: the same function in full precision, everything quantizable found."""
+"""timm's classes as chains: the same function in full precision, and all quantizable layers."""
 
 import copy
 from typing import Any
@@ -89,7 +89,7 @@ def test_variants_of_the_plain_vit(name: str) -> None:
 
 @pytest.mark.parametrize("build", [vit, deit, swin])
 def test_every_part_of_the_model_matters(build: Any) -> None:
-    """Each parameter of the small models changes the chain's output: none was left behind or copied."""
+    """Each parameter of the small models changes the chain's output: none is lost or copied."""
     model = build()
     size = 40 if build is swin else 32
     x = images(2, size)
@@ -99,7 +99,7 @@ def test_every_part_of_the_model_matters(build: Any) -> None:
         for name, parameter in chain.named_parameters():
             if parameter.numel() == 0:  # scales before calibration
                 continue
-            # Softmax does not see a shift common to all keys, so of this bias only the values' part is moved.
+            # Softmax ignores a shift of all keys, so only the values' part of this bias moves.
             part = (
                 parameter[-parameter.numel() // 3 :]
                 if name.endswith("attn.qkv.bias")

@@ -1,4 +1,4 @@
-"""ImageFolder data: what is missing or damaged is named, and calibration samples can be drawn again."""
+"""Class folders: missing or damaged files are named, and calibration samples repeat."""
 
 import json
 import random
@@ -49,7 +49,7 @@ def recipe(count: int = 6, **changes: object) -> Recipe:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three classes; 4 images each in train (PNG and JPEG), 2 in val; grey, coloured and with transparency."""
+    """Three classes of 4 train and 2 val images, PNG and JPEG, grey, colour and transparent."""
     generator = np.random.default_rng(0)
     for part, count in (("train", 4), ("val", 2)):
         for name in ("ant", "bee", "cat"):
@@ -323,7 +323,7 @@ def test_items_carry_label_and_position(root: Path) -> None:
 
 
 def test_images_are_told_by_content_and_other_files_are_named(root: Path) -> None:
-    """All 15 images of a class are there, whatever their names; hidden files are no data and make no class."""
+    """All 15 images of a class are found under any name; hidden files make no class."""
     folder = root / "val" / "ant"
     for path in folder.iterdir():
         path.unlink()

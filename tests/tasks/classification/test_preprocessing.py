@@ -247,11 +247,21 @@ def test_sizes_as_users_write_them(text: str) -> None:
 @pytest.mark.parametrize(
     ("option", "text"),
     [
-        ("input-size", "big"), ("input-size", "0"), ("input-size", "1,2,3,4"), ("input-size", ""), ("crop-pct", "0"),
-        ("crop-pct", "90"), ("crop-pct", "nan"), ("mean", "a,b,c"), ("std", "0"), ("mean", "inf"), ("interpolation", "cubic"),
-        ("mean", "-0.1"), ("std", "1e-300"),
+        ("input-size", "big"),
+        ("input-size", "0"),
+        ("input-size", "1,2,3,4"),
+        ("input-size", ""),
+        ("crop-pct", "0"),
+        ("crop-pct", "90"),
+        ("crop-pct", "nan"),
+        ("mean", "a,b,c"),
+        ("std", "0"),
+        ("mean", "inf"),
+        ("interpolation", "cubic"),
+        ("mean", "-0.1"),
+        ("std", "1e-300"),
     ],
-)  # fmt: skip
+)
 def test_impossible_values_are_explained(tmp_path: Path, option: str, text: str) -> None:
     with pytest.raises(RecipeError, match=f"--{option} '{text}' is not possible: .*Give: "):
         parse_preprocessing({option.replace("-", "_"): text})
@@ -338,8 +348,8 @@ def test_stages_keep_what_was_given(data: Path, tmp_path: Path) -> None:
     )
     code, text, err = command("inspect", out, "--weights", path)
     assert (
-        "preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25, std 0.5, 0.5, 0.5"
-        in text
+        "preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25, "
+        "std 0.5, 0.5, 0.5" in text
     ), err
     content = json.loads(command("inspect", out, "--weights", path, "--json")[1])
     assert content["preprocessing"]["crop_pct"] == 0.5

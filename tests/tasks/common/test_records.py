@@ -37,22 +37,46 @@ from tasks.common.record import (
 def record(**changes: Any) -> ResultRecord:
     recipe = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
     facts: dict[str, Any] = {
-        "task": "classification", "model": "vit.tag", "method": "fimaq", "variant": "released", "w_bit": 3, "a_bit": 3,
-        "seed": 3407, "recipe": recipe.model_dump(mode="json"), "recipe_digest": recipe.digest(),
-        "metrics": {"top1": Metric(value=71.25, stderr=0.1)}, "n": 50_000, "fp_metrics": {"top1": Metric(value=81.4, stderr=0.1)},
+        "task": "classification",
+        "model": "vit.tag",
+        "method": "fimaq",
+        "variant": "released",
+        "w_bit": 3,
+        "a_bit": 3,
+        "seed": 3407,
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_digest": recipe.digest(),
+        "metrics": {"top1": Metric(value=71.25, stderr=0.1)},
+        "n": 50_000,
+        "fp_metrics": {"top1": Metric(value=81.4, stderr=0.1)},
         "weights": Weights(tag="tag", source="file", sha256="0" * 64),
         "dataset": Dataset(name="folder", split="val", count=5, classes=2, fingerprint="f"),
         "calibration": Calibration(ids=["train/a/1.png"], transform="train", fingerprint="c"),
         "modules": ModuleMap(
             quantized=[
-                LayerEntry(name="head", kind="linear", weight_bits=3, input_bits=3, weight_ranges="2", input_ranges="per tensor")
+                LayerEntry(
+                    name="head",
+                    kind="linear",
+                    weight_bits=3,
+                    input_bits=3,
+                    weight_ranges="2",
+                    input_ranges="per tensor",
+                )
             ],
             full_precision=["norm (LayerNorm)"],
         ),
-        "last_loss": {"head": 0.5}, "fisher_passes": {"head": 0}, "notes": ["Δ"], "skipped_images": [],
-        "environment": Environment(versions={"torch": "2"}, git_revision="abc", device="cpu", threads=1),
-        "seconds": {"load": 0.1}, "peak_memory_bytes": 7, "finished": "2025-01-01T00:00:00+00:00", "outcomes": "outcomes.npz",
-    }  # fmt: skip
+        "last_loss": {"head": 0.5},
+        "fisher_passes": {"head": 0},
+        "notes": ["Δ"],
+        "skipped_images": [],
+        "environment": Environment(
+            versions={"torch": "2"}, git_revision="abc", device="cpu", threads=1
+        ),
+        "seconds": {"load": 0.1},
+        "peak_memory_bytes": 7,
+        "finished": "2025-01-01T00:00:00+00:00",
+        "outcomes": "outcomes.npz",
+    }
     return ResultRecord(**{**facts, **changes})
 
 
@@ -138,7 +162,7 @@ def test_newer_schemas_and_what_is_no_record_are_refused(tmp_path: Path) -> None
             read_record(written(tmp_path, schema_version=version))
     path = tmp_path / "result.json"
     path.write_text("[1, 2]")
-    with pytest.raises(CheckpointError, match="is no record: it holds a JSON list"):
+    with pytest.raises(CheckpointError, match="is no record: its schema version is None"):
         read_record(path)
 
 
@@ -207,9 +231,12 @@ def test_damaged_records_are_refused(tmp_path: Path, damage: str) -> None:
     path = write_record(record(), tmp_path)
     raw = path.read_bytes()
     harm = {
-        "cut": raw[: len(raw) // 2], "empty": b"", "bytes": b"\xff\xfe\x80" + raw, "nesting": b'{"a":' * 50_000,
+        "cut": raw[: len(raw) // 2],
+        "empty": b"",
+        "bytes": b"\xff\xfe\x80" + raw,
+        "nesting": b'{"a":' * 50_000,
         "digits": raw.replace(b"50000", b"9" * 5000),
-    }[damage]  # fmt: skip
+    }[damage]
     path.write_bytes(harm)
     with pytest.raises(CheckpointError, match=r"is damaged .*delete it"):
         read_record(path)
@@ -252,13 +279,10 @@ def test_proportion() -> None:
 def test_the_path_is_the_identity(tmp_path: Path) -> None:
     assert bits_name(32, 32) == "fp"
     assert bits_name(32, 4) == "w32a4"
-    folder = cell_folder(
-        tmp_path, "classification", "vit.tag", "fimaq", 3, 4, 7, "0123456789abcdef"
-    )
+    recipe = make_recipe("fimaq", {"w_bits": 3, "a_bits": 4, "seed": 7})
+    folder = cell_folder(tmp_path, "classification", "vit.tag", recipe, "0123456789abcdef")
     assert folder == tmp_path / "classification" / "vit.tag" / "fimaq" / "w3a4" / "seed7-0123456789"
-    folder = cell_folder(
-        tmp_path, "classification", "vit.tag", "fp", 32, 32, None, "0123456789abcdef"
-    )
+    folder = cell_folder(tmp_path, "classification", "vit.tag", None, "0123456789abcdef")
     assert folder == tmp_path / "classification" / "vit.tag" / "fp" / "fp" / "0123456789"
 
 

@@ -1,4 +1,4 @@
-"""Faults of the disk while a real cell runs: one message, nothing overwritten, what is finished is kept and gone on from."""
+"""Faults of the disk in a real run: one message, nothing overwritten, finished work is kept."""
 
 import json
 import os
@@ -25,9 +25,14 @@ from tasks.common.request import CellRequest, DataRequest, ModelRequest
 pytestmark = pytest.mark.slow
 
 QUICK: dict[str, Any] = {
-    "calibration_images": 16, "range_images": 4, "range_candidates": 16, "range_rounds": 1, "steps": 3, "batch_size": 8,
+    "calibration_images": 16,
+    "range_images": 4,
+    "range_candidates": 16,
+    "range_rounds": 1,
+    "steps": 3,
+    "batch_size": 8,
     "fisher_k": 1,
-}  # fmt: skip
+}
 OLD = Path(__file__).parents[1] / "old_files" / "record-v1.json"
 
 
@@ -210,9 +215,13 @@ def damaged(path: Path, how: str) -> None:
     """Damage a record."""
     text = path.read_text(encoding="utf-8")
     content = {
-        "cut": text[: len(text) // 2], "edited": text.replace('"n": 64', '"n": 65'), "empty": "",
-        "newer": sealed(read_record(path)).model_dump_json().replace('"schema_version":3', '"schema_version":4'),
-    }[how]  # fmt: skip
+        "cut": text[: len(text) // 2],
+        "edited": text.replace('"n": 64', '"n": 65'),
+        "empty": "",
+        "newer": sealed(read_record(path))
+        .model_dump_json()
+        .replace('"schema_version":3', '"schema_version":4'),
+    }[how]
     assert content != text
     path.write_text(content, encoding="utf-8")
 

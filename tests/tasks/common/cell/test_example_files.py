@@ -1,4 +1,4 @@
-"""Which samples are examples, which answers come first, and what a file of examples from elsewhere may hold."""
+"""Prediction samples: their choice, the order of answers, and limits on foreign files."""
 
 import copy
 import json
@@ -17,7 +17,6 @@ from tasks.common.cell.prediction_samples import (
     ClassSample,
     ObjectSample,
     Spread,
-    example_file,
     leaders,
     read_examples,
     shortened,
@@ -41,6 +40,10 @@ OBJECTS = {
     "truth": [OBJECT],
     "found": [{**OBJECT, "score": 0.5}],
 }
+
+
+def example_file(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"task": task, "samples": samples}
 
 
 def chosen(count: int, broken: set[int] = frozenset(), batch: int = 7) -> list[int]:  # type: ignore[assignment]
@@ -196,7 +199,7 @@ def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
     write(tmp_path, content + " " * (5_000_000 - len(content)))
     read_examples(tmp_path, EXAMPLES_FILE)
     write(tmp_path, content + " " * (5_000_001 - len(content)))
-    with pytest.raises(CheckpointError, match="more than 5 MB"):
+    with pytest.raises(CheckpointError, match="exceed 5 MB"):
         read_examples(tmp_path, EXAMPLES_FILE)
 
 
@@ -226,9 +229,13 @@ def test_pictures_need_no_model_library() -> None:
         from tasks.common.registry import originals
         from tasks.common.request import DataRequest, ModelRequest
 
-        demos = {"classification": "demo_vit", "retrieval": "demo_clip", "detection": "demo_cascade"}
-        found = [originals(task, ModelRequest(model), DataRequest(), []) for task, model in demos.items()]
-        print(json.dumps([found, [name for name in ("timm", "open_clip", "mmdet", "mmcv") if name in sys.modules]]))
+        demos = [("classification", "vit"), ("retrieval", "clip"), ("detection", "cascade")]
+        found = [
+            originals(task, ModelRequest(f"demo_{model}"), DataRequest(), [])
+            for task, model in demos
+        ]
+        heavy = ("timm", "open_clip", "mmdet", "mmcv")
+        print(json.dumps([found, [name for name in heavy if name in sys.modules]]))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [[{}, {}, {}], []]

@@ -1,8 +1,8 @@
-"""Files that an older version wrote: its records and checkpoints load, and its finished work is used.
+"""Files of an older version: its records and checkpoints load, and its finished work is used.
 
-`data/frozen` was written by `python -m tasks.classification run --model demo_vit --method fimaq --w-bits 4 --a-bits 4
---steps 3 --calibration-images 32 --range-images 32 --limit 64 --threads 1`. `checkpoints.json` holds header, names, dtypes
-and shapes of checkpoints of other models and methods.
+`old_files/frozen` was written by `python -m tasks.classification run --model demo_vit --method
+fimaq --w-bits 4 --a-bits 4 --steps 3 --calibration-images 32 --range-images 32 --limit 64 --threads
+1`. `checkpoints.json` holds header, names, dtypes and shapes of checkpoints of other models.
 """
 
 import io
@@ -33,7 +33,7 @@ TYPES = {
     "I32": torch.int32,
     "BOOL": torch.bool,
 }
-#: Images of 64 whose answer may differ on another processor: logits differ in their last bits there.
+#: Images of 64 whose answer may differ on another processor, in whose last bits logits differ.
 OTHERS = 2
 CHECKPOINTS = json.loads((DATA / "checkpoints.json").read_text(encoding="utf-8"))
 

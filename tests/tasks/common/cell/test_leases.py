@@ -17,7 +17,7 @@ from filelock import SoftFileLease
 from fimaq_core.errors import CheckpointError
 from fimaq_core.progress import Progress
 from tasks.common.cell import lease
-from tasks.common.cell.lease import Busy, LeaseLost, Observer, acquire, exclusively, this_process
+from tasks.common.cell.lease import Busy, LeaseLost, Observer, acquire, awaited, this_process
 
 pytestmark = pytest.mark.slow
 
@@ -370,16 +370,6 @@ def test_a_lease_is_removed_only_as_it_was_found(tmp_path: Path):
         own.check()
 
 
-def test_leases_of_earlier_versions_are_removed(tmp_path: Path):
-    left = ".result.json.lease-7", ".result.json.free-6", ".result.json.lease-12"
-    kept = {"result.json", ".result.json2.lease-1", ".result.json.forced"}
-    for name in (*left, *kept):
-        (tmp_path / name).write_text("{}")
-    assert Observer().holder(tmp_path / "result.json") is None
-    acquire(tmp_path / "result.json").release()
-    assert names(tmp_path) == kept
-
-
 @pytest.mark.usefixtures("impatient")
 def test_a_folder_in_place_of_a_lease_is_one_message(tmp_path: Path):
     file_of(tmp_path / "x").mkdir()
@@ -428,15 +418,11 @@ def test_what_is_made_elsewhere_is_waited_for_and_not_made_again(tmp_path: Path)
 
     thread = threading.Thread(target=finish)
     thread.start()
-    with exclusively(path, told.append) as next_one:
-        assert next_one is not None
+    with awaited(path, told.append) as next_one:
         assert next_one.waited
         assert path.read_text() == "made"
     thread.join()
     assert told[0].stage == f"wait for process {os.getpid()} on {this_process()[0]}"
-    with exclusively(path) as other, exclusively(None) as none:  # what is there needs no lease
-        assert other is None
-        assert none is None
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""MLP reconstruction from the command line: its stage, what other stages make of it, and what ``run`` shares."""
+"""MLP reconstruction from the command line: its stage, later stages, and shared files."""
 
 import io
 import json
@@ -25,9 +25,21 @@ pytestmark = pytest.mark.slow
 
 MODEL = ["--model", "demo_vit"]
 MLP = [
-    "--calibration-images", "16", "--calibration-transform", "eval", "--seed", "5", "--mlp-steps", "4", "--mlp-batch", "8",
-    "--mlp-lr", "0.001", "--mlp-percentile", "0.99",
-]  # fmt: skip
+    "--calibration-images",
+    "16",
+    "--calibration-transform",
+    "eval",
+    "--seed",
+    "5",
+    "--mlp-steps",
+    "4",
+    "--mlp-batch",
+    "8",
+    "--mlp-lr",
+    "0.001",
+    "--mlp-percentile",
+    "0.99",
+]
 QUICK = [
     *MLP,
     "--range-search",
@@ -129,9 +141,10 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
 
 def test_stages_and_runs_agree_bit_for_bit(stages: Stages, tmp_path: Path) -> None:
     """With the MLPs of the stage, and with MLPs of its own."""
-    assert [read_header(path)[1]["stage"] for path in (stages.mlp, stages.calibrated, stages.reconstructed)] == [
-        "mlp", "calibrated", "reconstructed",
-    ]  # fmt: skip
+    assert [
+        read_header(path)[1]["stage"]
+        for path in (stages.mlp, stages.calibrated, stages.reconstructed)
+    ] == ["mlp", "calibrated", "reconstructed"]
     assert read_header(stages.reconstructed)[0].recipe.method == "aphq"
     top1 = well("evaluate", stages.reconstructed, *PLACE).top1
     for name, given in (("own", []), ("given", ["--mlp-checkpoint", stages.mlp])):
@@ -198,8 +211,17 @@ def test_a_finished_stage_is_kept(stages: Stages, monkeypatch: pytest.MonkeyPatc
 def test_the_stage_evaluates_in_full_precision_as_mlp_recon(stages: Stages, tmp_path: Path) -> None:
     results = tmp_path / "runs"
     done = well(
-        "run", *MODEL, "--method", "mlp-recon", *QUICK, *PLACE, "--mlp-checkpoint", stages.mlp, "--results", results
-    )  # fmt: skip
+        "run",
+        *MODEL,
+        "--method",
+        "mlp-recon",
+        *QUICK,
+        *PLACE,
+        "--mlp-checkpoint",
+        stages.mlp,
+        "--results",
+        results,
+    )
     path, record = record_of(results, "mlp-recon", "fp")
     assert (record.method, record.w_bit, record.a_bit, record.seed) == ("mlp-recon", 32, 32, 5)
     assert (record.step_engine, record.last_loss, record.fisher_passes) == (None, {}, {})
@@ -216,7 +238,7 @@ def test_the_stage_evaluates_in_full_precision_as_mlp_recon(stages: Stages, tmp_
 
 
 def test_cells_of_a_folder_share_their_mlps(tmp_path: Path) -> None:
-    """Across methods and bits; forcing a cell that has none leaves them alone, forcing one that has makes them anew."""
+    """Also across methods and bits; --force remakes only the MLPs of the forced cell."""
     results = tmp_path / "runs"
     run = ["run", *MODEL, *QUICK, "--no-reconstruct", *PLACE, "--results", results]
     well(*run, "--method", "aphq")
@@ -240,9 +262,16 @@ def test_a_checkpoint_that_is_the_shared_one_survives_force(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(
-        "mlp-recon", {"calibration_images": 16, "calibration_transform": "eval", "seed": 5, "mlp_steps": 4, "mlp_batch": 8,
-        "mlp_lr": 0.001},
-    )  # fmt: skip
+        "mlp-recon",
+        {
+            "calibration_images": 16,
+            "calibration_transform": "eval",
+            "seed": 5,
+            "mlp_steps": 4,
+            "mlp_batch": 8,
+            "mlp_lr": 0.001,
+        },
+    )
     data, runs = DataRequest(limit=64), tmp_path / "runs"
     request = CellRequest(
         "classification", ModelRequest("demo_vit"), data, recipe, results=runs, threads=1
@@ -263,8 +292,18 @@ def test_mlps_that_would_not_be_used_are_an_error(
 ) -> None:
     message = f"The recipe of '{method}' has no MLP reconstruction, so --mlp-checkpoint is not used"
     refused(
-        message, "run", *MODEL, "--method", method, *QUICK, *PLACE, "--mlp-checkpoint", stages.mlp, "--results", tmp_path
-    )  # fmt: skip
+        message,
+        "run",
+        *MODEL,
+        "--method",
+        method,
+        *QUICK,
+        *PLACE,
+        "--mlp-checkpoint",
+        stages.mlp,
+        "--results",
+        tmp_path,
+    )
     if method != "fp":
         out = tmp_path / "ranges.safetensors"
         refused(
@@ -311,8 +350,15 @@ def test_what_is_refused(stages: Stages, tmp_path: Path) -> None:
         tmp_path / "out.safetensors",
     )
     refused(
-        "mlp_lr (0.001, here 0.01)", "reconstruct", stages.calibrated, *PLACE, "--mlp-lr", "0.01", "--out", tmp_path / "out",
-    )  # fmt: skip
+        "mlp_lr (0.001, here 0.01)",
+        "reconstruct",
+        stages.calibrated,
+        *PLACE,
+        "--mlp-lr",
+        "0.01",
+        "--out",
+        tmp_path / "out",
+    )
     out = ["--out", tmp_path / "out.safetensors"]
     refused("Method 'fp' has no stages", "reconstruct-mlp", *MODEL, "--method", "fp", *out)
     refused(

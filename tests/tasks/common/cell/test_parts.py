@@ -1,4 +1,4 @@
-"""Models of several parts: their logs in one record, their modules in one map, their facts in one sum."""
+"""Models of several parts: their logs in one record, their modules in one map."""
 
 from torch import nn
 
@@ -27,8 +27,9 @@ def test_logs_of_parts_name_their_part_and_an_engine_of_their_own() -> None:
     assert same.near_floor == {"vision.blocks.0": 3, "text.blocks.0": 3}
     assert same.sentences() == [
         *same.notes,
-        "Learned activation scales that ended at or near their lower bound (below 0.02 of the calibrated value; "
-        "the bound is 0.01): 6 (vision.blocks.0 3, text.blocks.0 3). A lower lr_scale moves them less.",
+        "Learned activation scales that ended at or near their lower bound (below 0.02 of the "
+        "calibrated value; the bound is 0.01): 6 (vision.blocks.0 3, text.blocks.0 3). A lower "
+        "lr_scale moves them less.",
     ]
     assert same.engine == "compiled"
     merge_logs(different, "vision", log("compiled"))

@@ -32,9 +32,14 @@ from tasks.common.request import CellRequest, DataRequest, ModelRequest
 pytestmark = pytest.mark.slow
 
 QUICK: dict[str, Any] = {
-    "calibration_images": 16, "range_images": 4, "range_candidates": 16, "range_rounds": 1, "steps": 3, "batch_size": 8,
+    "calibration_images": 16,
+    "range_images": 4,
+    "range_candidates": 16,
+    "range_rounds": 1,
+    "steps": 3,
+    "batch_size": 8,
     "fisher_k": 1,
-}  # fmt: skip
+}
 
 
 def cell(results: Path, method: str | None = "rtn", **changes: Any) -> CellRequest:
@@ -63,8 +68,13 @@ def test_a_cell_and_its_full_precision_record(tmp_path: Path) -> None:
     assert path == planned_folder(request) / "result.json"
     record = read_record(path)
     assert (record.task, record.method, record.w_bit, record.a_bit, record.seed, record.n) == (
-        "classification", "fimaq", 4, 4, 3407, 64,
-    )  # fmt: skip
+        "classification",
+        "fimaq",
+        4,
+        4,
+        3407,
+        64,
+    )
     assert record.model.startswith("demo_vit.")
     assert recipe_of(record) == request.recipe
     assert record.dataset.split == "test[:64]"
@@ -126,7 +136,7 @@ def test_finished_cells_are_not_measured_again(
 
 
 def test_scales_at_their_lower_bound_are_in_one_note_of_the_record(tmp_path: Path) -> None:
-    """One step far beyond the size of the scales takes many there; the cell is finished all the same."""
+    """One step larger than the scales moves many to the bound; the cell is finished anyway."""
     record = read_record(run_cell(cell(tmp_path, "qdrop", lr_scale=10.0, steps=1)))
     (note,) = [note for note in record.notes if "lower bound" in note]
     assert note.startswith(
@@ -139,10 +149,16 @@ def test_scales_at_their_lower_bound_are_in_one_note_of_the_record(tmp_path: Pat
 def test_identity_of_cells(tmp_path: Path) -> None:
     base = cell(tmp_path)
     others = [
-        cell(tmp_path, None), cell(tmp_path, "fimaq"), cell(tmp_path, w_bits=3), cell(tmp_path, seed=1),
-        cell(tmp_path, range_images=5), replace(base, data=DataRequest(limit=65)), replace(base, variant="mine"),
-        replace(base, model=ModelRequest("demo_deit")), replace(base, data=DataRequest(path=tmp_path)),
-    ]  # fmt: skip
+        cell(tmp_path, None),
+        cell(tmp_path, "fimaq"),
+        cell(tmp_path, w_bits=3),
+        cell(tmp_path, seed=1),
+        cell(tmp_path, range_images=5),
+        replace(base, data=DataRequest(limit=65)),
+        replace(base, variant="mine"),
+        replace(base, model=ModelRequest("demo_deit")),
+        replace(base, data=DataRequest(path=tmp_path)),
+    ]
     folders = {planned_folder(request) for request in (base, *others)}
     assert len(folders) == len(others) + 1
     assert planned_folder(replace(base, device="cuda", threads=3, eval_batch=5)) == planned_folder(
@@ -164,7 +180,7 @@ def test_methods_share_their_calibration(tmp_path: Path) -> None:
     assert read_record(run_cell(alone)).last_loss == reused.last_loss
 
 
-#: Imports once, then forks a process for each cell that it reads; each says its process id, and its record or who has it.
+#: Forks one process per cell that it reads; each prints its id, and its record or the holder.
 AT_ONCE = """
 import os, pickle, sys
 import tasks.classification.task

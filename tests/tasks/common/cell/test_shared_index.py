@@ -10,9 +10,9 @@ from tasks.common import registry
 from tasks.common.cell import identity
 from tasks.common.cell.identity import (
     note_shared,
-    part_address,
     planned_folder,
     resolved,
+    shared_digest,
     shared_digests,
 )
 from tasks.common.cell.run import run_cell
@@ -59,7 +59,7 @@ def test_a_run_leaves_what_a_plan_finds(tmp_path: Path):
         ),
     )
     assert cached(other) == ["calibration", "MLPs"]
-    # another seed draws other images, other data are other images, and another model has other ranges
+    # another seed or other data give other images, and another model has other ranges
     assert cached(replace(other, recipe=other.recipe.model_copy(update={"seed": 5}))) == []
     assert cached(replace(other, data=DataRequest(path=tmp_path))) == []
     assert cached(replace(other, model=ModelRequest("demo_deit"))) == []
@@ -131,11 +131,13 @@ def test_an_index_that_cannot_be_written_ends_no_run(tmp_path: Path):
 @pytest.mark.parametrize(
     ("task", "model", "scope"),
     [
-        ("retrieval", "demo_clip", "both"), ("retrieval", "demo_clip", "text"),
-        ("detection", "demo_mask_rcnn", "backbone+fpn+rpn+roi"), ("detection", "demo_mask_rcnn", "fpn+roi"),
+        ("retrieval", "demo_clip", "both"),
+        ("retrieval", "demo_clip", "text"),
+        ("detection", "demo_mask_rcnn", "backbone+fpn+rpn+roi"),
+        ("detection", "demo_mask_rcnn", "fpn+roi"),
         ("detection", "demo_mask_rcnn", "roi"),
     ],
-)  # fmt: skip
+)
 def test_the_parts_that_plans_know_are_those_of_the_model(
     tmp_path: Path, task: str, model: str, scope: str
 ):
@@ -147,5 +149,15 @@ def test_the_parts_that_plans_know_are_those_of_the_model(
         if name not in ("bbox", "mask")
     ]
     assert registry.parts(task, scope) == {name: found.part_scope(name, recipe) for name in names}
-    assert part_address("vision", "vision") == "vision"
-    assert part_address("detector", "fpn") == "detector fpn"
+
+
+def test_files_of_parts_are_told_apart():
+    recipe = make_recipe("qdrop")
+    for part, scope, address in (
+        ("", None, ""),
+        ("vision", "vision", "vision"),
+        ("detector", "fpn", "detector fpn"),
+    ):
+        own = recipe.model_copy(update={"scope": scope})
+        assert shared_digest("reconstruction", part, own) == address + own.digest()
+        assert shared_digest("calibration", part, own) == address + own.calibration_digest()

@@ -1,4 +1,4 @@
-"""The commands of an adapter, run as a user runs them, on a demo model with few images and steps."""
+"""A task's commands as a user runs them, on a demo model with few images and steps."""
 
 import io
 import json
@@ -14,9 +14,23 @@ from tasks.common.cli.commands import build_group, main
 from tasks.common.record import read_record
 
 QUICK = [
-    "--w-bits", "4", "--a-bits", "4", "--range-search", "minmax", "--calibration-images", "32", "--calibration-transform", "eval",
-    "--steps", "3", "--fisher-k", "2", "--seed", "5",
-]  # fmt: skip
+    "--w-bits",
+    "4",
+    "--a-bits",
+    "4",
+    "--range-search",
+    "minmax",
+    "--calibration-images",
+    "32",
+    "--calibration-transform",
+    "eval",
+    "--steps",
+    "3",
+    "--fisher-k",
+    "2",
+    "--seed",
+    "5",
+]
 PLACE = ["--limit", "64", "--threads", "1"]
 
 
@@ -28,7 +42,7 @@ class Done:
 
 
 def command(*arguments: object) -> Done:
-    """Run the adapter's command line in this process: the libraries need not be imported anew each time."""
+    """Run the command line in this process, so that libraries are imported only once."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:

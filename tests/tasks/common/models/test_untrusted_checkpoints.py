@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,8 @@ QUICK: dict[str, Any] = {
     "calibration_images": 8, "range_images": 4, "range_candidates": 16, "range_rounds": 1,
     "steps": 1, "batch_size": 8,
 }  # fmt: skip
-OPTIONS: dict[str, Any] = {
-    "device": "cpu", "threads": 1, "eval_batch": 16, "workers": 0, "weights": None, "weights_folder": None,
-    "placement": "device", "step_engine": "auto",
-}  # fmt: skip
 DATA = DataRequest(limit=16)
+RUN = CellRequest("classification", ModelRequest(), DATA, None, threads=1, eval_batch=16)
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -60,11 +58,11 @@ def with_header(source: Path, path: Path, change: Change) -> Path:
 def refusals(path: Path, folder: Path, task: str = "classification") -> list[str]:
     """Messages of all stages that take a checkpoint. Fails if a stage takes it or writes a file."""
     before, texts = {entry: entry.read_bytes() for entry in folder.iterdir()}, []
-    out = folder / "out.safetensors"
+    run, out = replace(RUN, task=task), folder / "out.safetensors"
     for stage in (
-        lambda: stages.evaluate_stage(task, path, DATA, OPTIONS, silent),
-        lambda: stages.inspect_stage(task, path, OPTIONS),
-        lambda: stages.reconstruct_stage(task, path, out, {}, DATA, OPTIONS, silent),
+        lambda: stages.evaluate_stage(run, path, silent),
+        lambda: stages.inspect_stage(run, path),
+        lambda: stages.reconstruct_stage(run, path, out, {}, silent),
     ):
         with pytest.raises(FimaqError) as caught:
             stage()
@@ -79,8 +77,8 @@ def set_fact(name: str, value: object) -> Change:
 
 def test_the_checkpoint_itself_is_taken(calibrated: Path, tmp_path: Path) -> None:
     same = with_header(calibrated, tmp_path / "same.safetensors", lambda parts: None)
-    assert stages.evaluate_stage("classification", same, DATA, OPTIONS, silent).n == 16
-    assert stages.inspect_stage("classification", same, OPTIONS).stage == "calibrated"
+    assert stages.evaluate_stage(RUN, same, silent).n == 16
+    assert stages.inspect_stage(RUN, same).stage == "calibrated"
 
 
 ABSURD: dict[str, tuple[Change, str]] = {
@@ -149,7 +147,7 @@ def test_absurd_headers_are_refused_with_one_message(
         assert "\x1b" not in text
         assert str(path) in text
     with pytest.raises(CheckpointError, match=message):
-        stages.inspect_stage("classification", path, OPTIONS)
+        stages.inspect_stage(RUN, path)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +252,7 @@ def test_tensors_that_are_not_the_models(calibrated: Path, tmp_path: Path) -> No
         kept = {key: tensor for key, tensor in {**state, **change}.items() if tensor is not None}
         save_checkpoint(path, kept, fingerprint, facts)
         with pytest.raises(CheckpointError, match=r"tensors.safetensors does not fit the model"):
-            stages.inspect_stage("classification", path, OPTIONS)
+            stages.inspect_stage(RUN, path)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +277,7 @@ def test_preprocessing_that_none_could_give_is_refused(
     path = tmp_path / "given.safetensors"
     save_checkpoint(path, load_file(calibrated), fingerprint, {**facts, "preprocessing": given})
     with pytest.raises(CheckpointError, match=r"given.safetensors"):
-        stages.inspect_stage("classification", path, OPTIONS)
+        stages.inspect_stage(RUN, path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""Origin of a checkpoint: the model it belongs to. Its header is not trusted."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from fimaq_core.checkpoint import Fingerprint, read_header
+from fimaq_core.documents import Strict
+from fimaq_core.errors import CheckpointError, first_problem
+from tasks.common.preprocessing import GivenPreprocessing
+from tasks.common.registry import scopes
+
+#: Names of models: no address such as ``hf-hub:...``, no absolute path, no way up.
+_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]+)*")
+#: Texts in arguments, such as kinds of pooling: no paths, no addresses, no dotted Python names.
+_WORD = re.compile(r"[A-Za-z0-9_ +-]*")
+
+
+class Origin(Strict, strict=True):
+    """Facts in a checkpoint's header, from which its model is built and loaded."""
+
+    task: str
+    model: str
+    model_args: dict[str, Any]
+    tag: str
+    stage: Literal["mlp", "calibrated", "reconstructed"]
+    weights_entry: str | None = None
+    preprocessing: GivenPreprocessing = GivenPreprocessing()
+
+
+def read_origin(path: Path, task: str) -> tuple[Fingerprint, Origin]:
+    """Read fingerprint and origin of the checkpoint of a whole model of ``task``.
+
+    Raises CheckpointError if it is no checkpoint, one of another task or of a part of a model, or
+    has facts that would make a library read files, fetch or import something.
+    """
+    fingerprint, content = read_header(path)
+
+    def refused(why: str) -> CheckpointError:
+        return CheckpointError(f"The checkpoint {path} {why}.")
+
+    if content.get("task", task) != task:
+        raise refused(f"is of task {content['task']!r}, not {task!r}")
+    try:
+        origin = Origin.model_validate(content)
+    except ValidationError as error:
+        raise refused(f"does not say which model it is of ({first_problem(error)})") from error
+    if not _NAME.fullmatch(origin.model):
+        raise refused(f"is of a model {origin.model!r}, which is no name of a model")
+    rule = "a checkpoint may not name files, addresses or modules"
+    for where, text in _texts(origin.model_args, "model_args"):
+        if not _WORD.fullmatch(text):
+            raise refused(f"has {text!r} in {where}: {rule}")
+    scope = fingerprint.recipe.scope
+    if scope is not None and scope not in scopes(task):
+        raise refused(f"has the scope {scope!r}, which task '{task}' does not have")
+    return fingerprint, origin
+
+
+def _texts(value: object, where: str) -> Iterator[tuple[str, str]]:
+    """Yield all texts in a JSON value, keys too, each with its place."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield where, name
+            yield from _texts(item, f"{where}.{name}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _texts(item, f"{where}.{number}")
