@@ -124,8 +124,7 @@ class _Run:
     def __init__(self, segment: Segment, objective: BlockObjective, recipe: Recipe, engine: Engine):
         # A copy without what the tape has done before the block.
         own = Segment(segment.label, segment.kind, copy.deepcopy(segment.block), pairs=())
-        tape = objective.tape
-        self.trainer = BlockTrainer(own, tape, objective, recipe, recipe.seed, engine)
+        self.trainer = BlockTrainer(own, objective, engine)
         self._numbers = itertools.count()
         self.rounds: list[float] = []
 

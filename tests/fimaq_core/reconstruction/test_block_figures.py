@@ -173,9 +173,9 @@ def test_fisher_means_are_of_the_weights_in_the_loss(
     loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, made = quick(loss=loss), []
-    original = reconstruct_module.make_objective
+    original = reconstruct_module.BlockObjective
     monkeypatch.setattr(
-        reconstruct_module, "make_objective", lambda *args: made.append(original(*args)) or made[-1]
+        reconstruct_module, "BlockObjective", lambda *args: made.append(original(*args)) or made[-1]
     )
     chain = chain_of(vit(), recipe)
     log = quantize_chain(chain, images(24), recipe, KL, Resources(batch_size=7))

@@ -31,6 +31,7 @@ from fimaq_core.reconstruction.schedule import (
 from fimaq_core.reconstruction.step import _adam, mixed, update
 from fimaq_core.reconstruction.tape import Storage, Tape
 from fimaq_core.reconstruction.textbook import TextbookStep
+from fimaq_core.samples import Samples
 
 CPU = torch.device("cpu")
 ENGINES: tuple[Engine, ...] = ("eager", "fused")
@@ -48,11 +49,12 @@ def trainer(recipe: Recipe, index: int = 2, engine: Engine = "fused") -> tuple[B
         tape.advance()
     tape.compute_target()
     objective = BlockObjective(chain, tape, recipe, reference, ClassifierDivergence(20.0), [])
-    return BlockTrainer(chain.segment(index), tape, objective, recipe, recipe.seed, engine), tape
+    return BlockTrainer(chain.segment(index), objective, engine), tape
 
 
 def schedule(recipe: Recipe, seed: int = 0) -> Schedule:
-    return Schedule.build(recipe, 24, 5, torch.Generator().manual_seed(seed), CPU)
+    samples = Samples(torch.empty(24, 1))
+    return Schedule.build(recipe, samples, 5, torch.Generator().manual_seed(seed))
 
 
 def test_regulariser_is_off_and_then_falls_linearly() -> None:
@@ -100,7 +102,7 @@ def test_update_equals_the_optimizer(cosine: bool) -> None:
     strength = 10.0 ** torch.randint(-9, 3, (500,), generator=generator)
     for row in schedule(recipe).rates:
         reference.grad = torch.randn(500, generator=generator) * strength
-        _adam(variable, reference.grad, *moments, row[3 if cosine else 2], row[4])
+        _adam(variable, reference.grad, moments, row[3 if cosine else 2], row[4])
         adam.step()
         if cosine:
             scheduler.step()
@@ -243,9 +245,9 @@ def gradients_of_step(
     def look(function: Callable[..., Any], *args: Any) -> Any:
         if function is not update:
             return call(function, *args)
-        counter, rates, _, _, grad_soft, alpha, *rest = args
-        weight, beta = rates[counter[0], :2]
-        found.extend((alpha_gradient(alpha, rest[1], grad_soft, weight, beta), rest[3]))
+        own, _, grad_soft, grad_scales = args
+        weight, beta = own.rates[own.counter[0], :2]
+        found.extend((alpha_gradient(own.alpha, own.gain, grad_soft, weight, beta), grad_scales))
         return None
 
     monkeypatch.setattr(step, "_call", look)

@@ -118,7 +118,9 @@ def test_blocks_of_another_engine_are_named(tmp_path: Path) -> None:
         labels = list(log.last_loss)
         notes[turn] = [note for note in log.notes if "engine" in note]
     assert notes[0] == notes[1] == []
-    assert notes[2] == [f"{label}: reconstructed earlier by the engine 'fused'" for label in labels]
+    assert notes[2] == [
+        f"{label}: reconstructed earlier by the step engine 'fused'" for label in labels
+    ]
 
 
 def test_finished_blocks_are_not_done_twice(

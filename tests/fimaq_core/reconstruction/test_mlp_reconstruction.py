@@ -57,7 +57,9 @@ def reconstructed(
 ) -> tuple[BlockChain, BlockChain]:
     """A chain with reconstructed MLPs, and the teacher."""
     chain = chain_of(build(), recipe)
-    teacher = reconstruct_mlps(chain, images(16, size), recipe, KL, **{"batch_size": 8, **how})
+    teacher = reconstruct_mlps(
+        chain, images(16, size), recipe, KL, resources=Resources(**{"batch_size": 8, **how})
+    )
     return chain, teacher
 
 
@@ -103,7 +105,7 @@ def test_other_activations_and_models_without_mlps_are_refused() -> None:
     use_relu(chain)
     with pytest.raises(ModelError, match="not ReLU"):
         use_relu(chain)
-    with pytest.raises(ModelError, match="no MLP that its family names"):
+    with pytest.raises(ModelError, match="family names no MLP"):
         use_relu(BlockChain([Segment("block", "block", nn.Linear(3, 3))]))
 
 
@@ -235,7 +237,7 @@ def gathered(
     seen: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(mlp_module, "_train", lambda mlp, part, lesson, *_: seen.append(lesson))
-        reconstruct_mlps(chain, x, recipe, KL, batch_size=batch)
+        reconstruct_mlps(chain, x, recipe, KL, resources=Resources(batch_size=batch))
     whole = [
         [part and part.whole for part in (one.inputs, one.targets, one.hessian)] for one in seen
     ]
@@ -400,7 +402,11 @@ def test_course_of_one_mlp_equals_a_plain_loop(loss: str, monkeypatch: pytest.Mo
         values.append(float(value.detach()))
     seen: list[float | None] = []
     reconstruct_mlps(
-        chain, x, recipe, KL, batch_size=8, on_progress=lambda event: seen.append(event.loss)
+        chain,
+        x,
+        recipe,
+        KL,
+        resources=Resources(lambda event: seen.append(event.loss), "device", 8),
     )
     start = plain_chain()[0].segment(0).block.mlp
     for name, parameter in chain.segment(0).block.mlp.named_parameters():
@@ -480,8 +486,8 @@ def test_result_does_not_depend_on_the_passes_batch(batch: int) -> None:
     """But for rounding; where the Hessian is more than rounding."""
     recipe = short(perturbation=0.1)
     (first, x), (second, _) = plain_chain(), plain_chain()
-    reconstruct_mlps(first, x, recipe, KL, batch_size=8)
-    reconstruct_mlps(second, x, recipe, KL, batch_size=batch)
+    reconstruct_mlps(first, x, recipe, KL, resources=Resources(batch_size=8))
+    reconstruct_mlps(second, x, recipe, KL, resources=Resources(batch_size=batch))
     assert_moved_alike(first, second, plain_chain()[0])
     plain = short(mlp_loss="mse")
     first, second = reconstructed(plain)[0], reconstructed(plain, batch_size=batch)[0]

@@ -21,6 +21,7 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
 from fimaq_core.reconstruction import reconstruct as reconstruct_module
 from fimaq_core.reconstruction import step as step_module
+from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.reconstruct import expand_per_token, reconstruct
 from fimaq_core.reconstruction.tape import Storage, Tape
 from fimaq_core.store import Resources
@@ -132,18 +133,19 @@ def test_tape_equals_whole_model_passes(monkeypatch: pytest.MonkeyPatch, name: s
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     original = reconstruct_module.optimise_block
 
-    def look(segment: Segment, tape: Tape, *args: Any) -> Tensor:
+    def look(segment: Segment, objective: BlockObjective, *args: Any) -> Tensor:
+        tape = objective.tape
         assert tape.prefix is not None
         assert tape.target is not None
         seen.append((tape.full.whole.clone(), tape.prefix.whole.clone(), tape.target.whole.clone()))
-        return original(segment, tape, *args)
+        return original(segment, objective, *args)
 
     monkeypatch.setattr(reconstruct_module, "optimise_block", look)
     chain = chain_of(build(), recipe)
     with torch.no_grad():
         expected_output = chain(x)
     calibrate(chain, x, recipe)
-    reconstruct(chain, x, recipe, KL, batch_size=7)
+    reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=7))
     assert len(seen) == len(chain)
 
     def block_inputs(quantized_before: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -277,7 +279,7 @@ def test_learned_values_are_what_the_method_may_change() -> None:
     calibrate(chain, x, recipe)
     expand_per_token(chain, x[:1])
     before = {name: value.clone() for name, value in chain.state_dict().items()}
-    reconstruct(chain, x, recipe, KL, batch_size=8)
+    reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8))
     finish(chain)
     flipped = 0
     for name, value in chain.state_dict().items():
@@ -396,7 +398,7 @@ def test_every_loss_goes_down(monkeypatch: pytest.MonkeyPatch, loss: str, mode: 
     monkeypatch.setattr(reconstruct_module, "optimise_block", follow)
     chain, x = chain_of(vit(2), recipe), images(24)
     calibrate(chain, x, recipe)
-    log = reconstruct(chain, x, recipe, KL, batch_size=8)
+    log = reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8))
     assert list(course) == list(log.last_loss) == ["patch_embed", "blocks.0", "blocks.1", "head"]
     start = {"mse": 1, "mae": 1, "fisher_brecq": 1, "prediction": 1}.get(loss, 2)
     passes = {

@@ -19,6 +19,7 @@ from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.reconstruct import reconstruct
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
+from fimaq_core.resources import Resources
 
 pytestmark = pytest.mark.slow
 
@@ -224,8 +225,10 @@ def test_a_teacher_equal_to_the_chain_changes_no_bit(changes: dict[str, Any]) ->
     calibrate(chain, x, recipe)
     same_as_chain, alone = copy.deepcopy(chain), copy.deepcopy(chain)
     set_quantized(same_as_chain, False)
-    log = reconstruct(chain, x, recipe, KL, batch_size=8, teacher=same_as_chain)
-    expected = reconstruct(alone, x, recipe, KL, batch_size=8)
+    log = reconstruct(
+        chain, x, recipe, KL, resources=Resources(batch_size=8), teacher=same_as_chain
+    )
+    expected = reconstruct(alone, x, recipe, KL, resources=Resources(batch_size=8))
     assert (log.last_loss, log.fisher_passes, log.notes) == (
         expected.last_loss,
         expected.fisher_passes,
@@ -246,14 +249,13 @@ def test_reconstruction_aims_at_the_teacher_and_leaves_it_alone(
     expected, seen = block_inputs(teacher, x), []
     original = reconstruct_module.optimise_block
 
-    def look(segment: Segment, tape: Tape, objective: BlockObjective, *args: Any) -> Tensor:
-        assert tape.target is not None
-        seen.append(tape.target.whole.clone())
+    def look(segment: Segment, objective: BlockObjective, *args: Any) -> Tensor:
+        seen.append(objective.target.whole.clone())
         assert same(objective.reference.whole, expected[-1])
-        return original(segment, tape, objective, *args)
+        return original(segment, objective, *args)
 
     monkeypatch.setattr(reconstruct_module, "optimise_block", look)
-    reconstruct(chain, x, recipe, KL, batch_size=8, teacher=teacher)
+    reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8), teacher=teacher)
     assert len(seen) == len(chain)
     for index, target in enumerate(seen):
         with torch.no_grad():
@@ -272,7 +274,7 @@ def test_reconstruction_brings_the_chain_nearer_to_the_teacher() -> None:
     goal = block_inputs(teacher, x)[-1]
     calibrated = copy.deepcopy(chain)
     set_quantized(calibrated, True)
-    reconstruct(chain, x, recipe, KL, batch_size=8, teacher=teacher)
+    reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8), teacher=teacher)
     before, after = (
         (block_inputs(model, x)[-1] - goal).square().mean() for model in (calibrated, chain)
     )

@@ -26,7 +26,7 @@ from fimaq_core.reconstruction.engines import Engine, choose_engine
 from fimaq_core.reconstruction.loss import block_loss
 from fimaq_core.reconstruction.mlp import mlp_loss, reconstruct_mlps
 from fimaq_core.reconstruction.reconstruct import expand_per_token, reconstruct
-from fimaq_core.reconstruction.sample_objective import SampleObjective, make_objective
+from fimaq_core.reconstruction.sample_objective import SampleObjective
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
 from fimaq_core.samples import Samples
 from fimaq_core.store import Part, Resources
@@ -110,8 +110,7 @@ def objective_at(
     set_quantized(chain, False)
     with torch.no_grad():
         reference = Samples([chain(image) for image in images])
-    objective = make_objective(chain, tape, recipe, reference, D, [])
-    assert isinstance(objective, SampleObjective)
+    objective = SampleObjective(chain, tape, recipe, reference, D, [])
     return objective, chain, images, reference
 
 
@@ -229,7 +228,7 @@ def test_a_neck_has_the_squared_error() -> None:
 
 def trainer(engine: Engine, recipe: Recipe) -> BlockTrainer:
     objective, chain, *_ = objective_at(recipe, 1)
-    return BlockTrainer(chain.segment(1), objective.tape, objective, recipe, recipe.seed, engine)
+    return BlockTrainer(chain.segment(1), objective, engine)
 
 
 @pytest.mark.parametrize("loss", ["fisher_dplr", "mse", "perturb", "prediction"])
