@@ -214,9 +214,9 @@ def test_the_mlps_hessian_keeps_to_the_batches(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(mlp_module, "perturbation_hessian", noting)
     recipe = quick("aphq", mlp_steps=1, mlp_batch=4, calibration_images=10)
-    quantize_mlps = mlp_module.reconstruct_mlps
-    quantize_mlps(
-        text_chain(recipe), captions(10), recipe, Measured(together, batch=4), batch_size=3
+    divergence, resources = Measured(together, batch=4), Resources(batch_size=3)
+    mlp_module.reconstruct_mlps(
+        text_chain(recipe), captions(10), recipe, divergence, resources=resources
     )
     assert sizes == [4, 4, 2] * 2
 

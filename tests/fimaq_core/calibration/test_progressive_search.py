@@ -164,8 +164,8 @@ def test_rows_equal_the_loop(levels: int, own: bool) -> None:
     x = heavy(200, 12) * torch.linspace(0.2, 3, 12) + 1
     x_hat = fake_quantize(x, torch.tensor(0.7), torch.tensor(8.0), 16)
     weight = heavy(5, 12)
-    moments = (None, None) if own else input_moments(x, x_hat, weight)
-    scale, zero = progressive_rows(weight, *moments, levels, 128)
+    moments = None if own else input_moments(x, x_hat, weight)
+    scale, zero = progressive_rows(weight, levels, 128, moments)
     assert scale.shape == zero.shape == (5,)
     for row in range(5):
         w = weight[row].double()
@@ -191,15 +191,15 @@ def test_rows_equal_the_loop(levels: int, own: bool) -> None:
 def test_rows_by_own_error_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight = heavy(7, 30)
-    whole = progressive_rows(weight, None, None, 8, 128)
+    whole = progressive_rows(weight, 8, 128)
     monkeypatch.setattr("fimaq_core.calibration.own_error._TABLE", 3 * 128 * 8)
-    for mine, expected in zip(progressive_rows(weight, None, None, 8, 128), whole, strict=True):
+    for mine, expected in zip(progressive_rows(weight, 8, 128), whole, strict=True):
         assert torch.equal(mine, expected)
 
 
 def test_a_row_of_zeros_has_a_range() -> None:
     weight = torch.stack([torch.zeros(20), torch.linspace(-1, 1, 20)])
-    scale, zero = progressive_rows(weight, None, None, 8, 128)
+    scale, zero = progressive_rows(weight, 8, 128)
     assert (scale > 0).all()
     assert torch.equal(fake_quantize(weight, scale[:, None], zero[:, None], 8)[0], weight[0])
 

@@ -13,11 +13,12 @@ from fimaq_core.calibration.candidates import (
     quantiles,
 )
 from fimaq_core.calibration.conv_ranges import calibrate_conv
-from fimaq_core.calibration.layer_ranges import calibrate_linear, calibrate_matmul
+from fimaq_core.calibration.linear_ranges import calibrate_linear
 from fimaq_core.calibration.output_error import Product, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error, own_errors
+from fimaq_core.calibration.product_ranges import calibrate_matmul
 from fimaq_core.calibration.shared_codes import shared_errors
-from fimaq_core.calibration.weight_error import best_rows, input_moments, weight_errors
+from fimaq_core.calibration.weight_error import Rows, best_rows, input_moments, weight_errors
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
 from fimaq_core.quantizers.affine import fake_quantize
 from fimaq_core.recipe import Recipe, make_recipe
@@ -142,7 +143,8 @@ def test_weight_errors_equal_direct_output_errors(kind: str, bits: int, input_bi
     weight = KINDS[kind](10, 24)
     levels = 2**bits
     candidates = grid_candidates(weight.sort(dim=1).values, levels, 64)
-    found = weight_errors(weight, candidates, levels, *input_moments(x, x_hat, weight))
+    rows = Rows(weight, levels, *input_moments(x, x_hat, weight))
+    found = weight_errors(rows, candidates)
     direct = output_errors(weight, x, x_hat, candidates, levels)
     # The fast form leaves out what is the same for all candidates of a row.
     offset = ((x_hat.double() - x.double()) @ weight.double().t()).square().sum(0)
@@ -150,9 +152,7 @@ def test_weight_errors_equal_direct_output_errors(kind: str, bits: int, input_bi
     chosen = direct.gather(0, found.argmin(0)[None])[0]
     assert (chosen <= direct.amin(0) * CLOSE).all()
     for guess in (0, 63):
-        index = best_rows(
-            weight, candidates, levels, *input_moments(x, x_hat, weight), torch.full((10,), guess)
-        )
+        index = best_rows(rows, candidates, torch.full((10,), guess))
         assert (direct.gather(0, index[None])[0] <= direct.amin(0) * (1 + 1e-6)).all()
 
 
@@ -181,9 +181,8 @@ def test_weight_search_with_dead_channels_and_rows() -> None:
     weight = heavy(6, 24)
     weight[2] = 0
     candidates = grid_candidates(weight.sort(dim=1).values, 8, 64)
-    index = best_rows(
-        weight, candidates, 8, *input_moments(x, x, weight), torch.zeros(6, dtype=torch.long)
-    )
+    rows = Rows(weight, 8, *input_moments(x, x, weight))
+    index = best_rows(rows, candidates, torch.zeros(6, dtype=torch.long))
     direct = output_errors(weight, x, x, candidates, 8)
     assert (direct.gather(0, index[None])[0] <= direct.amin(0) * (1 + 1e-6)).all()
 

@@ -16,26 +16,21 @@ from torch.nn import functional as F
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, ascending, grid_candidates
-from fimaq_core.calibration.layer_ranges import (
-    calibrate_linear,
-    calibrate_matmul,
-    progressive_operand,
-    progressive_weight,
+from fimaq_core.calibration.linear_ranges import calibrate_linear, progressive_weight
+from fimaq_core.calibration.percentile_ranges import (
+    conv_percentiles,
+    linear_percentiles,
+    percentile_range,
 )
-from fimaq_core.calibration.percentile_ranges import conv_percentiles, linear_percentiles
+from fimaq_core.calibration.product_ranges import calibrate_matmul, search_operand
 from fimaq_core.calibration.refit import (
+    Grid,
     reduce_conv_error,
     reduce_linear_error,
     refine_rounding,
     refit_moments,
     ridge_refit,
 )
-from fimaq_core.calibration.special_layers import (
-    _search_heads,
-    calibrate_after_gelu,
-    calibrate_after_softmax,
-)
-from fimaq_core.calibration.special_ranges import percentile_range
 from fimaq_core.chain import BlockChain
 from fimaq_core.fisher.divergence import ClassifierDivergence, kl_divergence
 from fimaq_core.layers import (
@@ -352,7 +347,7 @@ def test_a_layer_behind_a_gelu_equals_a_slow_calibration(
     recipe = make_recipe(
         "adalog", {"range_search": search, "range_candidates": 32, "range_rounds": 1}
     )
-    calibrate_after_gelu(layer, x, recipe)
+    calibrate_linear(layer, x, recipe)
     x_hat, hat = slow_after_gelu(kind, layer, x, 2**bits, recipe)
     flat = x.flatten(0, -2)
     # Candidates of all but equal errors may be chosen differently.
@@ -383,7 +378,7 @@ def test_behind_a_gelu_no_search_ends_above_its_start(kind: Kind, search: str, r
         first.input_quantizer.set_scale(
             torch.tensor([top / (2 ** (bits - 1) - 0.5) if kind == "twin" else top + GELU_SHIFT])
         )
-        calibrate_after_gelu(layer, x, recipe)
+        calibrate_linear(layer, x, recipe)
         assert linear_error(layer, x) <= linear_error(first, x) * (1 + 1e-6)
 
 
@@ -412,7 +407,7 @@ def test_a_product_behind_a_softmax_equals_a_slow_calibration(
     recipe = make_recipe(
         "adalog", {"range_search": search, "range_candidates": 64, "range_rounds": 1}
     )
-    calibrate_after_softmax(layer, a, b, recipe)
+    calibrate_matmul(layer, a, b, recipe)
     levels, heads = 2 ** bits[0], range(b.shape[1])
     start = torch.stack(
         [affine(b[:, head], grid_of(b[:, head], levels, 64)[-2], levels) for head in heads], 1
@@ -451,7 +446,7 @@ def test_behind_a_softmax_no_search_ends_above_its_start(
         )
         first = copy.deepcopy(layer)
         first.a_quantizer.set_scale(torch.ones(1, 1, 1, 1))
-        calibrate_after_softmax(layer, a, b, recipe)
+        calibrate_matmul(layer, a, b, recipe)
         candidates = grid_candidates(ascending(b.transpose(0, 1).flatten(1)), 2**bits, 64)
         first.b_quantizer.set_range(
             candidates.scale[-2].view(1, -1, 1, 1), candidates.zero_point[-2].view(1, -1, 1, 1)
@@ -486,7 +481,7 @@ def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) 
             least += min(
                 error(x_hat, affine(row.double(), pair, levels), flat, row) for pair in pairs
             )
-        progressive_weight(layer, flat, fine)
+        progressive_weight(layer, flat, 64)
         assert linear_error(layer, x) <= least * (1 + 1e-9)
         better += linear_error(layer, x) < least * 0.999
         calibrate_linear(layer, x, grid)
@@ -494,12 +489,12 @@ def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) 
         assert linear_error(whole, x) < linear_error(layer, x)
 
         product, a, b = after_softmax("log2", bits[0], bits[1], seed)
-        calibrate_after_softmax(product, a, b, grid)
+        calibrate_matmul(product, a, b, grid)
         a_hat = product.a_quantizer(a)
-        operands = product.b_quantizer, b.mT, a.mT, a_hat.mT, 64
-        _search_heads(*operands)
+        operands = product.b_quantizer, b.mT, a.mT, a_hat.mT
+        search_operand(*operands, grid)
         on_grid = product_error(product, a, b)
-        progressive_operand(*operands)
+        search_operand(*operands, fine)
         assert product_error(product, a, b) <= on_grid * (1 + 1e-6)
         better += product_error(product, a, b) < on_grid * 0.999
     assert better >= 5
@@ -563,7 +558,7 @@ def test_error_reduction_of_a_linear_layer_is_refit_and_refined_rounding(
     weight, bias = ridge_refit(layer.weight, layer.bias, moments, 0.1 if len(shape) == 1 else 3.0)
     scale, zero = percentile_range(ascending(weight), levels, MIN_WEIGHT_SCALE)
     codes, bias = refine_rounding(
-        weight, bias, scale[:, None], zero[:, None], levels, moments, 3.0, 20
+        weight, bias, Grid(scale[:, None], zero[:, None], levels), moments, 3.0, 20
     )
     assert torch.equal(layer.weight_quantizer.scale[:, 0], scale)
     assert torch.equal(layer.weight_quantizer.zero_point[:, 0], zero)
@@ -614,7 +609,7 @@ def test_error_reduction_of_a_convolution_rounds_alone() -> None:
     patches = F.unfold(x, 4, stride=4).transpose(1, 2).reshape(-1, 48)
     scale, zero = layer.weight_quantizer.scale, layer.weight_quantizer.zero_point
     codes, expected = refine_rounding(
-        weight.flatten(1), bias, scale, zero, 8, refit_moments(patches, patches), 30.0, 20
+        weight.flatten(1), bias, Grid(scale, zero, 8), refit_moments(patches, patches), 30.0, 20
     )
     assert torch.equal(layer.weight_quantizer.codes, codes.to(torch.uint8))
     assert expected is not None

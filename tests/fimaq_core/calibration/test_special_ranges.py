@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fimaq_core.calibration import special_ranges
+from fimaq_core.calibration import percentile_ranges, special_ranges
+from fimaq_core.calibration.percentile_ranges import percentile_log_scale, percentile_range
 from fimaq_core.calibration.special_ranges import (
-    percentile_log_scale,
-    percentile_range,
     product_errors,
     search_adalog_gelu,
     search_adalog_softmax,
@@ -37,7 +36,8 @@ CLOSE = 1 + 1e-5
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each search once with temporaries that hold everything, once with ones that hold a few rows."""
     if request.param is not None:
-        monkeypatch.setattr(special_ranges, "block_elements", lambda _: request.param)
+        for module in (percentile_ranges, special_ranges):
+            monkeypatch.setattr(module, "block_elements", lambda _: request.param)
 
 
 def attention(seed: int) -> tuple[Tensor, Tensor, Tensor]:
