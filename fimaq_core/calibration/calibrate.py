@@ -1,4 +1,4 @@
-"""Calibration of a whole chain in one walk: block by block, on full-precision inputs and outputs."""
+"""Calibration of a whole chain in one walk, block by block, on full-precision inputs."""
 
 import torch
 from torch import Tensor

@@ -146,8 +146,9 @@ class _HeadSearch:
         x, quantizer = self.x[heads], self.quantizer
         if quantizer.off:
             return x
-        ranges = (part.view(-1, 1, 1, 1)[heads] for part in (quantizer.scale, quantizer.zero_point))
-        return fake_quantize(x, *ranges, quantizer.levels)
+        scale = quantizer.scale.view(-1, 1, 1, 1)[heads]
+        zero = quantizer.zero_point.view(-1, 1, 1, 1)[heads]
+        return fake_quantize(x, scale, zero, quantizer.levels)
 
     def search(self, which: str, other: "_HeadSearch") -> None:
         """Choose bounds per head by the error of ``x̂ @ ôᵀ`` against ``x @ oᵀ``.

@@ -119,8 +119,8 @@ def progressive_heads(
 ) -> tuple[Tensor, Tensor]:
     """Return scale and zero point (heads,); product as in :func:`.output_error.best_of_heads`."""
     parts = (part.chunk(heads) for part in (product.x, product.other, product.residual))
-    points = uniform_points(levels)
-    found = [RangeErrors(*operands, points) for operands in zip(*parts, strict=True)]
+    points, operands = uniform_points(levels), zip(*parts, strict=True)
+    found = [RangeErrors(x, other, residual, points) for x, other, residual in operands]
 
     def errors(candidates: Candidates, width: int) -> Tensor:
         ranges = zip(found, candidates.scale.t(), candidates.zero_point.t(), strict=True)

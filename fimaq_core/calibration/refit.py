@@ -27,7 +27,7 @@ from fimaq_core.recipe import Recipe
 #: Share of a coordinate's second moment that the coordinates before it leave unexplained, below
 #: which it is only rounding.
 _SINGULAR = 1e-12
-#: Ridge of the first refit of layers with inputs (samples, d), and a convolution's factor, as released.
+#: Ridge of the first refit for inputs (samples, d), and the ridge's factor of convolutions.
 _CLASSIFIER_RIDGE, _CONV_FACTOR = 0.1, 10.0
 
 

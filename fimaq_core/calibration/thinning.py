@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Most rows of linear layers' inputs and of products (rows of all heads), and most values of either.
+#: Most rows (of products: of all heads) and values of the inputs of linear layers and products.
 ROWS, VALUES = 2**15, 2**25
 #: Most values of a convolution's input, for its own error.
 CONV_VALUES = 2**23
@@ -32,7 +32,7 @@ def spread(count: int, wanted: int, device: torch.device | None = None) -> Tenso
 
 
 def in_pieces(rows: Tensor) -> Tensor:
-    """Return ``rows`` (count, d) as (pieces, rows, d), up to 32: searches drop candidates by piece."""
+    """Return ``rows`` (count, d) in up to 32 pieces, (pieces, rows, d): searches drop some."""
     pieces = math.gcd(len(rows), 32)
     return rows.view(pieces, -1, rows.shape[-1])
 
@@ -43,7 +43,7 @@ def positions(x: Tensor) -> Tensor:
 
 
 def conv_values(x: Tensor | Sequence[Tensor]) -> Tensor:
-    """Return values (1, n) of a convolution's inputs: all of one tensor; of several at most 2**23."""
+    """Return all values (1, n) of a convolution's input, or at most 2**23 of several inputs."""
     if isinstance(x, Tensor):
         return x.reshape(1, -1)
     wanted = max(CONV_VALUES // x[0].shape[1], 1)

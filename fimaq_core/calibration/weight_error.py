@@ -159,7 +159,7 @@ def best_weight_errors(rows: Rows, candidates: Candidates, width: int) -> Tensor
 
 
 def _promising(rows: Rows, candidates: Candidates, width: int) -> Tensor:
-    """Return a mask (candidates, rows) of those that may be among the ``width`` best, by float32."""
+    """Return a mask (candidates, rows): those that may be among the ``width`` best, in float32."""
     lower, upper = [], []
     for some in candidates.chunks(rows.step()):
         delta = rows.deltas(some)
@@ -253,7 +253,7 @@ class _Sieve:
         return table.flatten(0, 1)
 
     def squares(self, index: Tensor, row: Tensor, start: int, end: int) -> Tensor:
-        """Return sums (pairs,) of squares ``start`` to ``end``, of candidates ``index`` of ``row``."""
+        """Return sums (pairs,) of the squares ``start`` to ``end`` of pairs (index, row)."""
         # L is lower triangular: channels before the first coordinate do not enter.
         factor, tail = self.factor[start:, start:end].contiguous(), self.rows.weight[:, start:]
         scale, zero = self.candidates.scale, self.candidates.zero_point

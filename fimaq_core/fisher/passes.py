@@ -1,4 +1,4 @@
-"""Sweeps over the calibration samples from the present block to the model's end: Fisher information."""
+"""Sweeps over the samples from the current block to the model's end: Fisher information."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,16 +16,22 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A pass over all samples, through everything behind a block."""
+    """A pass over all samples, through the model behind a block.
+
+    Example::
+
+        sweep = Sweep(chain, 3, reference, ClassifierDivergence(20.0), device)
+        gradient, error = mean_gradient_and_error(sweep, inputs, targets)
+    """
 
     chain: BlockChain  # the model; the segments behind the block run as they are set up
     index: int  # number of the block
     reference: Samples  # (n, ...) full-precision outputs of the whole model
     divergence: Measure  # mean over its batch
     device: torch.device  # where to compute
-    batch_size: int = 32  # samples a pass; a divergence that compares samples needs its own
-    dtype: Arithmetic = "float32"  # arithmetic of the tail
-    beside: Beside = field(default_factory=Beside)  # what travels beside the inputs of all samples
+    batch_size: int = 32  # samples per pass; a divergence that compares samples needs its own
+    dtype: Arithmetic = "float32"  # arithmetic of the model behind the block
+    beside: Beside = field(default_factory=Beside)  # tensors that travel beside the inputs
 
     def gradients(
         self, inputs: Samples | Tensor, forward: Forward | None = None
@@ -39,22 +45,15 @@ class Sweep:
             with torch.no_grad():
                 output = block(samples[rows].to(self.device, non_blocking=True)).detach()
             reference = self.reference[rows].to(self.device, non_blocking=True)
-            rest = self._rest(rows)
-            yield (
-                rows,
-                output,
-                divergence_gradient(rest, output, reference, self.divergence, self.dtype),
-            )
+            to = reference, self.divergence, self.dtype
+            yield rows, output, divergence_gradient(self._rest(rows), output, *to)
 
     def hessians(self, outputs: Samples, epsilon: float) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows and the :func:`perturbation_hessian` of each sample at the block's outputs."""
         for rows in outputs.slices(self.batch_size):
             output, reference = (part[rows].to(self.device) for part in (outputs, self.reference))
-            rest = self._rest(rows)
-            yield (
-                rows,
-                perturbation_hessian(rest, output, reference, self.divergence, epsilon, self.dtype),
-            )
+            to = reference, self.divergence, epsilon, self.dtype
+            yield rows, perturbation_hessian(self._rest(rows), output, *to)
 
     def _rest(self, rows: slice) -> Forward:
         beside = self.beside.rows(rows, self.device)
@@ -68,9 +67,14 @@ def divergence_gradient(
     divergence: Measure,
     dtype: Arithmetic = "float32",
 ) -> Tensor:
-    """Gradient at ``output`` (B, ...) of each sample's own divergence of ``rest(output)``.
+    """Return the gradient at ``output`` (B, ...) of each sample's own divergence.
 
-    ``rest`` goes on to the model's end, where ``reference`` are the full-precision outputs.
+    Args:
+        rest: the model behind ``output``.
+        output: (B, ...) outputs of a block.
+        reference: (B, ...) rows that the divergence compares the model's outputs with.
+        divergence: mean over the batch.
+        dtype: arithmetic of matrix products.
     """
     leaf = output.detach().requires_grad_(True)
     with torch.enable_grad(), arithmetic(dtype, output.device):
@@ -86,9 +90,13 @@ def mean_gradient_and_error(
     targets: Samples | Tensor,
     forward: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One FIMA-Q pass: ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over the samples, each (N,).
+    """Take one FIMA-Q pass: ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over samples, each (N,).
 
-    ``targets`` are the block's full-precision outputs (n, ...).
+    Args:
+        sweep: the sweep at the block.
+        inputs: (n, ...) inputs of the block.
+        targets: (n, ...) its full-precision outputs.
+        forward: as in :meth:`Sweep.gradients`.
     """
     gradient = error = torch.zeros((), device=sweep.device)
     for rows, output, grad in sweep.gradients(inputs, forward):
@@ -103,19 +111,18 @@ def least_squares_hessian(
     targets: Samples | Tensor,
     forward: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """LS-ViT's fit (CVPR 2026) to all pairs (g, Δ): diagonal h and direction u, each (N,).
+    """Take LS-ViT's fit (CVPR 2026) to all pairs (g, Δ): diagonal h and direction u, each (N,).
 
-    ``h = Σ g Δ / Σ Δ²`` and ``u = Σ g √(Δᵀg) / Σ Δᵀg``, sums over samples, g and Δ with their signs;
+    ``h = Σ g Δ / Σ Δ²`` and ``u = Σ g √(Δᵀg) / Σ Δᵀg``, sums over samples, g and Δ with signs;
     samples with Δᵀg <= 0 add nothing to u. A negative h is set to 0: a Fisher information is not
     negative, and the loss would have no minimum. Arguments as in :func:`mean_gradient_and_error`.
     """
     size, device = targets[0].numel(), sweep.device
-    above, below, direction = (
-        torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3)
-    )
+    above, below, direction = torch.zeros(3, size, dtype=torch.float64, device=device).unbind()
     weight = torch.zeros((), dtype=torch.float64, device=device)
     for rows, output, grad in sweep.gradients(inputs, forward):
-        g, delta = grad.flatten(1).double(), (output - targets[rows].to(device)).flatten(1).double()
+        delta = (output - targets[rows].to(sweep.device)).flatten(1).double()
+        g = grad.flatten(1).double()
         above += (g * delta).sum(0)
         below += delta.square().sum(0)
         inner = (g * delta).sum(1).clamp(min=0)
@@ -134,19 +141,18 @@ def perturbation_hessian(
     epsilon: float,
     dtype: Arithmetic = "float32",
 ) -> Tensor:
-    """``|g(z + ε) - g(z - ε)|`` (B, ...) of each sample: g the gradient at z, ε added to all of z.
+    """Return ``|g(z + ε) - g(z - ε)|`` (B, ...) of each sample: g the gradient at z, ε in all of z.
 
-    APHQ-ViT (Wu et al., CVPR 2025, arXiv:2504.02508). For a quadratic divergence that is
+    APHQ-ViT (Wu et al., CVPR 2025, arXiv:2504.02508). For a quadratic divergence it is
     ``2 ε |H 1|``. Arguments as in :func:`divergence_gradient`.
 
     In a pre-norm transformer every LayerNorm behind z removes a shift that all channels of a token
-    share, so ``H 1`` is zero and rounding is left: the noise of the logits' gradient, carried back
-    to z. Its mean size over images still says how sensitive each output is, whatever ε (estimates
-    with ε from 1e-6 to 1e-2 correlate by more than 0.9 in all blocks of the demo's ViT). Its scale
-    is the arithmetic's, and one sample's values are noise. As released, the model's own precision
-    is used.
+    share. So ``H 1`` is zero, and only rounding is left: the noise of the logits' gradient, carried
+    back to z. Its mean size over images still says how sensitive each output is, whatever ε
+    (estimates with ε from 1e-6 to 1e-2 correlate by more than 0.9 in all blocks of the demo's ViT).
+    Its scale is that of the arithmetic, and one sample's values are noise. As released, the model's
+    own precision is used.
     """
-    above = divergence_gradient(rest, output + epsilon, reference, divergence, dtype)
-    return above.sub_(
-        divergence_gradient(rest, output - epsilon, reference, divergence, dtype)
-    ).abs_()
+    to = reference, divergence, dtype
+    above = divergence_gradient(rest, output + epsilon, *to)
+    return above.sub_(divergence_gradient(rest, output - epsilon, *to)).abs_()
