@@ -27,24 +27,18 @@ from fimaq_core.recipe import Recipe
 #: fields that determine an MLP reconstruction.
 Scope = Literal["all", "ranges", "mlp"]
 
+_DAMAGED = "The checkpoint {} is damaged ({}): delete it and run again."
+
 
 class Fingerprint(BaseModel):
-    """Everything that a checkpoint depends on.
-
-    Attributes:
-        numerics: version of the code's arithmetic.
-        model: architecture of the weights; empty if the caller has only one.
-        weights: sha256 of the float weights.
-        calibration: fingerprint of the calibration images (ids, order, transform).
-        recipe: all recipe fields.
-    """
+    """Everything that a checkpoint depends on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    numerics: int = NUMERICS_VERSION
-    model: str = ""
-    weights: str
-    calibration: str
+    numerics: int = NUMERICS_VERSION  # version of the code's arithmetic
+    model: str = ""  # architecture of the weights; empty if the caller has only one
+    weights: str  # sha256 of the float weights
+    calibration: str  # fingerprint of the calibration images (ids, order, transform)
     recipe: Recipe
 
     @field_validator("model", "weights", "calibration")
@@ -80,10 +74,7 @@ class Fingerprint(BaseModel):
 
 
 def state_sha256(model: nn.Module) -> str:
-    """Return the sha256 (hex) over names, shapes and values of a model's state.
-
-    It identifies weights that came from no file.
-    """
+    """Return the sha256 (hex) of names, shapes, values of a state: identity of unfiled weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -95,13 +86,9 @@ def state_sha256(model: nn.Module) -> str:
 def save_checkpoint(
     path: Path, tensors: dict[str, Tensor], fingerprint: Fingerprint, facts: dict[str, Any]
 ) -> None:
-    """Write a checkpoint; the file appears complete or not at all.
+    """Write a checkpoint, with ``facts`` (JSON values) in its header.
 
-    Args:
-        path: the file.
-        tensors: tensors by name.
-        fingerprint: identity of the run.
-        facts: JSON values for the header.
+    The file appears complete or not at all.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
@@ -128,7 +115,7 @@ def read_header(path: Path) -> tuple[Fingerprint, dict[str, Any]]:
         fingerprint = Fingerprint.model_validate_json(metadata["fingerprint"])
         facts = from_json(metadata["facts"])
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise CheckpointError(_DAMAGED.format(path, error)) from error
     except (KeyError, ValueError) as error:
         why = f" ({first_problem(error)})" if isinstance(error, ValidationError) else ""
         raise CheckpointError(f"{foreign}: its header lacks the fingerprint{why}.") from error
@@ -140,13 +127,10 @@ def read_header(path: Path) -> tuple[Fingerprint, dict[str, Any]]:
 def load_checkpoint(
     path: Path, module: nn.Module, expected: Fingerprint | None, scope: Scope = "all"
 ) -> dict[str, Any]:
-    """Load a checkpoint into ``module``, strictly, and return its facts.
+    """Load a checkpoint into ``module`` of the saved structure, strictly, and return its facts.
 
-    Args:
-        path: the file.
-        module: module with the structure of the saved one.
-        expected: fingerprint that the checkpoint must have; None accepts any.
-        scope: recipe fields that are compared.
+    ``expected`` is compared with its fingerprint (of recipes the fields in ``scope``); None accepts
+    any.
 
     Raises:
         CheckpointError: it belongs to another run (says why), is damaged, or does not fit.
@@ -164,7 +148,7 @@ def load_checkpoint(
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     # The last three are raised for types that PyTorch does not have.
     except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise CheckpointError(_DAMAGED.format(path, error)) from error
     _add_biases(module, state)
     try:
         module.load_state_dict(state, strict=True)
@@ -172,10 +156,6 @@ def load_checkpoint(
         raise CheckpointError(f"The checkpoint {path} does not fit the model: {error}") from error
     module.to(device)
     return facts
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"The checkpoint {path} is damaged ({error}): delete it and run again.")
 
 
 def _add_biases(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -191,18 +171,12 @@ class Pieces:
     """Finished pieces of an unfinished stage: blocks or MLPs, one checkpoint each.
 
     The files are ``<folder>/<kind>-NNN.safetensors``.
-
-    Attributes:
-        folder: folder of the files; None keeps nothing.
-        kind: ``block`` or ``mlp``.
-        fingerprint: identity of the run; needed with ``folder``.
-        scope: recipe fields that the files depend on.
     """
 
-    folder: Path | None = None
-    kind: str = ""
-    fingerprint: Fingerprint | None = None
-    scope: Scope = "all"
+    folder: Path | None = None  # folder of the files; None keeps nothing
+    kind: str = ""  # ``block`` or ``mlp``
+    fingerprint: Fingerprint | None = None  # identity of the run; needed with ``folder``
+    scope: Scope = "all"  # recipe fields that the files depend on
 
     def load(self, index: int, module: nn.Module) -> tuple[dict[str, Any], Path] | None:
         """Load a finished piece into `module`; return its facts and its file, or None."""

@@ -106,13 +106,9 @@ STAGES: tuple[Stage, ...] = (MLPS, CALIBRATE, RECONSTRUCT, FINISH)
 def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint | None) -> None:
     """Load the reconstructed MLPs of a checkpoint into uncalibrated `segments` of any chains.
 
-    Args:
-        segments: segments in the order of the checkpoint.
-        path: the checkpoint.
-        fingerprint: identity that it must have; None accepts any.
-
     Raises:
-        CheckpointError: it belongs to another run, is damaged, or holds something else.
+        CheckpointError: it belongs to another run than ``fingerprint`` (None accepts any), is
+            damaged, or holds something else.
     """
     _, facts = read_header(path)
     if facts.get("stage") != "mlp":
@@ -148,13 +144,8 @@ def quantize_chain(
 
         log = quantize_chain(chain, Samples(images), recipe, ClassifierDivergence(20.0))
 
-    Args:
-        chain: the model as a chain, on the computing device.
-        images: (n, ...) calibration inputs of the chain; the first ``recipe.range_images`` set the
-            ranges.
-        recipe: all settings.
-        divergence: the task's divergence.
-        resources: how to run.
+    ``images`` (n, ...) are inputs of the chain; the first ``recipe.range_images`` set the ranges.
+    Everything runs on the chain's device.
     """
     part, store = Part(chain, images, recipe, divergence), CheckpointStore(resources)
     for stage in STAGES:

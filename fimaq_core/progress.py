@@ -41,14 +41,8 @@ def losses_to(
 ) -> Callable[[int, SupportsFloat], None]:
     """Return a function of a step (from 1) and its loss, which now and then reports the loss.
 
-    It raises NumericsError for a loss that is NaN or infinite.
-
-    Args:
-        on_progress: receives progress.
-        begin: the moment before the first step.
-        steps: number of steps.
-        what: name of the loss for the message.
-        advice: what the user can do about it.
+    ``begin`` is the moment before the first step. A loss that is NaN or infinite raises
+    NumericsError, with the name of the loss (``what``) and an ``advice``.
     """
 
     def tick(step: int, loss: SupportsFloat) -> None:

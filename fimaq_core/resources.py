@@ -14,20 +14,14 @@ Placement = Literal["device", "host", "disk"]
 
 @dataclass(frozen=True)
 class Resources:
-    """How to run, as far as the recipe does not say it.
+    """Settings of a run that the recipe leaves open.
 
     Example::
 
         quantize_chain(chain, images, recipe, divergence, Resources(placement="host"))
-
-    Attributes:
-        on_progress: receives progress.
-        placement: of the tape.
-        batch_size: samples per forward pass of calibration, tape and Fisher passes.
-        engine: the step engine.
     """
 
-    on_progress: OnProgress = silent
-    placement: Placement = "device"
-    batch_size: int = 32
-    engine: EngineChoice = "auto"
+    on_progress: OnProgress = silent  # receives progress
+    placement: Placement = "device"  # of the tape
+    batch_size: int = 32  # samples per forward pass of calibration, tape and Fisher passes
+    engine: EngineChoice = "auto"  # the step engine

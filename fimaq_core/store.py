@@ -21,28 +21,16 @@ __all__ = ["Address", "CheckpointStore", "Part", "Pieces", "Resources", "Stage"]
 
 @dataclass
 class Part:
-    """One chain of a model, with everything that its quantization needs. Most models have one part.
+    """One chain of a model, with all that its quantization needs. Most models have one part."""
 
-    Attributes:
-        chain: the chain on the computing device; stages change it in place.
-        inputs: (n, ...) calibration inputs of the chain.
-        recipe: all settings.
-        divergence: the task's divergence, for Fisher passes.
-        fingerprint: identity that checkpoints must have; needed where files are kept.
-        name: name of the part; empty where the model is one chain.
-        facts: JSON values for the header of checkpoints.
-        teacher: copy of the chain before its MLPs were reconstructed; else None.
-        log: facts about the reconstruction.
-    """
-
-    chain: BlockChain
-    inputs: Samples
+    chain: BlockChain  # on the computing device; stages change it in place
+    inputs: Samples  # (n, ...) calibration inputs of the chain
     recipe: Recipe
-    divergence: Divergence
-    fingerprint: Fingerprint | None = None
-    name: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
-    teacher: BlockChain | None = None
+    divergence: Divergence  # for Fisher passes
+    fingerprint: Fingerprint | None = None  # identity of checkpoints; needed where files are kept
+    name: str = ""  # name of the part; empty where the model is one chain
+    facts: dict[str, Any] = field(default_factory=dict)  # JSON values for checkpoints' headers
+    teacher: BlockChain | None = None  # copy of the chain with GELU, if its MLPs have ReLU now
     log: ReconstructionLog = field(default_factory=ReconstructionLog)
 
 
@@ -50,20 +38,13 @@ class Stage:
     """One step of a quantization, which changes a part in place.
 
     A subclass defines :meth:`make` and, if the stage has a file, :meth:`load` and the attributes.
-
-    Attributes:
-        name: name for people and records.
-        kind: kind of its shared files; empty for a stage without a file.
-        mark: value of ``stage`` in the header of its file.
-        scope: recipe fields that its file depends on.
-        piece: kind of its :class:`Pieces`; empty for none.
     """
 
-    name: str = ""
-    kind: str = ""
-    mark: str = ""
-    scope: Scope = "all"
-    piece: str = ""
+    name: str = ""  # name for people and records
+    kind: str = ""  # kind of its shared files; empty for a stage without a file
+    mark: str = ""  # value of ``stage`` in the header of its file
+    scope: Scope = "all"  # recipe fields that its file depends on
+    piece: str = ""  # kind of its :class:`Pieces`; empty for none
 
     def wanted(self, part: Part) -> bool:
         """Return True if the recipe asks for the stage and it has not run yet."""
@@ -110,15 +91,11 @@ class CheckpointStore:
 
         store = CheckpointStore(address=lambda stage, part: Address(folder / stage.kind))
         reused = store.run(CALIBRATE, part)
-
-    Attributes:
-        resources: how to run.
-        address: function of stage and part that gives their address.
-        alone: context in which no other process makes the same file.
     """
 
     resources: Resources = field(default_factory=Resources)
     address: Callable[[Stage, Part], Address] = lambda stage, part: Address()
+    #: context in which no other process makes the same file
     alone: Callable[[Path | None], AbstractContextManager[object]] = nullcontext
 
     def run(self, stage: Stage, part: Part) -> bool:

@@ -19,11 +19,8 @@ from fimaq_core.calibration.candidates import block_elements
 class Product:
     """Squared error of ``x̂ @ other`` against the full-precision product, by the range of ``x``.
 
-    Args:
-        x: (batch, rows, inner), in full precision.
-        other: (batch or 1, inner, columns), quantized.
-        residual: (batch, rows, columns), ``x @ (other - other in full precision)``.
-        levels: number of grid points of ``x``.
+    x is (batch, rows, inner), in full precision; ``other`` (batch or 1, inner, columns), quantized;
+    ``residual`` (batch, rows, columns) is ``x @ (other - other in full precision)``.
     """
 
     def __init__(self, x: Tensor, other: Tensor, residual: Tensor, levels: int) -> None:

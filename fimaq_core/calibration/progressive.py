@@ -49,10 +49,8 @@ def progressive(
 
     Args:
         errors: gives errors (candidates, groups); those beyond the wanted best may be infinite.
-        start: candidates of the first step.
-        width: candidates kept after each step.
-        new: candidates, at least 2, that replace each kept one.
-        steps: number of steps, the first one included.
+        start, width: candidates of the first step, and how many are kept after each step.
+        new, steps: candidates, at least 2, for each kept one; number of steps with the first one.
         spacing: (groups,) distance of scales in the start; 0 leaves nothing to refine.
         min_scale: lower bound of new scales.
     """

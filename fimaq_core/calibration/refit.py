@@ -102,13 +102,7 @@ def refine_rounding(
     lowers the half's own output error. Then ridge regression lets the columns behind it, and the
     bias, compensate the rest. The bias takes part as a last column that is never rounded.
 
-    Args:
-        weight: (rows, d).
-        bias: (rows,), or None.
-        grid: the grid of the codes.
-        moments: of the inputs.
-        ridge: as in :func:`ridge_refit`.
-        flips: most flips per row in one half.
+    Weight, bias and ridge are as in :func:`ridge_refit`; ``flips`` is the most per row and half.
 
     Returns:
         Codes (rows, d), float32 integers in [0, levels - 1], and the new bias, float32.

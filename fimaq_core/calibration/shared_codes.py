@@ -28,12 +28,8 @@ def shared_errors(
 ) -> Tensor | None:
     """Return the squared error, float64 (candidates,), of ``x̂ @ other``; None if this is slow.
 
-    Args:
-        x: (batch, rows, inner), in full precision.
-        other: (batch, inner, columns), quantized.
-        target: (batch, rows, columns), the full-precision product.
-        scale, zero_point: (candidates,), neighbours similar.
-        levels: number of grid points.
+    x is (batch, rows, inner), in full precision; ``other`` (batch, inner, columns), quantized;
+    ``target`` (batch, rows, columns). Neighbouring candidates are similar.
     """
     count = len(scale)
     step = max(_CROWD * block_elements(x.device) // (count * x[0].numel()), 1)

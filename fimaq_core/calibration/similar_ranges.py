@@ -155,7 +155,7 @@ class RangeErrors:
         return self.points(values, self.scale[index], self.kinds[index])
 
     def _sums(self, part: slice, run: list[int]) -> Tensor:
-        """Return sums (6, candidates): ``|e|²``, ``eY``, ``|Y|²``, ``|ΔM|²``, ``ΔM·e``, ``ΔM·Y``."""
+        """Return sums (6, candidates): ``|e|²``, ``eY``, ``|Y|²``, ``|ΔM|²``, ``ΔMe``, ``ΔMY``."""
         if self._base is None:
             self._base = self._product(self.x, slice(None)) - self.term
         x, values, scale = self.x[part], self.values[part], self.scale[run[0]]

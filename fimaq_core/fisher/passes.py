@@ -12,6 +12,8 @@ from fimaq_core.numerics import Arithmetic, arithmetic
 from fimaq_core.samples import Samples
 
 Forward = Callable[[Tensor], Tensor]
+#: Samples, or one tensor (n, ...).
+Data = Samples | Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Sweep:
     beside: Beside = field(default_factory=Beside)  # tensors that travel beside the inputs
 
     def gradients(
-        self, inputs: Samples | Tensor, forward: Forward | None = None
+        self, inputs: Data, forward: Forward | None = None
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield rows, the block's output and the divergence's gradient there, batch by batch.
 
@@ -67,14 +69,9 @@ def divergence_gradient(
     divergence: Measure,
     dtype: Arithmetic = "float32",
 ) -> Tensor:
-    """Return the gradient at ``output`` (B, ...) of each sample's own divergence.
+    """Return the gradient at a block's output (B, ...) of each sample's own divergence.
 
-    Args:
-        rest: the model behind ``output``.
-        output: (B, ...) outputs of a block.
-        reference: (B, ...) rows that the divergence compares the model's outputs with.
-        divergence: mean over the batch.
-        dtype: arithmetic of matrix products.
+    ``rest`` is the model behind the block; ``reference`` (B, ...) are the divergence's rows.
     """
     leaf = output.detach().requires_grad_(True)
     with torch.enable_grad(), arithmetic(dtype, output.device):
@@ -85,18 +82,12 @@ def divergence_gradient(
 
 
 def mean_gradient_and_error(
-    sweep: Sweep,
-    inputs: Samples | Tensor,
-    targets: Samples | Tensor,
-    forward: Forward | None = None,
+    sweep: Sweep, inputs: Data, targets: Data, forward: Forward | None = None
 ) -> tuple[Tensor, Tensor]:
     """Take one FIMA-Q pass: ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over samples, each (N,).
 
-    Args:
-        sweep: the sweep at the block.
-        inputs: (n, ...) inputs of the block.
-        targets: (n, ...) its full-precision outputs.
-        forward: as in :meth:`Sweep.gradients`.
+    ``inputs`` (n, ...) are the block's, ``targets`` (n, ...) its full-precision outputs, and
+    ``forward`` is as in :meth:`Sweep.gradients`.
     """
     gradient = error = torch.zeros((), device=sweep.device)
     for rows, output, grad in sweep.gradients(inputs, forward):
@@ -106,10 +97,7 @@ def mean_gradient_and_error(
 
 
 def least_squares_hessian(
-    sweep: Sweep,
-    inputs: Samples | Tensor,
-    targets: Samples | Tensor,
-    forward: Forward | None = None,
+    sweep: Sweep, inputs: Data, targets: Data, forward: Forward | None = None
 ) -> tuple[Tensor, Tensor]:
     """Take LS-ViT's fit (CVPR 2026) to all pairs (g, Δ): diagonal h and direction u, each (N,).
 

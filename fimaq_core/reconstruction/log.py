@@ -1,9 +1,11 @@
 """Facts about a reconstruction, and their form in checkpoints, whose content is not trusted."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -82,9 +84,6 @@ class _Log(_Checked):
     near_floor: dict[str, int] = {}
 
 
-_Kind = TypeVar("_Kind", bound=_Checked)
-
-
 def block_facts(log: ReconstructionLog, label: str) -> dict[str, Any]:
     """Return the facts about the block ``label`` for its checkpoint."""
     return {
@@ -106,12 +105,12 @@ def add_block(
     Raises:
         CheckpointError: they are not the facts of a block.
     """
-    block = _checked(_Block, facts, where)
+    with _refusing(where):
+        block = _Block.model_validate(facts)
     log.last_loss[label], log.fisher_passes[label] = block.last_loss, block.fisher_passes
-    if block.error is not None:
-        log.error[label] = block.error
-    if block.fisher is not None:
-        log.fisher[label] = block.fisher
+    for value, place in ((block.error, log.error), (block.fisher, log.fisher)):
+        if value is not None:
+            place[label] = value
     if block.near_floor:
         log.near_floor[label] = block.near_floor
     return block.notes, block.engine
@@ -119,12 +118,14 @@ def add_block(
 
 def read_log(facts: object, where: Path) -> ReconstructionLog:
     """Return the log whose ``asdict`` a checkpoint holds. Raises CheckpointError."""
-    return ReconstructionLog(**_checked(_Log, facts, where).model_dump())
+    with _refusing(where):
+        return ReconstructionLog(**_Log.model_validate(facts).model_dump())
 
 
-def _checked(kind: type[_Kind], facts: object, where: Path) -> _Kind:
+@contextmanager
+def _refusing(where: Path) -> Iterator[None]:
     try:
-        return kind.model_validate(facts)
+        yield
     except ValidationError as error:
         raise CheckpointError(
             f"The checkpoint {where} does not say what was reconstructed ({first_problem(error)}): "

@@ -52,12 +52,8 @@ def block_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of a batch (a scalar), and the start values from now on (parts,).
 
-    Args:
-        kind: a loss, ``head`` (KL of the classes, not divided by its start) or ``head_relative``.
-        weights: weight of each part.
-        output: (B, ...) outputs of the quantized block.
-        batch: the batch.
-        state: what the loss needs beside the batch.
+    ``kind`` is a loss, ``head`` (KL of the classes, not divided by its start) or ``head_relative``;
+    ``weights`` are those of its parts; ``output`` (B, ...) is the quantized block's.
     """
     if kind == "head":
         return kl_divergence(output, batch.target), state.starts

@@ -215,12 +215,8 @@ def mlp_loss(
 ) -> Tensor:
     """Return ``mean(H (z - t)²) + 2 mean(H (z' - t)²)``, z' the output with hidden values clamped.
 
-    Args:
-        mlp, part: the MLP and the names of its parts.
-        x: (B, ...) its inputs.
-        target: (B, ...) t, its outputs with GELU.
-        hessian: H, of one sample's shape; None for ones.
-        limit: upper bound of the clamped hidden values.
+    t (B, ...) are outputs with GELU; H has one sample's shape, None for ones; ``limit`` bounds the
+    clamped hidden values.
     """
     fc2 = mlp.get_submodule(part.fc2)
     hidden = mlp.get_submodule(part.act)(mlp.get_submodule(part.fc1)(x))
@@ -269,21 +265,18 @@ def _picker(
     A step takes a random batch, or one sample if shapes vary.
     """
     inputs, targets, hessian = lesson.inputs, lesson.targets, lesson.hessian
-    if inputs.varying:
+    varying, drawn = inputs.varying, torch.zeros(0)
+    if not varying:
+        generator = block_generator(recipe.seed, f"{label}/mlp")
+        drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator)
+        drawn = drawn.to(inputs.device)
 
-        def one(samples: Samples, number: int) -> Tensor:
-            return samples[number % len(inputs)].to(device, non_blocking=True)
+    def pick(samples: Samples, number: int) -> Tensor:
+        found = samples[number % len(inputs)] if varying else samples.whole[drawn[number]]
+        return found.to(device, non_blocking=True)
 
-        return lambda number: (
-            one(inputs, number),
-            one(targets, number),
-            None if hessian is None else one(hessian, number),
-        )
-    generator = block_generator(recipe.seed, f"{label}/mlp")
-    drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator)
-    drawn, shared = drawn.to(inputs.device), None if hessian is None else hessian.whole
+    def lesson_of(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        own = hessian if hessian is None else pick(hessian, number) if varying else hessian.whole
+        return pick(inputs, number), pick(targets, number), own
 
-    def batch(samples: Samples, number: int) -> Tensor:
-        return samples.whole[drawn[number]].to(device, non_blocking=True)
-
-    return lambda number: (batch(inputs, number), batch(targets, number), shared)
+    return lesson_of

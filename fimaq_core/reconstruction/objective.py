@@ -37,11 +37,9 @@ class Objective:
     after the last Fisher pass; Fisher losses start at 2, others at 1.
 
     Args:
-        chain: the chain.
-        tape: its tape at the block, the target computed.
-        recipe: all settings.
+        chain, recipe, divergence: the chain, all settings, and the task's divergence.
+        tape: the chain's tape at the block, the target computed.
         reference: (n, ...) rows that the divergence compares the model's outputs with.
-        divergence: the task's divergence.
         notes: list that receives a sentence about everything that did not go as the recipe says.
 
     Raises:

@@ -46,11 +46,9 @@ def reconstruct(
     Predictors stay as calibrated. Everything runs on the chain's device.
 
     Args:
-        chain: the calibrated chain.
+        chain, recipe, divergence: the calibrated chain, all settings, and the task's divergence.
         images: (n, ...) calibration inputs of the chain, on any device. Images of varying shapes
             are taken one by one in their order.
-        recipe: all settings.
-        divergence: the task's divergence.
         resources: how to run; one unit of progress per step.
         teacher: the full-precision model, if it is not ``chain`` without quantizers (after MLP
             reconstruction). It gives targets, full-precision inputs and the model behind a block.

@@ -1,4 +1,4 @@
-"""Chains with a side that travels along, and divergences that compare samples of a batch with each other."""
+"""Chains with a side, and divergences that compare samples of a batch with each other."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def captions(count: int) -> Tensor:
 
 
 def by_hand(chain: BlockChain, ids: Tensor) -> Tensor:
-    """What the chain computes, caption by caption."""
+    """Outputs of the chain, caption by caption."""
     first, second, last = chain
     rows = []
     for one in ids:
@@ -222,7 +222,7 @@ def test_the_mlps_hessian_keeps_to_the_batches(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_divergence_may_ask_for_more_than_outputs() -> None:
-    """What ``reference`` adds to the outputs of each sample arrives with that sample."""
+    """Columns that ``reference`` adds to a sample's outputs arrive with that sample."""
     rows: list[Tensor] = []
     ids = captions(24)
 

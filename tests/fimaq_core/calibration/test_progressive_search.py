@@ -1,4 +1,4 @@
-"""The progressive search against fine grids and against a plain loop of the same steps with direct errors."""
+"""The progressive search against fine grids and a plain loop of its steps with direct errors."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def loop(
     spacing: float,
     floor: float,
 ) -> tuple[float, float]:
-    """The search of one group in plain Python, 16 kept and 6 steps: the least error of the start, and of all seen."""
+    """Search one group in plain Python: the least error of the start, and of all candidates."""
     found = sorted((error(*pair), number, pair) for number, pair in enumerate(start))
     first = least = found[0][0]
     for _ in range(5):
@@ -57,7 +57,7 @@ def check(
     found: tuple[float, float],
     floor: float,
 ) -> None:
-    """Compare what was found for one group, whose sorted values are ``rows``, with the loop's least direct error."""
+    """Compare the result for one group with sorted values ``rows`` with the loop's least error."""
     start = grid_candidates(rows[None], levels, 128, floor)
     pairs = list(zip(start.scale[:, 0].tolist(), start.zero_point[:, 0].tolist(), strict=True))
     first, least = loop(direct, pairs, 8, pairs[1][0] - pairs[0][0], floor)
@@ -96,7 +96,7 @@ def test_convex_errors_are_followed_to_the_last_spacing(new: int) -> None:
 
 
 def test_the_best_of_the_start_is_not_lost() -> None:
-    # Only the start's own scales are good, and no refinement meets them again: with an even number none stays in place.
+    # Only the start's own scales are good; with an even number no refinement meets them again.
     start = Candidates(
         torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]),
         torch.tensor([[0.0, 5.0], [1.0, 6.0], [2.0, 7.0]]),
@@ -115,7 +115,7 @@ def test_a_middle_step_is_remembered() -> None:
     def errors(candidates: Candidates, _: int) -> Tensor:
         return torch.where(candidates.scale == 0.5, 0.0, candidates.scale.double() + 1)
 
-    # The first refinement of 1 with spacing 1 is (0.5, 1.5); later ones move on to smaller scales, which are worse.
+    # The first refinement of 1 with spacing 1 is (0.5, 1.5); later ones go to worse scales.
     scale, _ = progressive(
         errors, Candidates(torch.ones(1, 1), torch.zeros(1, 1)), 1, 2, 4, torch.ones(1)
     )

@@ -1,4 +1,4 @@
-"""Range searches against brute force: own error, output error of weights, of inputs and of attention operands."""
+"""Range searches against brute force: own error; output error of weights, inputs and operands."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
 from fimaq_core.quantizers.affine import fake_quantize
 from fimaq_core.recipe import Recipe, make_recipe
 
-#: A fast search may pick another candidate only if its direct error is this close to the best one's.
+#: A fast search may pick another candidate only if its direct error is this close to the best.
 CLOSE = 1 + 1e-5
 
 
@@ -146,7 +146,7 @@ def test_weight_errors_equal_direct_output_errors(kind: str, bits: int, input_bi
     rows = Rows(weight, levels, *input_moments(x, x_hat, weight))
     found = weight_errors(rows, candidates)
     direct = output_errors(weight, x, x_hat, candidates, levels)
-    # The fast form leaves out what is the same for all candidates of a row.
+    # The fast form leaves out a constant per row.
     offset = ((x_hat.double() - x.double()) @ weight.double().t()).square().sum(0)
     assert torch.allclose(found + offset, direct, rtol=1e-6)
     chosen = direct.gather(0, found.argmin(0)[None])[0]
@@ -174,7 +174,7 @@ def test_moments_of_whole_codes(levels: int, rows: int) -> None:
 
 
 def test_weight_search_with_dead_channels_and_rows() -> None:
-    """Inputs without any signal leave the moments singular, and rows of zeros have no range to choose."""
+    """Inputs without signal leave the moments singular; rows of zeros have no range to choose."""
     torch.manual_seed(0)
     x = torch.randn(9, 24)
     x[:, ::3] = 0
@@ -272,7 +272,7 @@ def test_best_operand_equals_brute_force(
 
 
 def test_best_operand_looks_at_every_image() -> None:
-    """The last of many images alone decides: dropping candidates by partial sums must not lose the best."""
+    """Dropping candidates by partial sums keeps the best, even if only the last image decides."""
     torch.manual_seed(0)
     x = torch.rand(32, 8, 6) * 0.01
     x[-1] = torch.rand(8, 6) * 100

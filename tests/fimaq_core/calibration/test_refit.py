@@ -1,4 +1,4 @@
-"""Ridge refit and refined rounding against regressions on explicit matrices and a slow version of one row."""
+"""Ridge refit and refined rounding against explicit regressions and a slow version of one row."""
 
 import numpy as np
 import pytest
@@ -176,7 +176,7 @@ def slow_row(
     ridge: float,
     flips: int,
 ) -> tuple[list[int], float | None, int]:
-    """One row by loops over its elements and tokens; returns codes, bias and how many flips were kept."""
+    """Refine one row by loops over elements and tokens; return codes, bias and kept flips."""
     current, codes, kept = row.copy(), {}, 0
     free = list(range(len(row)))
 
@@ -260,7 +260,7 @@ def test_rounding_equals_a_slow_version(
 def first_half_errors(
     weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, moments: InputMoments
 ) -> Tensor:
-    """What flips of the first half lower, (rows,)."""
+    """The objective that flips of the first half lower, (rows,)."""
     half = (weight.shape[1] + 1) // 2  # the bias counts
     delta = ((codes.double() - zero) * scale.double() - weight.double())[:, :half]
     return ((delta @ moments.square[:half, :half]) * delta).sum(1)
@@ -318,7 +318,7 @@ def test_both_steps_lower_the_output_error(biased: bool, bits: int) -> None:
 
 
 def test_zero_flips_round_to_nearest_and_compensate() -> None:
-    """Two columns: the first is rounded; the second and the bias follow from the regression, in one step each."""
+    """Two columns: the first is rounded; the regression gives the second and the bias."""
     torch.manual_seed(5)
     _, x_hat = inputs(80, 2)
     weight, bias = parameters(7, 2, True)

@@ -31,7 +31,7 @@ def near(scale: float, distance: float) -> tuple[Tensor, Tensor]:
 
 
 def check(found: Tensor, expected: Tensor, width: int) -> None:
-    """All that is finite is right, and what is infinite is not among the best."""
+    """Check that finite errors are right, and that infinite ones are not among the best."""
     assert found.dtype == torch.float64
     finite = found.isfinite()
     assert int(finite.sum()) >= width

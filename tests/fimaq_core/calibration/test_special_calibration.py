@@ -1,4 +1,4 @@
-"""Calibration of layers by percentiles (RepQ-ViT), with special quantizers, by error reduction (ERQ) and progressively."""
+"""Calibration of layers: percentiles (RepQ-ViT), special quantizers, ERQ, progressive search."""
 
 import copy
 import functools
@@ -96,7 +96,7 @@ def numbers(x: Tensor) -> Array:
 def float_inputs(
     model: nn.Module, recipe: Recipe, x: Tensor
 ) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor], Tensor]:
-    """Inputs of every quantizable layer in full precision, the layers' weights, and the model's outputs."""
+    """Full-precision inputs and weights of every quantizable layer, and the model's outputs."""
     chain, seen = chain_of(model, recipe), {}
     for name, layer in quant_layers(chain):
         layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args))
@@ -462,7 +462,7 @@ def test_behind_a_softmax_no_search_ends_above_its_start(
 
 @pytest.mark.parametrize("bits", [(4, 4), (3, 4), (8, 8)])
 def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) -> None:
-    """Weights with inputs as they are, right operands with softmax outputs as they are; and whole linear layers."""
+    """Weights for fixed inputs, right operands for fixed softmax outputs, and whole layers."""
     grid = make_recipe("fimaq", {"range_candidates": 64, "range_rounds": 1})
     fine = make_recipe("adalog", {"range_candidates": 64, "range_rounds": 1})
     better = 0
@@ -501,7 +501,7 @@ def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) 
 
 
 def test_more_rounds_of_a_uniform_product_do_not_lose_what_was_won() -> None:
-    """Progressively with three rounds, AdaLog's own setting, against the released search of bounds."""
+    """Three progressive rounds, AdaLog's own setting, against the released search of bounds."""
     for seed in range(2):
         torch.manual_seed(seed)
         a, b = torch.randn(3, 2, 8, 10), torch.randn(3, 2, 10, 8) * (1 + torch.rand(1, 2, 10, 1))
@@ -637,7 +637,7 @@ def held_out() -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def divergence(method: str, **changes: Any) -> float:
-    """KL of the quantized demo ViT's classes to full precision, mean over seeds; nothing is reconstructed."""
+    """KL of the calibrated demo ViT's classes to full precision, mean over seeds."""
     found = []
     x, reference = held_out()
     for seed in (1, 2):
@@ -655,7 +655,7 @@ def divergence(method: str, **changes: Any) -> float:
 
 
 def test_special_softmax_quantizers_of_4_bits_beat_the_uniform_one_on_a_trained_model() -> None:
-    """Everything else in full precision: beside 4-bit weights and activations the difference is of the seeds' size."""
+    """With all else in full precision: at 4 bits the difference is of the size between seeds."""
     alone: dict[str, object] = {"w_bits": OFF, "a_bits": OFF, "s_bits": 4}
     uniform = divergence("repq", softmax_quantizer="uniform", **alone)
     assert divergence("repq", softmax_quantizer="logsqrt2", **alone) < 0.7 * uniform

@@ -1,4 +1,4 @@
-"""One block's optimisation: tables of its steps, batches, input mixing, and what a step's gradient is."""
+"""One block's optimisation: tables of its steps, batches, input mixing, a step's gradient."""
 
 import itertools
 import math
@@ -91,7 +91,7 @@ def test_scale_rate_falls_by_a_cosine_to_zero_and_that_of_alpha_stays() -> None:
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_update_equals_the_optimizer(cosine: bool) -> None:
-    """PyTorch's Adam, and its cosine schedule for the scales, over the first steps and in the later course."""
+    """PyTorch's Adam, and its cosine schedule for the scales, over the first and later steps."""
     recipe = quick("qdrop", steps=60, lr_alpha=0.02, lr_scale=1e-2)
     generator = torch.Generator().manual_seed(1)
     variable = torch.randn(500, generator=generator)
@@ -215,7 +215,7 @@ def test_first_block_has_nothing_to_mix(engine: Engine) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", ["float32", "tf32"])
 def test_tf32_is_allowed_in_steps_alone(engine: Engine, dtype: str) -> None:
-    """A Fisher pass's frozen parts have a setting of their own, and what was set outside comes back."""
+    """A Fisher pass's frozen parts have their own setting; the outer setting comes back."""
     made, _ = trainer(quick("fimaq", step_dtype=dtype, fisher_k=1), engine=engine)
     allowed: list[bool] = []
     made.segment.block.register_forward_pre_hook(
@@ -259,7 +259,7 @@ def gradients_of_step(
 @pytest.mark.parametrize("number", [0, 90])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradient_of_a_step(number: int, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block loss plus, once it is on, 0.01 of the regulariser; found again from the plain definition."""
+    """Block loss plus, once it is on, 0.01 of the regulariser, by the plain definition."""
     recipe = quick(
         "qdrop",
         steps=100,

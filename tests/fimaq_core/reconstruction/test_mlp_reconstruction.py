@@ -1,4 +1,4 @@
-"""MLP reconstruction: what it trains on, what it changes, and that it can stop and go on."""
+"""MLP reconstruction: its training data, its changes, and its resuming."""
 
 import copy
 import math
@@ -110,7 +110,7 @@ def test_other_activations_and_models_without_mlps_are_refused() -> None:
 
 
 def test_an_mlp_with_a_norm_inside_is_not_one_of_them() -> None:
-    """It does not compute ``fc2(act(fc1(x)))``."""
+    """An MLP that does not compute ``fc2(act(fc1(x)))``."""
     chain = chain_of(vit(scale_mlp_norm=True), quick())
     assert len(mlps(chain)) == 0
     with pytest.raises(ModelError, match="no MLP"):
@@ -210,7 +210,7 @@ class Mlp(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """A residual block whose last addition is an MLP, without norms: its Hessian is no rounding noise."""
+    """A residual block that ends with an MLP, without norms: its Hessian is no rounding noise."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def plain_chain() -> tuple[BlockChain, Tensor]:
 def gathered(
     monkeypatch: pytest.MonkeyPatch, chain: BlockChain, x: Tensor, recipe: Recipe, batch: int
 ) -> list[Any]:
-    """What each MLP would be trained on."""
+    """Training data of each MLP."""
     seen: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(mlp_module, "_train", lambda mlp, part, lesson, *_: seen.append(lesson))
@@ -282,7 +282,7 @@ def test_inputs_targets_and_limit_are_those_of_the_model_with_gelu(
 def test_hessian_at_the_mlps_output_is_that_at_the_blocks(
     monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
-    """The MLP's output is added last, so both are moved alike; the mean over images, by its root mean square."""
+    """The MLP's output is added last, so both Hessians are equal; mean over images, scaled."""
     chain, x = plain_chain()
     teacher = copy.deepcopy(chain)
     seen = gathered(monkeypatch, chain, x, short(perturbation=0.1, mlp_lr=1.0), batch)
@@ -322,7 +322,7 @@ def test_a_hessian_that_weights_nothing_is_an_error(wrong: float) -> None:
 
 @torch.no_grad()
 def mlp_inputs(chain: BlockChain, x: Tensor) -> list[Tensor]:
-    """What the MLPs of a ViT see."""
+    """Inputs of the MLPs of a ViT."""
     found: list[Tensor] = []
     handles = [
         mlp.register_forward_pre_hook(lambda module, args: found.append(args[0]))
@@ -336,7 +336,7 @@ def mlp_inputs(chain: BlockChain, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("loss", ["perturb_mean", "mse"])
 def test_training_lowers_the_loss_and_the_error_to_gelu(loss: str) -> None:
-    """Of ReLU with the old weights, and with the new ones; on images it saw, and on others.
+    """Errors of ReLU with the old and the new weights, on images of the training and others.
 
     Behind the last block only the class token is looked at, so a Hessian weights no other.
     """
@@ -536,7 +536,7 @@ class Broken(Exception):
 def kept(
     recipe: Recipe, path: Path, stop_in: str | None = None
 ) -> tuple[BlockChain, BlockChain, bool]:
-    """Chain, teacher, and whether the MLPs were loaded; ``stop_in`` names the MLP in whose middle it is broken off."""
+    """Chain, teacher, True if loaded; ``stop_in`` names the MLP in which the run is interrupted."""
 
     def on_progress(event: Progress) -> None:
         if stop_in is not None and event.block == stop_in:
@@ -590,7 +590,7 @@ def test_stopped_and_resumed_equals_undisturbed(
 def test_finished_mlps_are_loaded_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every recipe with the same MLP settings, whatever its bits; the model as it was is the teacher again."""
+    """For every recipe with the same MLP settings; the teacher is the model with GELU again."""
     recipe, path, x = short(), tmp_path / "mlps.safetensors", images(4, seed=8)
     chain, teacher, _ = kept(recipe, path)
     assert read_header(path)[1] == {"model": "small", "stage": "mlp"}
@@ -686,7 +686,7 @@ def test_another_process_may_have_cleared_the_finished_mlps_away(
 
 
 def test_quantize_does_all_stages(tmp_path: Path) -> None:
-    """As the stages one by one, from checkpoints; the target of the reconstruction is the model with GELU."""
+    """All stages at once equal the stages one by one; reconstruction aims at the GELU model."""
     recipe, x = quick("aphq", **{**SHORT, "steps": 4}), images(24)
     whole = chain_of(vit(), recipe)
     log = quantize_chain(whole, x, recipe, KL, Resources(batch_size=8))

@@ -1,4 +1,4 @@
-"""Learned activation scales stay positive, whatever the rate: on every engine, with every quantizer."""
+"""Learned activation scales stay positive at any rate, on every engine and quantizer."""
 
 import copy
 from pathlib import Path
@@ -60,7 +60,7 @@ def at_floor(course: Course) -> Tensor:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_scales_stop_at_their_lower_bound_on_every_engine(quantizer: str) -> None:
-    """After one step that takes scales far below zero, the engines agree on which are at the bound, and on all values."""
+    """After a step far below zero, the engines agree on scales at the bound, and on all values."""
     recipe = quick("fimaq", lr_scale=TOO_FAST, **QUANTIZERS[quantizer])
     expected = follow(made("eager", recipe), 1)
     assert 0.1 < float(at_floor(expected).double().mean()) < 0.9

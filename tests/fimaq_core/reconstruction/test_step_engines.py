@@ -1,4 +1,4 @@
-"""The ways to run a step: that they learn the same, and what compiled and captured steps rely on."""
+"""Step engines: they learn the same, and what compiled and captured steps rely on."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ from fimaq_core.reconstruction.tape import Storage, Tape
 pytestmark = pytest.mark.slow
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-#: Model, image size, number of a block: the Swin's pads its 10 x 10 tokens to windows of 4 and shifts them.
+#: Model, image size, number of a block; the Swin's pads 10 x 10 tokens to windows of 4 and shifts.
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "vit": (vit, 32, 2),
     "vit, first block": (vit, 32, 1),
@@ -80,7 +80,7 @@ def flat_step(made: BlockTrainer) -> FlatStep:
 
 @dataclass
 class Course:
-    """What an optimisation did.
+    """Results of an optimisation.
 
     Attributes:
         losses: (steps,).
@@ -219,7 +219,7 @@ def test_bfloat16_steps_on_every_engine(engine: Engine) -> None:
 def capture(
     step: Callable[[], Tensor], calls: list[Callable[[], Tensor]]
 ) -> tuple[Callable[[], None], Tensor]:
-    """Stands for the capture of a CUDA graph: does nothing yet, and what replays it leaves the result in one place."""
+    """Stand in for the capture of a CUDA graph: a replay leaves the result in one place."""
     calls.append(step)
     result = torch.zeros(())
     return lambda: result.copy_(step()), result
@@ -291,7 +291,8 @@ def test_what_a_step_reads_and_writes_keeps_its_address(
     assert all(step_pointers == seen[0] for step_pointers in seen)
     # These change from step to step, in place.
     names = [
-        "counter", "rates", "starts", "alpha", "offset", "gain", "soft", "scales", "floor", "m", "v", "m of s", "v of s",
+        "counter", "rates", "starts", "alpha", "offset", "gain", "soft", "scales", "floor", "m",
+        "v", "m of s", "v of s",
     ]  # fmt: skip
     changed = {
         name
@@ -328,7 +329,8 @@ class NothingIsRead(TorchDispatchMode):
 @pytest.mark.parametrize(
     "case",
     [
-        "mse", "fisher_brecq", "fisher_diag", "fisher_lr", "weights of parts", "head", "swin", *NEW_LOSSES,
+        "mse", "fisher_brecq", "fisher_diag", "fisher_lr", "weights of parts", "head", "swin",
+        *NEW_LOSSES,
         "twice the head's divergence over its start",
     ],
 )  # fmt: skip
@@ -429,7 +431,7 @@ def test_step_that_cannot_be_compiled_says_what_to_do(monkeypatch: pytest.Monkey
 
 
 def test_more_makes_than_pytorch_allows_by_itself() -> None:
-    """A Swin has a dozen makes of blocks; PyTorch compiles a function eight times and then gives up."""
+    """A Swin has a dozen structures of blocks; PyTorch compiles a function eight times."""
     with torch._dynamo.config.patch(
         recompile_limit=8
     ):  # pytest's own patch would leave the setting deleted

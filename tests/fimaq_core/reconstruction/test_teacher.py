@@ -32,7 +32,7 @@ BUILDERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def pair(recipe: Recipe, name: str = "vit") -> tuple[BlockChain, BlockChain, Tensor]:
-    """A calibrated chain whose MLPs have ReLU and other weights than the teacher's; the teacher; images."""
+    """A calibrated chain with ReLU and other MLP weights than the teacher; the teacher; images."""
     build, size = BUILDERS[name]
     teacher, chain, x = chain_of(build(), recipe), chain_of(build(), recipe), images(16, size)
     use_relu(chain)
@@ -47,7 +47,7 @@ def pair(recipe: Recipe, name: str = "vit") -> tuple[BlockChain, BlockChain, Ten
 
 @torch.no_grad()
 def block_inputs(chain: BlockChain, x: Tensor) -> list[Tensor]:
-    """What each block sees, and the model's outputs at the end."""
+    """Inputs of each block, and the model's outputs at the end."""
     found = []
     for segment in chain:
         found.append(segment.before(x))
@@ -114,21 +114,21 @@ def at_block(
 
 
 def slope(model: BlockChain, tape: Tape, output: Tensor, reference: Tensor) -> Tensor:
-    """Gradient of each sample's divergence at the block's output, through the rest of ``model``; (n, N)."""
+    """Gradient of each sample's divergence at the block's output, through ``model``, (n, N)."""
     leaf = output.detach().clone().requires_grad_(True)
     value = kl_divergence(model.tail(tape.index + 1, leaf), reference, 20.0) * len(output)
     return torch.autograd.grad(value, leaf)[0].flatten(1)
 
 
 def agree(found: Tensor, expected: Tensor, other: Tensor) -> None:
-    """``found`` is ``expected`` to rounding, and not what it would be with the chain's own tail."""
+    """Check ``found`` against ``expected`` (equal) and the chain's own tail (different)."""
     scale = float(expected.abs().max())
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * scale)
     assert not torch.allclose(found, other, rtol=0.05, atol=0.05 * scale)
 
 
 def test_fisher_passes_go_through_the_teachers_tail() -> None:
-    """The block's output is the chain's, quantized; what is behind it, and the error, is the teacher's."""
+    """The block's output is the chain's, quantized; the rest, and the error, is the teacher's."""
     objective, tape, block = at_block(quick(loss="fisher_diag", fisher_k=1))
     objective.update(block)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_brecqs_pass_takes_the_chains_prefix_through_the_teachers_block_and_tail
 
 @pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
 def test_perturbation_passes_go_through_the_teachers_tail(name: str) -> None:
-    """Rounding alone in a transformer, but the same rounding."""
+    """In a transformer it is only rounding, but the same rounding."""
     objective, tape, _ = at_block(quick(loss=name))
     assert tape.target is not None
     found = []
@@ -214,7 +214,8 @@ def test_predictions_are_the_teachers_from_the_block_on() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"method": "qdrop"}, {"method": "pdquant"}, {"method": "lsvit"}, {"loss": "perturb"}, {"loss": "perturb_mean"},
+        {}, {"method": "qdrop"}, {"method": "pdquant"}, {"method": "lsvit"}, {"loss": "perturb"},
+        {"loss": "perturb_mean"},
         {"loss": "fisher_brecq"}, {"method": "brecq", "reconstruct_parts": "blocks"},
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""Reconstruction of images of varying sizes: the tape, each image's own Fisher information, engines, resuming."""
+"""Reconstruction of images of varying sizes: tape, Fisher information, engines, resuming."""
 
 import gc
 import weakref
@@ -115,7 +115,7 @@ def objective_at(
 
 
 def gradient_by_hand(chain: BlockChain, image: Tensor, output: Tensor, reference: Tensor) -> Tensor:
-    """Of the divergence at the output of block 1; everything behind it in full precision."""
+    """Gradient of the divergence at the output of block 1, the rest in full precision."""
     first, second = chain.segment(1).keep, chain.segment(2).keep
     assert first is not None
     assert second is not None
@@ -260,7 +260,7 @@ def test_a_compiled_step_is_compiled_once_for_all_sizes(monkeypatch: pytest.Monk
     recipe = one_by_one()
     assert_same_steps(trainer("fused", recipe), [trainer("compiled", recipe)], recipe.steps)
     assert len(set(SIZES)) == 4
-    # the loss (another graph once there are starts to read) and the update
+    # the loss (one graph without and one with start values) and the update
     assert counter.frame_count <= 3
 
 
