@@ -184,7 +184,7 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
     loss(objective, tape)
     found = loss(objective, tape, noise=0.5)
     assert tape.target is not None
-    chain, kind = objective.chain, name
+    chain, kind = objective.tape.chain, name
     with torch.no_grad():
         output = chain.segment(tape.index).block(tape.full.whole[SAMPLES])
     noisy = output + 0.5 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
@@ -411,7 +411,7 @@ def perturbed_gradients(objective: BlockObjective, tape: Tape, epsilon: float) -
         for shifted in (z + epsilon, z - epsilon):
             leaf = shifted.requires_grad_(True)
             value = kl_divergence(
-                objective.chain.tail(tape.index + 1, leaf), reference, 20.0
+                objective.tape.chain.tail(tape.index + 1, leaf), reference, 20.0
             ) * len(z)
             sides.append(torch.autograd.grad(value, leaf)[0])
         found.append((sides[0] - sides[1]).abs().flatten(1))
@@ -435,7 +435,7 @@ def test_perturbation_hessian_of_each_sample_lies_where_the_tape_lies(
     assert objective.passes == 1
     assert objective.update_steps == frozenset()
     assert objective.state.diagonal is None
-    set_quantized(objective.chain, False)
+    set_quantized(objective.tape.chain, False)
     expected = perturbed_gradients(objective, tape, epsilon)
     assert expected.shape == (16, tape.full[0].numel())
     assert int((expected > 0).any(1).sum()) > 12  # rounding alone, which a sample may be spared
@@ -520,7 +520,7 @@ def whole_model_terms(
     objective: BlockObjective, tape: Tape, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Squared error and divergence with this block alone quantized, and their gradients."""
-    chain, block, kept = objective.chain, objective.tape.chain.segment(tape.index).block, []
+    chain, block, kept = objective.tape.chain, objective.tape.chain.segment(tape.index).block, []
     set_quantized(chain, False)
     with torch.no_grad():
         reference = chain(x)
@@ -576,7 +576,7 @@ def test_a_divergence_smaller_than_rounding_errors_of_float32_has_its_own_start(
     objective, tape = make(quick(loss="prediction", w_bits=8, a_bits=8), index=0)
     loss(objective, tape)
     with torch.no_grad():
-        logits = objective.chain.tail(1, objective.tape.chain.segment(0).block(tape.full.whole[SAMPLES]))
+        logits = objective.tape.chain.tail(1, objective.tape.chain.segment(0).block(tape.full.whole[SAMPLES]))
     reference = objective.reference.whole[SAMPLES]
     exact = float(kl_divergence(logits.double(), reference.double(), 20.0))
     assert 0 < exact < 1e-6
