@@ -12,15 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor, nn
 
-from fimaq_core import NUMERICS_VERSION
+from fimaq_core import NUMERICS_VERSION, checkpoint
 from fimaq_core.chain import BlockChain
-from fimaq_core.checkpoint import (
-    Fingerprint,
-    load_checkpoint,
-    read_header,
-    save_checkpoint,
-    state_sha256,
-)
+from fimaq_core.checkpoint import Fingerprint, state_sha256
 from fimaq_core.errors import CheckpointError, DataError, ModelError, first_problem
 from fimaq_core.families import find_family
 from fimaq_core.families.own import described, names_of, own_chain
@@ -94,7 +88,9 @@ class QuantizedModel(nn.Module):
             dtype="float32" if self._like.is_floating_point() else "int64",
             log=asdict(self.log),
         )
-        save_checkpoint(Path(path), self.chain.state_dict(), self._fingerprint, header.model_dump())
+        checkpoint.save_checkpoint(
+            Path(path), self.chain.state_dict(), self._fingerprint, header.model_dump()
+        )
 
 
 def quantize(
@@ -171,7 +167,7 @@ def load(
         ModelError: a model or part that is not supported.
     """
     path = Path(path)
-    fingerprint, content = read_header(path)
+    fingerprint, content = checkpoint.read_header(path)
     try:
         header = _SavedModel.model_validate(content)
     except ValidationError as error:
@@ -188,7 +184,7 @@ def load(
         raise CheckpointError(f"{path} was made with other blocks or another head: give {theirs}.")
     if fingerprint.recipe.reconstruct_mlp:
         use_relu(chain)
-    load_checkpoint(path, chain, None)
+    checkpoint.load_checkpoint(path, chain, None)
     set_quantized(chain, True)
     log = read_log(header.log, path)
     return QuantizedModel(chain, log=log, fingerprint=fingerprint, like=like)
@@ -207,9 +203,7 @@ class _Source(NamedTuple):
         """Return a copy of the model as a chain. Raises ModelError or DataError."""
         model, blocks, head = self.model, self.blocks, self.head
         if (blocks is None) != (head is None):
-            raise ModelError(
-                "blocks= and head= go together: give both, or none for a model of timm."
-            )
+            raise ModelError("Give both blocks= and head=, or none of them for a model of timm.")
         labels: list[str] = []
         if blocks is None or head is None:
             family = find_family(model)
@@ -273,11 +267,8 @@ def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:
     unused = {"divergence_batch"}
     unused |= set() if recipe.reconstruct else {"batch_size"}
     unused |= set() if recipe.reconstruct_mlp else {"mlp_batch"}
-    changes = [
-        f"{name} {value} instead of {getattr(recipe, name)}"
-        for name, value in lowered.items()
-        if name not in unused
-    ]
+    used = [(name, value) for name, value in lowered.items() if name not in unused]
+    changes = [f"{name} {value} instead of {getattr(recipe, name)}" for name, value in used]
     note = f"There are {count} calibration images, so these were lowered: {', '.join(changes)}."
     return recipe.model_copy(update=lowered), [note] if changes else []
 

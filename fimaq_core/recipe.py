@@ -149,8 +149,7 @@ class Recipe(BaseModel):
         "float32", "Arithmetic of the steps' matrix products; on CPUs tf32 is float32."
     )
     frozen_dtype: _Arithmetic = _numerics(
-        "float32",
-        "Arithmetic of full-precision parts (tape, Fisher passes); on CPUs tf32 is float32.",
+        "float32", "Arithmetic of full-precision parts (tape, Fisher passes), as step_dtype."
     )
 
     @field_validator("w_bits", "a_bits", "s_bits", "head_bits", "patch_input_bits")

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from fimaq_core import layers
 from fimaq_core.calibration import percentile_ranges
+from fimaq_core.calibration.candidates import Range
 from fimaq_core.calibration.capture import Capture, quantizes
 from fimaq_core.calibration.conv_ranges import calibrate_conv, calibrate_conv_by_own_error
 from fimaq_core.calibration.linear_ranges import calibrate_linear
@@ -11,15 +13,7 @@ from fimaq_core.calibration.product_ranges import calibrate_matmul
 from fimaq_core.calibration.refit import reduce_conv_error, reduce_linear_error
 from fimaq_core.calibration.reparameterize import channel_ranges, reparameterize
 from fimaq_core.chain import BlockChain, Kept, Segment
-from fimaq_core.layers import (
-    QuantConv2d,
-    QuantConvTranspose2d,
-    QuantLayer,
-    QuantLinear,
-    QuantMatMul,
-    quant_layers,
-    set_quantized,
-)
+from fimaq_core.layers import QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightLayer
 from fimaq_core.progress import OnProgress, Progress, silent
 from fimaq_core.recipe import OFF, Recipe
 from fimaq_core.samples import Samples
@@ -56,9 +50,9 @@ def calibrate(
         NumericsError: a weight or activation is not finite, or a layer gets no input.
     """
     device = next(chain.parameters()).device
-    set_quantized(chain, False)
-    if not any(quantizes(layer) for _, layer in quant_layers(chain)):
-        set_quantized(chain, True)
+    layers.set_quantized(chain, False)
+    if not any(quantizes(layer) for _, layer in layers.quant_layers(chain)):
+        layers.set_quantized(chain, True)
         return
     x = Samples.of(images).first(recipe.range_images)
     x = Samples([sample for sample in x if len(sample)]) if x.varying else x.to(device)
@@ -85,7 +79,7 @@ def calibrate(
         if not any(chain.segment(later).takes_kept for later in range(index + 1, len(chain))):
             kept = [()] * len(sides)
     on_progress(Progress("calibrate", len(chain), len(chain)))
-    set_quantized(chain, True)
+    layers.set_quantized(chain, True)
 
 
 def _calibrate_layer(
@@ -107,7 +101,7 @@ def _calibrate_layer(
         if recipe.refit:
             reduce_linear_error(layer, x, recipe)
     else:
-        assert isinstance(layer, QuantConv2d | QuantConvTranspose2d)
+        assert isinstance(layer, WeightLayer)  # a convolution
         inputs = seen[0] if len(seen) == 1 else seen
         embeds = isinstance(layer, QuantConv2d) and segment.kind == "patch_embed"
         if percentile:
@@ -122,7 +116,7 @@ def _calibrate_layer(
 
 def _reparameterized(
     segment: Segment, name: str, layer: QuantLinear, x: Tensor, recipe: Recipe
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Range | None]:
     """Reparameterise ``layer`` with its norm, if any; return its new inputs and their range."""
     bits, percentile = layer.input_quantizer.bits, recipe.range_search == "percentile"
     agree = percentile or bits == layer.weight_quantizer.bits

@@ -16,6 +16,10 @@ MIN_SCALE = 1e-4
 MIN_WEIGHT_SCALE = 1e-12
 
 
+#: Scale and zero point.
+Range = tuple[Tensor, Tensor]
+
+
 def block_elements(device: torch.device) -> int:
     """Return the number of elements that one temporary of a search may have on ``device``."""
     return _CPU if device.type == "cpu" else _OTHER
@@ -30,7 +34,7 @@ class Candidates:
     #: scales repeat after so many candidates, with equal zero points of all groups; None if not
     period: int | None = None
 
-    def pick(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def pick(self, index: Tensor) -> Range:
         """Return scale and zero point (groups,) of each group's candidate ``index`` (groups,)."""
         row = index.unsqueeze(0)
         return self.scale.gather(0, row)[0], self.zero_point.gather(0, row)[0]
@@ -100,7 +104,7 @@ def from_bounds(lower: Tensor, upper: Tensor, levels: int) -> Candidates:
     return Candidates(scale, -torch.round(lower / scale))
 
 
-def minmax(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def minmax(values: Tensor, levels: int) -> Range:
     """Return scale and zero point (groups,) that span zero and each row of ``values`` (groups, n).
 
     So zero padding and dead channels have no error.

@@ -14,8 +14,8 @@ from fimaq_core.calibration.candidates import Candidates, ascending, quantiles
 from fimaq_core.calibration.linear_ranges import set_minmax, set_rows, start_rows
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.thinning import conv_values
-from fimaq_core.calibration.weight_error import Rows, best_rows, input_moments
-from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d
+from fimaq_core.calibration.weight_error import Moments, Rows, best_rows, input_moments
+from fimaq_core.layers import QuantConv2d, WeightLayer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
 
@@ -62,9 +62,7 @@ def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     search(lowers.gather(0, index[None]).expand_as(lowers), uppers, index)
 
 
-def _conv_moments(
-    layer: QuantConv2d, x: Inputs, group: int, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def _conv_moments(layer: QuantConv2d, x: Inputs, group: int, weight: Tensor) -> Moments:
     """Return moments of one group's input patches, summed so that unfolding never needs all."""
     width, inputs = weight.shape[1], layer.input_quantizer
     square = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
@@ -101,9 +99,7 @@ def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
-def calibrate_conv_by_own_error(
-    layer: QuantConv2d | QuantConvTranspose2d, x: Inputs, recipe: Recipe
-) -> None:
+def calibrate_conv_by_own_error(layer: WeightLayer, x: Inputs, recipe: Recipe) -> None:
     """Set the ranges of a convolution outside the patch embedding: FPN, RPN, mask head.
 
     As in APHQ-ViT's detection (Wu et al., CVPR 2025, arXiv:2504.02508) weights per output channel
@@ -116,6 +112,7 @@ def calibrate_conv_by_own_error(
     million.
     """
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    assert isinstance(inputs, AffineQuantizer)
     matrix = layer.weight.detach().flatten(1)
     if recipe.range_search == "minmax":
         set_minmax(weights, matrix)
@@ -128,10 +125,8 @@ def calibrate_conv_by_own_error(
         ordered = ascending(conv_values([x] if isinstance(x, Tensor) else x))
         grid = grids.grid_candidates(ordered, inputs.levels, count)
         scale, zero = grids.minmax(ordered, inputs.levels)
-        scales, zeros = (
-            torch.cat([grid.scale, scale[None]]),
-            torch.cat([grid.zero_point, zero[None]]),
-        )
+        pairs = (grid.scale, scale), (grid.zero_point, zero)
+        scales, zeros = (torch.cat([many, one[None]]) for many, one in pairs)
         candidates = Candidates(scales, zeros)
         scale, zero = candidates.pick(best_by_own_error(ordered, candidates, inputs.levels))
         inputs.set_range(scale.view(1, 1, 1, 1), zero.view(1, 1, 1, 1))

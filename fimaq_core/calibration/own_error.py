@@ -28,9 +28,8 @@ def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tens
     first = torch.cat([pad, values.cumsum(1)], 1)
     second = torch.cat([pad, values.square().cumsum(1)], 1)
     code = torch.arange(levels, device=values.device, dtype=torch.float64)
-    scale, zero = (
-        part.t().double()[:, :, None] for part in (candidates.scale, candidates.zero_point)
-    )
+    ranges = candidates.scale, candidates.zero_point
+    scale, zero = (part.t().double()[:, :, None] for part in ranges)
     points = (code - zero) * scale  # groups, candidates, L
     middles = points[..., :-1] + scale / 2
     cuts = torch.searchsorted(values, middles.reshape(groups, -1)).view(middles.shape)

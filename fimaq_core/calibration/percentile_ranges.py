@@ -13,6 +13,7 @@ from fimaq_core.calibration.candidates import (
     MIN_SCALE,
     MIN_WEIGHT_SCALE,
     Candidates,
+    Range,
     ascending,
     block_elements,
     quantiles,
@@ -28,13 +29,9 @@ from fimaq_core.quantizers.special import LogQuantizer
 
 #: The upper quantiles.
 _POINTS = [0.999, 0.9999, 0.99999]
-#: Scale and zero point, scalars, that reparameterisation left for an input.
-Common = tuple[Tensor, Tensor]
 
 
-def percentile_range(
-    sorted_rows: Tensor, levels: int, min_scale: float = MIN_SCALE
-) -> tuple[Tensor, Tensor]:
+def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SCALE) -> Range:
     """Return scale and zero point (groups,): quantiles 1 - p and p of the best own error."""
     upper = quantiles(sorted_rows, _POINTS)
     lower = quantiles(sorted_rows, [1 - point for point in _POINTS])
@@ -58,8 +55,8 @@ def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor
     return scales[errors.argmin()]
 
 
-def linear_percentiles(layer: QuantLinear, x: Tensor, common: Common | None = None) -> None:
-    """Set a linear layer's ranges; ``common`` is the input's range if it is known."""
+def linear_percentiles(layer: QuantLinear, x: Tensor, common: Range | None = None) -> None:
+    """Set a linear layer's ranges; ``common`` is the input's range from reparameterisation."""
     input_percentile(layer.input_quantizer, x, (1,), common)
     weight_percentiles(layer)
 
@@ -86,7 +83,7 @@ def weight_percentiles(layer: WeightLayer, weight: Tensor | None = None) -> None
 
 
 def input_percentile(
-    quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int, ...], common: Common | None = None
+    quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int, ...], common: Range | None = None
 ) -> None:
     """Set one range for all of ``x``; its scale has shape ``shape``."""
     if quantizer.off:

@@ -14,13 +14,14 @@ from fimaq_core.calibration.candidates import (
     MIN_SCALE,
     MIN_WEIGHT_SCALE,
     Candidates,
+    Range,
     ascending,
     grid_candidates,
 )
 from fimaq_core.calibration.output_error import Product
 from fimaq_core.calibration.own_error import errors_of_groups
 from fimaq_core.calibration.similar_ranges import RangeErrors, uniform_points
-from fimaq_core.calibration.weight_error import Rows, best_weight_errors
+from fimaq_core.calibration.weight_error import Moments, Rows, best_weight_errors
 
 #: Candidates kept after each step, and steps in all, as released.
 _WIDTH, _STEPS = 16, 6
@@ -37,7 +38,7 @@ def progressive(
     steps: int,
     spacing: Tensor,
     min_scale: float = MIN_SCALE,
-) -> tuple[Tensor, Tensor]:
+) -> Range:
     """Return scale and zero point (groups,) with the smallest error seen.
 
     The first step keeps the ``width`` best candidates of the start. Each further step replaces each
@@ -81,9 +82,9 @@ def progressive_rows(
     weight: Tensor,
     levels: int,
     count: int,
-    moments: tuple[Tensor, Tensor] | None = None,
+    moments: Moments | None = None,
     min_scale: float = MIN_WEIGHT_SCALE,
-) -> tuple[Tensor, Tensor]:
+) -> Range:
     """Return scale and zero point (rows,) of each row of a weight, by the output's squared error.
 
     ``moments`` come from :func:`.weight_error.input_moments`; None takes the weight's own error.
@@ -98,9 +99,7 @@ def progressive_rows(
     return _search(errors, grid_candidates(ordered, levels, count, min_scale), count, min_scale)
 
 
-def progressive_input(
-    product: Product, sorted_values: Tensor, levels: int, count: int
-) -> tuple[Tensor, Tensor]:
+def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> Range:
     """Return scale and zero point (scalars) of a whole operand, from its ascending values."""
     found = RangeErrors(product.x, product.other, product.residual, uniform_points(levels))
 
@@ -114,7 +113,7 @@ def progressive_input(
 
 def progressive_heads(
     product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int
-) -> tuple[Tensor, Tensor]:
+) -> Range:
     """Return scale and zero point (heads,); product as in :func:`.output_error.best_of_heads`."""
     parts = (part.chunk(heads) for part in (product.x, product.other, product.residual))
     points, operands = uniform_points(levels), zip(*parts, strict=True)
@@ -127,9 +126,7 @@ def progressive_heads(
     return _search(errors, grid_candidates(sorted_rows, levels, count), count, MIN_SCALE)
 
 
-def _search(
-    errors: Errors, start: Candidates, count: int, min_scale: float
-) -> tuple[Tensor, Tensor]:
+def _search(errors: Errors, start: Candidates, count: int, min_scale: float) -> Range:
     """Search with AdaLog's settings from a grid; a single scale has spacing 0."""
     spacing = (start.scale[1] - start.scale[0]).abs()
     return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), _STEPS, spacing, min_scale)

@@ -43,6 +43,10 @@ class InputMoments:
     count: int  # tokens
 
 
+#: Weight or codes (rows, d), and bias (rows,) or None, float32.
+Fit = tuple[Tensor, Tensor | None]
+
+
 class Grid(NamedTuple):
     """Grid of a weight's quantizer."""
 
@@ -66,9 +70,7 @@ def refit_moments(x: Tensor, x_hat: Tensor) -> InputMoments:
     return InputMoments(square, cross, sum_hat, sum_plain, count)
 
 
-def ridge_refit(
-    weight: Tensor, bias: Tensor | None, moments: InputMoments, ridge: float
-) -> tuple[Tensor, Tensor | None]:
+def ridge_refit(weight: Tensor, bias: Tensor | None, moments: InputMoments, ridge: float) -> Fit:
     """Fit weight (rows, d) and bias (rows,) to the quantized inputs; return both in float32.
 
     The paper's activation quantization error reduction: with W = [w, b] and the full-precision
@@ -95,7 +97,7 @@ def refine_rounding(
     moments: InputMoments,
     ridge: float,
     flips: int = 100,
-) -> tuple[Tensor, Tensor | None]:
+) -> Fit:
     """Choose codes half by half (the paper's weight quantization error reduction).
 
     The first half of the columns still free is rounded, and single roundings are flipped while that
@@ -209,9 +211,9 @@ def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     flat, own = x.reshape(-1, x.shape[-1]), None if layer.bias is None else layer.bias.detach()
     moments, ridge = refit_moments(flat, layer.input_quantizer(flat)), recipe.refit_ridge
     first_ridge = ridge if x.ndim > 2 else min(_CLASSIFIER_RIDGE, ridge)
-    weight, bias = ridge_refit(layer.weight.detach(), own, moments, first_ridge)
-    weight_percentiles(layer, weight)
-    _decide(layer, weight, bias, moments, ridge, recipe.refit_flips)
+    fit = ridge_refit(layer.weight.detach(), own, moments, first_ridge)
+    weight_percentiles(layer, fit[0])
+    _decide(layer, fit, moments, ridge, recipe.refit_flips)
 
 
 def reduce_conv_error(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
@@ -227,19 +229,12 @@ def reduce_conv_error(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     patches, weight = torch.cat(parts), layer.weight.detach().flatten(1)
     bias = None if layer.bias is None else layer.bias.detach()
     moments, ridge = refit_moments(patches, patches), _CONV_FACTOR * recipe.refit_ridge
-    _decide(layer, weight, bias, moments, ridge, recipe.refit_flips)
+    _decide(layer, (weight, bias), moments, ridge, recipe.refit_flips)
 
 
-def _decide(
-    layer: WeightLayer,
-    weight: Tensor,
-    bias: Tensor | None,
-    moments: InputMoments,
-    ridge: float,
-    flips: int,
-) -> None:
+def _decide(layer: WeightLayer, fit: Fit, moments: InputMoments, ridge: float, flips: int) -> None:
     """Set codes and the quantized form's bias from a weight (rows, d) whose ranges are set."""
-    quantizer = layer.weight_quantizer
+    (weight, bias), quantizer = fit, layer.weight_quantizer
     if not quantizer.off:
         grid = Grid(quantizer.scale, quantizer.zero_point, quantizer.levels)
         codes, bias = refine_rounding(weight, bias, grid, moments, ridge, flips)

@@ -7,14 +7,14 @@ range: the channels' factors move into the norm's affine parameters and the next
 import torch
 from torch import Tensor, nn
 
-from fimaq_core.calibration.candidates import MIN_SCALE, ascending, grid_candidates
+from fimaq_core.calibration.candidates import MIN_SCALE, Range, ascending, grid_candidates
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.percentile_ranges import percentile_range
 from fimaq_core.calibration.progressive import progressive_rows
 from fimaq_core.recipe import Recipe
 
 
-def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> Range:
     """Return per-channel scale and zero point (channels,) of ``x`` (tokens, channels).
 
     They are searched by own error.

@@ -31,6 +31,10 @@ _WHOLE = 2**24
 _TOKENS = 2**12
 
 
+#: The matrices ``X̂ᵀX̂`` (d, d) and ``(Cw)ᵀ`` (rows, d), float64.
+Moments = tuple[Tensor, Tensor]
+
+
 class Rows(NamedTuple):
     """Rows of a weight, and the moments of the inputs that their output errors need."""
 
@@ -67,7 +71,7 @@ class Rows(NamedTuple):
 
 def input_moments(
     x: Tensor, x_hat: Tensor, weight: Tensor, scale: Tensor | None = None, levels: int = 256
-) -> tuple[Tensor, Tensor]:
+) -> Moments:
     """Return ``X̂ᵀX̂`` (d, d) and ``(X̂ᵀ(X̂ - X)wᵀ)ᵀ`` (rows, d) in float64.
 
     Args:
@@ -182,9 +186,8 @@ def best_rows(rows: Rows, candidates: Candidates, guess: Tensor) -> Tensor:
     # Channels that weigh most come first: their squares say most about the whole sum.
     order = square.diagonal().argsort(descending=True)
     ridge = square.diagonal().mean() * _RIDGE + torch.finfo(torch.float32).tiny
-    factor = torch.linalg.cholesky(
-        square[order][:, order] + ridge * torch.eye(width, device=device)
-    )
+    matrix = square[order][:, order] + ridge * torch.eye(width, device=device)
+    factor = torch.linalg.cholesky(matrix)
     offset = torch.linalg.solve_triangular(factor, linear[:, order].t(), upper=False)
     own = rows._replace(weight=weight[:, order].contiguous())  # the sieve needs no moments
     sieve = _Sieve(own, candidates, factor.float(), offset.t().float().contiguous())

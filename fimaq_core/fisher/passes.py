@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ from fimaq_core.samples import Samples
 Forward = Callable[[Tensor], Tensor]
 #: Samples, or one tensor (n, ...).
 Data = Samples | Tensor
+
+
+class Tail(NamedTuple):
+    """The model behind a block's output, and the measure at the model's end, for one batch."""
+
+    run: Forward  # from the block's output (B, ...) to the model's
+    reference: Tensor  # (B, ...) rows that the divergence compares the model's output with
+    divergence: Measure  # mean over the batch
+    dtype: Arithmetic = "float32"  # arithmetic of matrix products
 
 
 @dataclass(frozen=True)
@@ -46,36 +56,29 @@ class Sweep:
         for rows in samples.slices(self.batch_size):
             with torch.no_grad():
                 output = block(samples[rows].to(self.device, non_blocking=True)).detach()
-            reference = self.reference[rows].to(self.device, non_blocking=True)
-            to = reference, self.divergence, self.dtype
-            yield rows, output, divergence_gradient(self._rest(rows), output, *to)
+            yield rows, output, divergence_gradient(self._tail(rows), output)
 
     def hessians(self, outputs: Samples, epsilon: float) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows and the :func:`perturbation_hessian` of each sample at the block's outputs."""
         for rows in outputs.slices(self.batch_size):
-            output, reference = (part[rows].to(self.device) for part in (outputs, self.reference))
-            to = reference, self.divergence, epsilon, self.dtype
-            yield rows, perturbation_hessian(self._rest(rows), output, *to)
+            output = outputs[rows].to(self.device)
+            yield rows, perturbation_hessian(self._tail(rows), output, epsilon)
 
-    def _rest(self, rows: slice) -> Forward:
+    def _tail(self, rows: slice) -> Tail:
         beside = self.beside.rows(rows, self.device)
-        return lambda output: self.chain.rest(self.index, output, *beside)
+        reference = self.reference[rows].to(self.device, non_blocking=True)
+
+        def run(output: Tensor) -> Tensor:
+            return self.chain.rest(self.index, output, *beside)
+
+        return Tail(run, reference, self.divergence, self.dtype)
 
 
-def divergence_gradient(
-    rest: Forward,
-    output: Tensor,
-    reference: Tensor,
-    divergence: Measure,
-    dtype: Arithmetic = "float32",
-) -> Tensor:
-    """Return the gradient at a block's output (B, ...) of each sample's own divergence.
-
-    ``rest`` is the model behind the block; ``reference`` (B, ...) are the divergence's rows.
-    """
+def divergence_gradient(tail: Tail, output: Tensor) -> Tensor:
+    """Return the gradient at a block's output (B, ...) of each sample's own divergence."""
     leaf = output.detach().requires_grad_(True)
-    with torch.enable_grad(), arithmetic(dtype, output.device):
-        loss = divergence(rest(leaf), reference)
+    with torch.enable_grad(), arithmetic(tail.dtype, output.device):
+        loss = tail.divergence(tail.run(leaf), tail.reference)
     # The mean over the batch gives 1/B of each sample's own gradient.
     (gradient,) = torch.autograd.grad(loss * output.shape[0], leaf)
     return gradient
@@ -121,18 +124,11 @@ def least_squares_hessian(
     return diagonal.float(), (direction / weight.clamp(min=tiny)).float()
 
 
-def perturbation_hessian(
-    rest: Forward,
-    output: Tensor,
-    reference: Tensor,
-    divergence: Measure,
-    epsilon: float,
-    dtype: Arithmetic = "float32",
-) -> Tensor:
+def perturbation_hessian(tail: Tail, output: Tensor, epsilon: float) -> Tensor:
     """Return ``|g(z + ε) - g(z - ε)|`` (B, ...) of each sample: g the gradient at z, ε in all of z.
 
     APHQ-ViT (Wu et al., CVPR 2025, arXiv:2504.02508). For a quadratic divergence it is
-    ``2 ε |H 1|``. Arguments as in :func:`divergence_gradient`.
+    ``2 ε |H 1|``.
 
     In a pre-norm transformer every LayerNorm behind z removes a shift that all channels of a token
     share. So ``H 1`` is zero, and only rounding is left: the noise of the logits' gradient, carried
@@ -141,6 +137,5 @@ def perturbation_hessian(
     Its scale is that of the arithmetic, and one sample's values are noise. As released, the model's
     own precision is used.
     """
-    to = reference, divergence, dtype
-    above = divergence_gradient(rest, output + epsilon, *to)
-    return above.sub_(divergence_gradient(rest, output - epsilon, *to)).abs_()
+    above = divergence_gradient(tail, output + epsilon)
+    return above.sub_(divergence_gradient(tail, output - epsilon)).abs_()

@@ -19,6 +19,9 @@ from fimaq_core.resources import Engine
 
 #: Called before (True) and after (False) each Fisher pass, with the number of steps done.
 OnPass = Callable[[bool, int], None]
+#: Called after every step with its number (from 1) and its loss, still on the device; refuses a
+#: loss that is not finite.
+Tick = Callable[[int, Tensor], None]
 
 
 class BlockTrainer:
@@ -106,16 +109,9 @@ class BlockTrainer:
 
 
 def optimise_block(
-    segment: Segment,
-    objective: Objective,
-    engine: Engine,
-    on_pass: OnPass,
-    tick: Callable[[int, Tensor], None],
+    segment: Segment, objective: Objective, engine: Engine, on_pass: OnPass, tick: Tick
 ) -> tuple[Tensor, int]:
     """Optimise the block of ``segment`` in place; arguments as of :class:`BlockTrainer`.
-
-    ``tick`` is called after every step with its number (from 1) and its loss, still on the device;
-    it refuses a loss that is not finite.
 
     Returns:
         The last loss (a scalar), and the number of learned scales at or near their lower bound.

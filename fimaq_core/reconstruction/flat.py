@@ -11,7 +11,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from fimaq_core.errors import EngineError
 from fimaq_core.reconstruction import step
-from fimaq_core.reconstruction.loss import Batch, LossState, prediction_loss
+from fimaq_core.reconstruction.loss import Batch, Loss, LossState, prediction_loss
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.sample_objective import SampleObjective
 from fimaq_core.reconstruction.step import StepEngine, StepInputs, StepPlan, Variables, update
@@ -53,7 +53,6 @@ class FlatStep(StepEngine):
         return FedSamples(data, samples.cpu(), device, objective.state)
 
     def run(self, number: int) -> Tensor:
-        """See :class:`StepEngine`."""
         self.present.load(number)
         return self.once()
 
@@ -73,14 +72,12 @@ class FlatStep(StepEngine):
             self._call(update, own, new_starts, grad_soft, grad_scales)
         return loss.detach()
 
-    def _loss(self) -> tuple[Tensor, Tensor]:
+    def _loss(self) -> Loss:
         block, plan, objective = self.segment.block, self.plan, self.objective
         keys, present = self.schedule.keys, self.present
         now = StepInputs(self.soft, self.scales, self.counter, keys, present.samples, present.data)
         if objective.rest is None:
-            found: tuple[Tensor, Tensor] = self._call(
-                step.batch_loss, block, plan, now, present.state
-            )
+            found: Loss = self._call(step.batch_loss, block, plan, now, present.state)
             return found
         # The rest of the model differs from block to block, so it is not part of what is compiled.
         output, batch = self._call(step.batch_output, block, plan, now)
@@ -123,9 +120,8 @@ class FedSamples(AllSamples):
             return torch.empty((order.shape[1], *source.shape[1:]), dtype=source.dtype, **where)
 
         super().__init__(None, sources.map(lambda source: rows(source, device=device)), state)
-        self._staging = [
-            [rows(source, pin_memory=self._cuda) for source in self._sources] for _ in range(2)
-        ]
+        pinned = {"pin_memory": self._cuda}
+        self._staging = [[rows(one, **pinned) for one in self._sources] for _ in range(2)]
         self._copied: list[torch.cuda.Event | None] = [None, None]
 
     def load(self, number: int) -> None:
@@ -157,13 +153,10 @@ class OneSample(AllSamples):
         super().__init__(None, *objective.sample(order[0], mixed))
         self._varying: list[list[int]] = []
         if traced:
-            shapes = {tuple(objective.tape.full[number].shape): number for number in order}
-            self._varying = _varying_dims(
-                objective.sample(number, mixed) for number in shapes.values()
-            )
+            every = {tuple(objective.tape.full[number].shape): number for number in order}.values()
+            self._varying = _varying_dims(objective.sample(number, mixed) for number in every)
 
     def load(self, number: int) -> None:
-        """See :class:`AllSamples`."""
         self.data, self.state = self._objective.sample(self._order[number], self._mixed)
         if not self._varying:
             return

@@ -10,6 +10,9 @@ from fimaq_core.chain import Kept
 from fimaq_core.fisher import losses
 from fimaq_core.fisher.divergence import Measure, kl_divergence
 
+#: The loss (a scalar), and the start values of its parts from now on (parts,).
+Loss = tuple[Tensor, Tensor]
+
 
 class Batch(NamedTuple):
     """Tensors that the steps read: of all samples, (n, ...), or of one batch, (B, ...)."""
@@ -49,7 +52,7 @@ class LossState(NamedTuple):
 
 def block_loss(
     kind: str, weights: tuple[float, ...], output: Tensor, batch: Batch, state: LossState
-) -> tuple[Tensor, Tensor]:
+) -> Loss:
     """Return the loss of a batch (a scalar), and the start values from now on (parts,).
 
     ``kind`` is a loss, ``head`` (KL of the classes, not divided by its start) or ``head_relative``;
@@ -70,7 +73,7 @@ def prediction_loss(
     starts: Tensor,
     rest: Callable[[Tensor, Tensor | None, Kept], Tensor],
     divergence: Measure,
-) -> tuple[Tensor, Tensor]:
+) -> Loss:
     """Return the block's squared error plus the divergence of the prediction, and the start values.
 
     PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). Its code adds the two as they are, with
@@ -105,9 +108,7 @@ def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Ten
     return [losses.low_rank_loss(delta, gradients, root), losses.diagonal_loss(delta, diagonal)]
 
 
-def _over_starts(
-    parts: list[Tensor], weights: tuple[float, ...], starts: Tensor
-) -> tuple[Tensor, Tensor]:
+def _over_starts(parts: list[Tensor], weights: tuple[float, ...], starts: Tensor) -> Loss:
     """Return the weighted sum of parts over start values, and these; they default to the parts."""
     values = torch.stack(parts)
     now = values.detach()

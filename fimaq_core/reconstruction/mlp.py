@@ -19,7 +19,7 @@ from fimaq_core.chain import BlockChain, MlpPart, Segment
 from fimaq_core.checkpoint import Pieces
 from fimaq_core.errors import ModelError, NumericsError
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.fisher.passes import perturbation_hessian
+from fimaq_core.fisher.passes import Tail, perturbation_hessian
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import arithmetic
 from fimaq_core.progress import Progress, losses_to
@@ -158,9 +158,9 @@ def _prepare(
         elif sum(one.numel() for one in hidden) < _VALUES:
             hidden.append(values.flatten())
         if recipe.mlp_loss == "perturb_mean":
-            rest = _rest_behind(tape, mlp, x, rows)
-            to, epsilon = reference[rows].to(device), recipe.perturbation
-            own = perturbation_hessian(rest, output, to, divergence, epsilon, recipe.frozen_dtype)
+            run, to = _rest_behind(tape, mlp, x, rows), reference[rows].to(device)
+            tail = Tail(run, to, divergence, recipe.frozen_dtype)
+            own = perturbation_hessian(tail, output, recipe.perturbation)
             if full.varying:
                 hessians.put(rows, _scaled(own, own.mean(), where))
             else:

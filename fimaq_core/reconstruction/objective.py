@@ -217,7 +217,6 @@ class BlockObjective(Objective):
         return batch._replace(reference=self.reference.whole, side=side, kept=kept)
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
-        """See :class:`Objective`."""
         state = self.state
         assert state.gradients is not None
         assert state.diagonal is not None

@@ -77,7 +77,6 @@ class SampleObjective(Objective):
         return batch, LossState(self.state.starts, *own)
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
-        """See :class:`Objective`."""
         damped, sweep = 0, self._sweep(self.tape.beside)
         for rows, output, gradient in sweep.gradients(self.tape.full, forward):
             own = self._own[rows.start]

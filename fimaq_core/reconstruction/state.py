@@ -78,17 +78,15 @@ class BlockState:
             )
             self.soft = self.rounding.soft()
         #: (m,) current activation scales
-        self.scales = torch.cat(
-            [self.soft[:0], *(quantizer.scale.detach().flatten() for quantizer in self.quantizers)]
-        )
+        scales = [quantizer.scale.detach().flatten() for quantizer in self.quantizers]
+        self.scales = torch.cat([self.soft[:0], *scales])
         #: (m,) lower bounds of the scales: :data:`SCALE_FLOOR` times the calibrated values
         self.floor = SCALE_FLOOR * self.scales
         #: True if the scales are learned
         self.learn_scales = learn_scales and self.scales.numel() > 0
         #: Adam's first and second moments, of α and of the scales
-        self.moments = [
-            torch.zeros_like(like) for like in (self.soft, self.soft, self.scales, self.scales)
-        ]
+        variables = self.soft, self.soft, self.scales, self.scales
+        self.moments = [torch.zeros_like(variable) for variable in variables]
 
     def scales_near_floor(self) -> int:
         """Return the number of learned scales below :data:`NEAR_FLOOR` of the calibrated value."""

@@ -16,7 +16,7 @@ from fimaq_core.numerics import Arithmetic, autocast
 from fimaq_core.quantizers.activation import Form
 from fimaq_core.quantizers.dropping import eager_mask, threshold_of, traced_mask
 from fimaq_core.quantizers.rounding import alpha_gradient, soft_rounding
-from fimaq_core.reconstruction.loss import Batch, LossState, block_loss
+from fimaq_core.reconstruction.loss import Batch, Loss, LossState, block_loss
 from fimaq_core.reconstruction.objective import Objective
 from fimaq_core.reconstruction.schedule import BETA1, BETA2, EPSILON, Schedule
 from fimaq_core.reconstruction.state import BlockState, Layout
@@ -103,9 +103,7 @@ def batch_output(block: nn.Module, plan: StepPlan, inputs: StepInputs) -> tuple[
     return output.float(), data
 
 
-def batch_loss(
-    block: nn.Module, plan: StepPlan, inputs: StepInputs, state: LossState
-) -> tuple[Tensor, Tensor]:
+def batch_loss(block: nn.Module, plan: StepPlan, inputs: StepInputs, state: LossState) -> Loss:
     """Return the loss of the step's batch (a scalar), and its start values (parts,)."""
     output, batch = batch_output(block, plan, inputs)
     return block_loss(plan.kind, plan.part_weights, output, batch, state)

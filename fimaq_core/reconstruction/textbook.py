@@ -43,7 +43,6 @@ class TextbookStep(StepEngine):
             )
 
     def run(self, number: int) -> Tensor:
-        """See :class:`StepEngine`."""
         objective, recipe, weights = self.objective, self.recipe, self.objective.part_weights()
         roundings = [(1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1) for alpha in self.alphas]
         keys = self.schedule.keys[number]
@@ -104,7 +103,6 @@ class TextbookStep(StepEngine):
         return torch.where(mask, batch.prefix, batch.full)
 
     def finish(self) -> None:
-        """See :class:`StepEngine`."""
         state, rounding = self.state, self.state.rounding
         if rounding is not None:
             rounding.alpha.copy_(torch.cat([alpha.detach().flatten() for alpha in self.alphas]))

@@ -576,7 +576,9 @@ def test_a_divergence_smaller_than_rounding_errors_of_float32_has_its_own_start(
     objective, tape = make(quick(loss="prediction", w_bits=8, a_bits=8), index=0)
     loss(objective, tape)
     with torch.no_grad():
-        logits = objective.tape.chain.tail(1, objective.tape.chain.segment(0).block(tape.full.whole[SAMPLES]))
+        logits = objective.tape.chain.tail(
+            1, objective.tape.chain.segment(0).block(tape.full.whole[SAMPLES])
+        )
     reference = objective.reference.whole[SAMPLES]
     exact = float(kl_divergence(logits.double(), reference.double(), 20.0))
     assert 0 < exact < 1e-6

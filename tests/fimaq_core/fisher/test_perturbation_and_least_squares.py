@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.fisher import losses
-from fimaq_core.fisher.divergence import Divergence, kl_divergence
-from fimaq_core.fisher.passes import Sweep, least_squares_hessian, perturbation_hessian
+from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence, kl_divergence
+from fimaq_core.fisher.passes import Sweep, Tail, least_squares_hessian, perturbation_hessian
 from fimaq_core.samples import Samples
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_of_a_quadratic_it_is_twice_epsilon_times_the_row_sums(
     )  # indefinite: the absolute value matters
     assert (hessian.sum(1) < 0).any()
     z, r = normal(5, 3, 4, seed=1), normal(5, 3, 4, seed=2)
-    found = perturbation_hessian(itself, z, r, quadratic(hessian), epsilon)
+    found = perturbation_hessian(Tail(itself, r, quadratic(hessian)), z, epsilon)
     assert found.shape == z.shape
     expected = 2 * epsilon * hessian.sum(1).abs().view(3, 4).expand(5, 3, 4)
     assert torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.max()))
@@ -59,7 +59,7 @@ def test_of_a_quadratic_it_is_twice_epsilon_times_the_row_sums(
 def test_of_a_diagonal_quadratic_it_is_twice_epsilon_times_the_diagonal() -> None:
     diagonal = normal(7).square()
     found = perturbation_hessian(
-        itself, normal(4, 7, seed=1), normal(4, 7, seed=2), quadratic(diagonal.diag()), 0.125
+        Tail(itself, normal(4, 7, seed=2), quadratic(diagonal.diag())), normal(4, 7, seed=1), 0.125
     )
     assert torch.allclose(found, (0.25 * diagonal).expand(4, 7), rtol=1e-12)
 
@@ -70,19 +70,12 @@ def test_each_sample_has_its_own_hessian_whatever_the_batch() -> None:
     The perturbation ± ε takes the mean slope.
     """
     z, r = normal(6, 5, seed=1), normal(6, 5, seed=2)
-    whole = perturbation_hessian(
-        lambda x: x**3, z, r, quadratic(torch.eye(5, dtype=torch.float64)), 1e-4
-    )
-    alone = [
-        perturbation_hessian(
-            lambda x: x**3,
-            z[i : i + 1],
-            r[i : i + 1],
-            quadratic(torch.eye(5, dtype=torch.float64)),
-            1e-4,
-        )
-        for i in range(6)
-    ]
+    half_square = quadratic(torch.eye(5, dtype=torch.float64))
+
+    def at(rows: slice) -> Tensor:
+        return perturbation_hessian(Tail(lambda x: x**3, r[rows], half_square), z[rows], 1e-4)
+
+    whole, alone = at(slice(None)), [at(slice(i, i + 1)) for i in range(6)]
     assert torch.allclose(whole, torch.cat(alone), rtol=1e-9, atol=1e-15)
     exact = 2e-4 * (15 * z**4 - 6 * r * z).abs()
     assert torch.allclose(whole, exact, rtol=1e-5, atol=1e-8)
@@ -92,9 +85,8 @@ def test_each_sample_has_its_own_hessian_whatever_the_batch() -> None:
 def test_it_leaves_the_output_alone() -> None:
     z = normal(3, 4)
     before = z.clone()
-    perturbation_hessian(
-        itself, z, normal(3, 4, seed=1), quadratic(torch.eye(4, dtype=torch.float64)), 0.5
-    )
+    half_square = quadratic(torch.eye(4, dtype=torch.float64))
+    perturbation_hessian(Tail(itself, normal(3, 4, seed=1), half_square), z, 0.5)
     assert torch.equal(z, before)
     assert not z.requires_grad
 
@@ -142,7 +134,7 @@ def test_a_shift_of_all_channels_is_a_null_direction_behind_layer_norms() -> Non
     assert float(hessian_times(rest, z, reference, channel).abs().max()) > 0.01 * size
     # So the size of ε does not matter; for a quadratic, 2 ε |H 1| would grow by a million.
     small, large = (
-        perturbation_hessian(rest, z, reference, lambda a, b: kl_divergence(a, b, 2.0), epsilon)
+        perturbation_hessian(Tail(rest, reference, ClassifierDivergence(2.0)), z, epsilon)
         for epsilon in (1e-8, 1e-2)
     )
     assert 0 < float(large.mean()) < 100 * float(small.mean()) < 1e-10 * size
@@ -154,7 +146,7 @@ def test_without_layer_norms_it_is_no_null_direction() -> None:
     size = float(hessian_times(rest, z, reference, direction).abs().max())
     exact = hessian_times(rest, z, reference, ones).abs()
     assert float(exact.max()) > 0.1 * size
-    found = perturbation_hessian(rest, z, reference, lambda a, b: kl_divergence(a, b, 2.0), 1e-5)
+    found = perturbation_hessian(Tail(rest, reference, ClassifierDivergence(2.0)), z, 1e-5)
     assert torch.allclose(found, 2e-5 * exact, rtol=1e-4, atol=1e-7 * float(exact.max()))
 
 

@@ -16,7 +16,7 @@ from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint
 from fimaq_core.errors import EngineError, RecipeError
-from fimaq_core.fisher.passes import divergence_gradient
+from fimaq_core.fisher.passes import Tail, divergence_gradient
 from fimaq_core.layers import set_quantized
 from fimaq_core.pipeline import RECONSTRUCT, quantize_chain
 from fimaq_core.recipe import Recipe
@@ -126,7 +126,7 @@ def gradient_by_hand(chain: BlockChain, image: Tensor, output: Tensor, reference
             chain.segment(3).block(torch.cat([first(z), second(last)], 1))
         )
 
-    return divergence_gradient(rest, output, reference, D)
+    return divergence_gradient(Tail(rest, reference, D), output)
 
 
 @pytest.mark.parametrize("loss", ["fisher_dplr", "fisher_diag", "fisher_lr"])
