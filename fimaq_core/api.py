@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
@@ -31,6 +31,10 @@ from fimaq_core.samples import Samples
 #: Recipe fields that count images, with the smallest number each field allows.
 _COUNTS = dict.fromkeys(("calibration_images", "range_images", "batch_size", "mlp_batch"), 1)
 _COUNTS["divergence_batch"] = 2
+
+
+#: Blocks and head of a custom module.
+_Parts = tuple[Iterable[nn.Module] | None, nn.Module | None]
 
 
 class _SavedModel(BaseModel):
@@ -134,7 +138,7 @@ def quantize(
     x = _gathered(images, recipe.calibration_images)
     recipe, notes = _clipped(recipe, len(x))
     like = _like(x.shape[1:], x.is_floating_point())
-    chain = _Source(model, blocks, head, like, device).chain(recipe)
+    chain = _chain_of(model, (blocks, head), like, recipe, device)
     content = hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest()
     fingerprint = Fingerprint(
         model=_name(model), weights=state_sha256(model), calibration=content, recipe=recipe
@@ -178,7 +182,7 @@ def load(
     if reason is not None:
         raise CheckpointError(f"{path}: {reason}. Give the float model that was quantized.")
     like = _like(header.shape, header.dtype == "float32")
-    chain = _Source(model, blocks, head, like, device).chain(fingerprint.recipe)
+    chain = _chain_of(model, (blocks, head), like, fingerprint.recipe, device)
     if _labels(chain) != header.segments:
         theirs = ", ".join(header.segments)
         raise CheckpointError(f"{path} was made with other blocks or another head: give {theirs}.")
@@ -190,42 +194,35 @@ def load(
     return QuantizedModel(chain, log=log, fingerprint=fingerprint, like=like)
 
 
-class _Source(NamedTuple):
-    """The caller's model, the parts that the caller names, and samples that it accepts."""
-
-    model: nn.Module
-    blocks: Iterable[nn.Module] | None
-    head: nn.Module | None
-    like: Tensor
-    device: torch.device | str | None
-
-    def chain(self, recipe: Recipe) -> BlockChain:
-        """Return a copy of the model as a chain. Raises ModelError or DataError."""
-        model, blocks, head = self.model, self.blocks, self.head
-        if (blocks is None) != (head is None):
-            raise ModelError("Give both blocks= and head=, or none of them for a model of timm.")
-        labels: list[str] = []
-        if blocks is None or head is None:
-            family = find_family(model)
-        else:
-            labels = [*names_of(model, blocks, "blocks="), *names_of(model, [head], "head=")]
-        twin = copy.deepcopy(model).eval().float().requires_grad_(False)
-        if self.device is not None:
-            twin.to(self.device)
-        place = next((value.device for value in twin.parameters()), torch.device("cpu"))
-        probe = self.like.to(place)
-        try:
-            with torch.no_grad():
-                twin(probe)
-        except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
-            shape = tuple(probe.shape[1:])
-            raise DataError(
-                f"{type(model).__name__} does not take images of shape {shape} ({error}): "
-                "give images (n, C, H, W) transformed as the model takes them."
-            ) from error
-        with torch.random.fork_rng(devices=[]):  # new layers draw initial weights
-            chain = own_chain(twin, labels, probe, recipe) if labels else family.build(twin, recipe)
-        return chain.to(place)
+def _chain_of(
+    model: nn.Module, parts: _Parts, like: Tensor, recipe: Recipe, device: torch.device | str | None
+) -> BlockChain:
+    """Return a copy of the model as a chain. Raises ModelError, DataError."""
+    blocks, head = parts
+    if (blocks is None) != (head is None):
+        raise ModelError("Give both blocks= and head=, or none of them for a model of timm.")
+    labels: list[str] = []
+    if blocks is None or head is None:
+        family = find_family(model)
+    else:
+        labels = [*names_of(model, blocks, "blocks="), *names_of(model, [head], "head=")]
+    twin = copy.deepcopy(model).eval().float().requires_grad_(False)
+    if device is not None:
+        twin.to(device)
+    place = next((value.device for value in twin.parameters()), torch.device("cpu"))
+    probe = like.to(place)
+    try:
+        with torch.no_grad():
+            twin(probe)
+    except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        shape = tuple(probe.shape[1:])
+        raise DataError(
+            f"{type(model).__name__} does not take images of shape {shape} ({error}): "
+            "give images (n, C, H, W) transformed as the model takes them."
+        ) from error
+    with torch.random.fork_rng(devices=[]):  # new layers draw initial weights
+        chain = own_chain(twin, labels, probe, recipe) if labels else family.build(twin, recipe)
+    return chain.to(place)
 
 
 def _like(shape: Sequence[int], images: bool) -> Tensor:

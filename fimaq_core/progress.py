@@ -30,15 +30,15 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+#: Called after every step with its number (from 1) and its loss; refuses one that is not finite.
+Tick = Callable[[int, SupportsFloat], None]
 
 
 def silent(_: Progress) -> None:
     """Ignore progress."""
 
 
-def losses_to(
-    on_progress: OnProgress, begin: Progress, steps: int, what: str, advice: str
-) -> Callable[[int, SupportsFloat], None]:
+def losses_to(on_progress: OnProgress, begin: Progress, steps: int, what: str, advice: str) -> Tick:
     """Return a function of a step (from 1) and its loss, which now and then reports the loss.
 
     ``begin`` is the moment before the first step. A loss that is NaN or infinite raises

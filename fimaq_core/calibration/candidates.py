@@ -98,9 +98,11 @@ def grid_candidates(
     )
 
 
-def from_bounds(lower: Tensor, upper: Tensor, levels: int) -> Candidates:
+def from_bounds(
+    lower: Tensor, upper: Tensor, levels: int, min_scale: float = MIN_WEIGHT_SCALE
+) -> Candidates:
     """Return scales and rounded zero points of ranges by their bounds (candidates, groups)."""
-    scale = ((upper - lower) / (levels - 1)).clamp(min=MIN_WEIGHT_SCALE)
+    scale = ((upper - lower) / (levels - 1)).clamp(min=min_scale)
     return Candidates(scale, -torch.round(lower / scale))
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from fimaq_core.calibration.candidates import (
     MIN_SCALE,
     MIN_WEIGHT_SCALE,
-    Candidates,
     Range,
     ascending,
     block_elements,
+    from_bounds,
     quantiles,
 )
 from fimaq_core.calibration.linear_ranges import set_rows
@@ -35,8 +35,7 @@ def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SC
     """Return scale and zero point (groups,): quantiles 1 - p and p of the best own error."""
     upper = quantiles(sorted_rows, _POINTS)
     lower = quantiles(sorted_rows, [1 - point for point in _POINTS])
-    scale = ((upper - lower) / (levels - 1)).clamp(min=min_scale)
-    candidates = Candidates(scale, -torch.round(lower / scale))
+    candidates = from_bounds(lower, upper, levels, min_scale)
     return candidates.pick(best_by_own_error(sorted_rows, candidates, levels))
 
 

@@ -10,6 +10,7 @@ from fimaq_core.chain import Segment
 from fimaq_core.errors import NumericsError
 from fimaq_core.layers import decide_roundings, set_quantized
 from fimaq_core.numerics import tf32_allowed
+from fimaq_core.progress import Tick
 from fimaq_core.quantizers.dropping import draw_keys
 from fimaq_core.reconstruction.engines import STEPS
 from fimaq_core.reconstruction.objective import Objective
@@ -19,9 +20,6 @@ from fimaq_core.resources import Engine
 
 #: Called before (True) and after (False) each Fisher pass, with the number of steps done.
 OnPass = Callable[[bool, int], None]
-#: Called after every step with its number (from 1) and its loss, still on the device; refuses a
-#: loss that is not finite.
-Tick = Callable[[int, Tensor], None]
 
 
 class BlockTrainer:

@@ -22,7 +22,7 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import Tail, perturbation_hessian
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import arithmetic
-from fimaq_core.progress import Progress, losses_to
+from fimaq_core.progress import Progress, Tick, losses_to
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.schedule import block_generator, draw_batches
 from fimaq_core.reconstruction.tape import Collected, Tape, start_walk
@@ -40,6 +40,7 @@ _VALUES = 2**24
 class _Lesson:
     """Training data of an MLP."""
 
+    label: str  # name of the MLP in the original model
     inputs: Samples  # (n, ...) inputs of the MLP
     targets: Samples  # (n, ...) outputs with GELU
     #: Hessian of one sample's shape for all samples; if shapes vary one per sample; None without
@@ -114,12 +115,11 @@ def reconstruct_mlps(
         for part in segment.mlps:
             mlp = chain.segment(index).block.get_submodule(part.name)
             if pieces.load(number, mlp) is None:
-                label = f"{segment.label}.{part.name}"
-                begin = replace(begin, done=number * steps, block=label)
+                begin = replace(begin, done=number * steps, block=f"{segment.label}.{part.name}")
                 resources.on_progress(begin)
                 lesson = _prepare(tape, part, recipe, reference, divergence)
                 tick = losses_to(resources.on_progress, begin, steps, "the MLP's loss", advice)
-                _train(mlp, part, lesson, recipe, label, tick)
+                _train(mlp, part, lesson, recipe, tick)
                 pieces.save(number, mlp)
                 del lesson  # before the next one is made
             number += 1
@@ -173,7 +173,7 @@ def _prepare(
     elif recipe.mlp_loss == "perturb_mean":
         hessian = hessians.samples
     limit = positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile)
-    return _Lesson(inputs.samples, targets.samples, hessian, limit)
+    return _Lesson(where, inputs.samples, targets.samples, hessian, limit)
 
 
 def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
@@ -226,19 +226,12 @@ def mlp_loss(
     return loss
 
 
-def _train(
-    mlp: nn.Module,
-    part: MlpPart,
-    lesson: _Lesson,
-    recipe: Recipe,
-    label: str,
-    tick: Callable[[int, Tensor], None],
-) -> None:
+def _train(mlp: nn.Module, part: MlpPart, lesson: _Lesson, recipe: Recipe, tick: Tick) -> None:
     device = next(mlp.parameters()).device
     layers = [mlp.get_submodule(name) for name in (part.fc1, part.fc2)]
     wanted = [value for layer in layers for value in (layer.weight, layer.bias)]
     parameters = [value for value in wanted if isinstance(value, nn.Parameter)]
-    pick = _picker(lesson, recipe, label, device)
+    pick = _picker(lesson, recipe, device)
     optimizer = torch.optim.Adam(parameters, lr=recipe.mlp_lr, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.mlp_steps)
     for parameter in parameters:
@@ -258,7 +251,7 @@ def _train(
 
 
 def _picker(
-    lesson: _Lesson, recipe: Recipe, label: str, device: torch.device
+    lesson: _Lesson, recipe: Recipe, device: torch.device
 ) -> Callable[[int], tuple[Tensor, Tensor, Tensor | None]]:
     """Return a function of the step (from 0) that gives inputs, targets and Hessian.
 
@@ -267,7 +260,7 @@ def _picker(
     inputs, targets, hessian = lesson.inputs, lesson.targets, lesson.hessian
     varying, drawn = inputs.varying, torch.zeros(0)
     if not varying:
-        generator = block_generator(recipe.seed, f"{label}/mlp")
+        generator = block_generator(recipe.seed, f"{lesson.label}/mlp")
         drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator)
         drawn = drawn.to(inputs.device)
 

@@ -187,16 +187,18 @@ class BlockObjective(Objective):
     """
 
     def _make_room(self) -> None:
-        device, size, k = self.tape.storage.device, self.target[0].numel(), self.recipe.fisher_k
+        device, size, kind = self.tape.storage.device, self.target[0].numel(), self.kind
+        k, diagonal = (
+            self.recipe.fisher_k if kind in DPLR else 1,
+            kind in (*UPDATED, "perturb_mean"),
+        )
         self._errors: list[Tensor] = []
-        gradients = diagonal = root = None
-        if self.kind in DPLR:
-            gradients, root = torch.zeros(k, size, device=device), torch.zeros(k, k, device=device)
-        if self.kind == "least_squares":
-            gradients = torch.zeros(1, size, device=device)
-        if self.kind in (*UPDATED, "perturb_mean"):
-            diagonal = torch.zeros(size, device=device)
-        self.state = LossState(self.state.starts, gradients, diagonal, root)
+        self.state = LossState(
+            self.state.starts,
+            gradients=torch.zeros(k, size, device=device) if kind in UPDATED else None,
+            diagonal=torch.zeros(size, device=device) if diagonal else None,
+            root=torch.zeros(k, k, device=device) if kind in DPLR else None,
+        )
 
     def _weight(self, rows: slice, values: Tensor, squared: bool) -> Tensor | None:
         if self.kind != "perturb_mean":

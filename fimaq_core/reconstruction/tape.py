@@ -119,12 +119,9 @@ class Tape:
         tape.advance()
 
     Args:
-        chain: the chain.
-        images: (n, ...) inputs of the chain; if their shapes vary, all samples here do.
-        storage: makes the tensors.
+        images: (n, ...) inputs of ``chain``; if their shapes vary, all samples here do.
         with_prefix: True to compute the outputs of the quantized prefix too.
-        batch_size: samples per forward pass.
-        frozen_dtype: arithmetic of full-precision parts.
+        batch_size, frozen_dtype: samples per forward pass; arithmetic of full-precision parts.
         teacher: the full-precision model, of the same segments; by default ``chain`` itself.
 
     Attributes:
@@ -181,11 +178,8 @@ class Tape:
     def measure(self, keep: bool = True) -> float:
         """Run the current block, which must be finished, behind the quantized prefix.
 
-        Args:
-            keep: True to keep the outputs for :meth:`advance`.
-
-        Returns:
-            ``||q - f||² / ||f||²`` over all samples, q the block's outputs and f its target.
+        Returns ``||q - f||² / ||f||²`` over all samples, q the block's outputs and f its target.
+        ``keep`` stores the outputs for :meth:`advance`.
         """
         assert self.prefix is not None
         target, block = self.compute_target(), self.chain.segment(self.index).block
