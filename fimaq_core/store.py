@@ -16,8 +16,6 @@ from fimaq_core.reconstruction.log import ReconstructionLog
 from fimaq_core.resources import Resources
 from fimaq_core.samples import Samples
 
-__all__ = ["Address", "CheckpointStore", "Part", "Pieces", "Resources", "Stage"]
-
 
 @dataclass
 class Part:

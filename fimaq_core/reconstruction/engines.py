@@ -17,8 +17,6 @@ from fimaq_core.reconstruction.step import StepEngine
 from fimaq_core.reconstruction.textbook import TextbookStep
 from fimaq_core.resources import Engine, EngineChoice
 
-__all__ = ["COMPILE_STEPS", "FORMS", "STEPS", "Engine", "EngineChoice", "choose_engine"]
-
 #: Class of each step engine.
 STEPS: dict[Engine, type[StepEngine]] = {
     "eager": TextbookStep,

@@ -28,8 +28,6 @@ from fimaq_core.reconstruction.tape import start_walk
 from fimaq_core.resources import Resources
 from fimaq_core.samples import Samples
 
-__all__ = ["ReconstructionLog", "expand_per_token", "reconstruct"]
-
 
 def reconstruct(
     chain: BlockChain,

@@ -22,8 +22,6 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.resources import Placement, Resources
 from fimaq_core.samples import Samples
 
-__all__ = ["Collected", "Placement", "Storage", "Tape", "start_walk"]
-
 #: A module, or a function of a batch and its rows.
 BatchFunction = nn.Module | Callable[[Tensor, slice], Tensor]
 

@@ -475,7 +475,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[FimaqError], str]] = {
         ModelError,
         r"no model family knows.*blocks= and head=",
     ),
-    "half": (lambda: quantize(net(), images(8), head=nn.Linear(2, 2)), ModelError, r"go together"),
+    "half": (
+        lambda: quantize(net(), images(8), head=nn.Linear(2, 2)),
+        ModelError,
+        "Give both blocks= and",
+    ),
     "foreign": (
         lambda: quantize(net(), images(8), blocks=net().blocks, head=nn.Linear(2, 2)),
         ModelError,
