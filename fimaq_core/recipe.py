@@ -65,7 +65,7 @@ class Recipe(BaseModel):
         OFF, "Bits of the patch embedding's input; 32 (off) as in the released code."
     )
 
-    calibration_images: int = _range(1024, "Images drawn for calibration, reconstruction.", ge=1)
+    calibration_images: int = _range(1024, "Images drawn for calibration and reconstruction.", ge=1)
     calibration_transform: Literal["eval", "train"] = _range(
         "train", "Transform of the calibration images: 'train' as released (seeded), or 'eval'."
     )
@@ -98,7 +98,10 @@ class Recipe(BaseModel):
     mlp_percentile: float = _mlp(
         0.99, "Quantile of positive hidden values at which the second term clamps.", gt=0, le=1
     )
-    mlp_loss: Literal["perturb_mean", "mse"] = _mlp("perturb_mean", "Loss of an MLP's output.")
+    mlp_loss: Literal["perturb_mean", "mse"] = _mlp(
+        "perturb_mean",
+        "MLP loss: weighted by the mean perturbation Hessian, or squared error (mse).",
+    )
 
     reconstruct: bool = _recon(True, "Reconstruct blocks after calibration.")
     reconstruct_parts: Literal["all", "blocks"] = _recon(
@@ -130,10 +133,7 @@ class Recipe(BaseModel):
     fisher_drop: bool = _loss(True, "Keep random dropping active in Fisher passes, as released.")
     perturbation: float = _loss(1e-6, "ε of the perturbation Hessian.", gt=0)
     prediction_share: float = _loss(
-        0.5,
-        "Weight of the prediction difference beside squared error, in 'prediction'.",
-        ge=0,
-        le=1,
+        0.5, "Share of the prediction's divergence in the loss 'prediction'.", ge=0, le=1
     )
     detection_terms: Literal["rpn", "rpn+roi"] = _loss(
         "rpn",

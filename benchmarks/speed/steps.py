@@ -121,7 +121,7 @@ class StepTimes:
 class _Run:
     """Steps of one engine on its own copy of a block."""
 
-    def __init__(self, segment: Segment, objective: BlockObjective, recipe: Recipe, engine: Engine):
+    def __init__(self, segment: Segment, objective: BlockObjective, engine: Engine):
         # A copy without what the tape has done before the block.
         own = Segment(segment.label, segment.kind, copy.deepcopy(segment.block), pairs=())
         self.trainer = BlockTrainer(own, objective, engine)
@@ -152,7 +152,7 @@ def time_steps(
     """
     device, runs, first_s = objective.tape.storage.device.type, {}, {}
     for engine in engines:
-        runs[engine] = run = _Run(segment, objective, recipe, engine)
+        runs[engine] = run = _Run(segment, objective, engine)
         before, start = objective.pass_s, timer()
         run.step()
         first_s[engine] = timer() - start - (objective.pass_s - before)

@@ -570,7 +570,7 @@ def test_stopped_and_resumed_equals_undisturbed(
         def count(
             *args: Any, trained: list[str] = trained, original: Callable[..., None] = original
         ) -> None:
-            trained.append(args[4])
+            trained.append(args[2].label)
             original(*args)
 
         with monkeypatch.context() as patch:
