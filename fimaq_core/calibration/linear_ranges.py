@@ -65,8 +65,8 @@ def _rounds(
         if candidates is not None:
             scale = None if inputs.off else inputs.scale
             moments = input_moments(flat, inputs(flat), weight, scale, inputs.levels)
-            problem = Rows(weight, weights.levels, *moments)
-            before, rows = rows, best_rows(problem, candidates, rows)
+            before = rows
+            rows = best_rows(Rows(weight, weights.levels, *moments), candidates, rows)
             set_rows(weights, *candidates.pick(rows))
             if number and torch.equal(rows, before):
                 break

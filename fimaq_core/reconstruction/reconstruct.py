@@ -122,8 +122,8 @@ def reconstruct(
 
 def _learns(segment: Segment, recipe: Recipe) -> bool:
     """True if a segment has something to learn and the recipe wants it."""
-    small = recipe.reconstruct_parts == "blocks" and segment.kind not in ("block", "merge")
-    if segment.kind == "predictor" or small:
+    left_out = recipe.reconstruct_parts == "blocks" and segment.kind not in ("block", "merge")
+    if left_out or segment.kind == "predictor":
         return False
     return bool(active_quantizers(segment)) or any(True for _ in rounded_layers(segment.block))
 

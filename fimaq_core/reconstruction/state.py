@@ -56,8 +56,7 @@ class BlockState:
 
     def __init__(self, segment: Segment, learn_scales: bool) -> None:
         rounded, activations = list(rounded_layers(segment.block)), active_quantizers(segment)
-        #: layers whose rounding is learned
-        self.layers: list[WeightLayer] = [layer for _, layer in rounded]
+        self.layers = [layer for _, layer in rounded]  # layers whose rounding is learned
         self.quantizers = [quantizer for _, quantizer in activations]  # the activation quantizers
         self.layout = Layout(
             tuple((_join(name, "weight"), tuple(one.weight.shape)) for name, one in rounded),
@@ -77,15 +76,13 @@ class BlockState:
                 [one.levels for one in quantizers],
             )
             self.soft = self.rounding.soft()
-        #: (m,) current activation scales
         scales = [quantizer.scale.detach().flatten() for quantizer in self.quantizers]
-        self.scales = torch.cat([self.soft[:0], *scales])
+        self.scales = torch.cat([self.soft[:0], *scales])  # (m,) current activation scales
         #: (m,) lower bounds of the scales: :data:`SCALE_FLOOR` times the calibrated values
         self.floor = SCALE_FLOOR * self.scales
-        #: True if the scales are learned
         self.learn_scales = learn_scales and self.scales.numel() > 0
-        #: Adam's first and second moments, of α and of the scales
         variables = self.soft, self.soft, self.scales, self.scales
+        #: Adam's first and second moments, of α and of the scales
         self.moments = [torch.zeros_like(variable) for variable in variables]
 
     def scales_near_floor(self) -> int:
