@@ -39,12 +39,9 @@ def calibrate(
     Images of varying shapes leave a bounded number of rows per layer (:class:`.capture.Capture`).
 
     Args:
-        chain: the chain, on the computing device.
         images: (N, ...) inputs of the chain; the first ``recipe.range_images`` are used. If shapes
             vary, a sample may have any number of rows, also none (an image without proposals).
-        recipe: all settings.
-        on_progress: receives progress, one unit per block.
-        batch_size: samples per forward pass.
+        on_progress, batch_size: receives one unit per block; samples per forward pass.
 
     Raises:
         NumericsError: a weight or activation is not finite, or a layer gets no input.

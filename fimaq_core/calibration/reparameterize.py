@@ -30,11 +30,7 @@ def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> Range:
 
 
 def reparameterize(
-    norm: nn.LayerNorm,
-    linear: nn.Linear,
-    scale: Tensor,
-    zero_point: Tensor,
-    pad: Tensor | None = None,
+    norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero: Tensor, pad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Move per-channel factors into norm and linear, in place; the function is unchanged.
 
@@ -45,9 +41,9 @@ def reparameterize(
     Returns:
         ``r`` and ``b``, each (channels,).
     """
-    common_scale, common_zero = scale.mean(), zero_point.mean().round()
+    common_scale, common_zero = scale.mean(), zero.mean().round()
     r = scale / common_scale
-    b = -zero_point * scale / r + common_zero * common_scale
+    b = -zero * scale / r + common_zero * common_scale
     with torch.no_grad():
         if norm.bias is None:
             norm.bias = nn.Parameter(torch.zeros_like(norm.weight), requires_grad=False)

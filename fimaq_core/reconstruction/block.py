@@ -33,11 +33,7 @@ class BlockTrainer:
         losses = [float(trainer.step(number)) for number in range(recipe.steps)]
         trainer.finish()
 
-    Args:
-        segment: segment of the block.
-        objective: its objective; the target of the objective's tape is computed.
-        engine: the step engine.
-        on_pass: see :data:`OnPass`.
+    The target of the objective's tape must be computed.
     """
 
     def __init__(

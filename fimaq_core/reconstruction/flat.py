@@ -22,9 +22,6 @@ WARM_UP = 3
 #: Structures of blocks (with loss and dropping) that one process can compile.
 STRUCTURES = 128
 
-#: Captures a step; returns a function that replays it, and the tensor that holds its result.
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-
 
 class FlatStep(StepEngine):
     """The step on flat vectors, run as it is (``fused``)."""
@@ -91,10 +88,8 @@ class FlatStep(StepEngine):
 class AllSamples:
     """Source of batches where all samples lie on the device: a step picks its own.
 
-    Args:
-        samples: (steps, B) numbers of each step's samples; None if ``data`` is the step's batch.
-        data: all samples, or the batch.
-        state: what the loss needs beside the batch.
+    ``samples`` (steps, B) are the numbers of each step's samples in ``data``; None if ``data`` is
+    the step's batch. ``state`` goes to the loss.
     """
 
     def __init__(self, samples: Tensor | None, data: Batch, state: LossState) -> None:
@@ -203,7 +198,7 @@ class GraphStep(CompiledStep):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.capture: Capture = capture_cuda_graph
+        self.capture = capture_cuda_graph
         self._warm = 0
         self._replay: Callable[[], None] | None = None
         self._result: Tensor | None = None
@@ -221,7 +216,7 @@ class GraphStep(CompiledStep):
 
 
 def capture_cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Capture ``function`` without running it; see :data:`Capture`."""
+    """Capture ``function`` without running it; return its replay, and the tensor of its result."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

@@ -87,11 +87,8 @@ def reconstruct_mlps(
 ) -> BlockChain:
     """Reconstruct every MLP of an uncalibrated chain, in place.
 
-    Args:
-        recipe: the ``mlp_*`` settings, temperature and seed.
-        pieces: finished MLPs; each is loaded if it exists, and kept after its training.
-        chain, images, divergence, resources: as in
-            :func:`fimaq_core.reconstruction.reconstruct.reconstruct`.
+    Finished MLPs in ``pieces`` are loaded. Other arguments are as in
+    :func:`fimaq_core.reconstruction.reconstruct.reconstruct`.
 
     Returns:
         A copy of the chain with GELU, the teacher.

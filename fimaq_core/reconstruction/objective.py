@@ -37,7 +37,6 @@ class Objective:
     after the last Fisher pass; Fisher losses start at 2, others at 1.
 
     Args:
-        chain, recipe, divergence: the chain, all settings, and the task's divergence.
         tape: the chain's tape at the block, the target computed.
         reference: (n, ...) rows that the divergence compares the model's outputs with.
         notes: list that receives a sentence about everything that did not go as the recipe says.

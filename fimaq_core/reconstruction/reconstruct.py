@@ -8,13 +8,7 @@ from torch import Tensor, nn
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.checkpoint import Pieces
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.layers import (
-    QuantLinear,
-    QuantMatMul,
-    decide_roundings,
-    quant_layers,
-    set_quantized,
-)
+from fimaq_core.layers import QuantLinear, QuantMatMul, decide_roundings, set_quantized
 from fimaq_core.progress import Progress, losses_to
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
@@ -44,7 +38,6 @@ def reconstruct(
     Predictors stay as calibrated. Everything runs on the chain's device.
 
     Args:
-        chain, recipe, divergence: the calibrated chain, all settings, and the task's divergence.
         images: (n, ...) calibration inputs of the chain, on any device. Images of varying shapes
             are taken one by one in their order.
         resources: how to run; one unit of progress per step.
@@ -138,8 +131,7 @@ def expand_per_token(chain: BlockChain, image: Tensor) -> None:
     of tokens. Quantizers that are expanded already stay. Only the shape of ``image`` (1, ...)
     matters.
     """
-    kinds = QuantLinear | QuantMatMul
-    layers = [layer for _, layer in quant_layers(chain) if isinstance(layer, kinds)]
+    layers = [layer for layer in chain.modules() if isinstance(layer, QuantLinear | QuantMatMul)]
     handles = [layer.register_forward_pre_hook(_expand) for layer in layers]
     chain(image)
     for handle in handles:
