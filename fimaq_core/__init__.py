@@ -1,6 +1,6 @@
 """fimaq_core: block-wise post-training quantization of PyTorch vision transformers.
 
-The package knows PyTorch, and timm where a model of it comes. A task adapter (see ``tasks``) turns
+The package needs PyTorch, and timm only for models of timm. A task adapter (see ``tasks``) turns
 its model into a :class:`fimaq_core.chain.BlockChain` and hands it to :mod:`fimaq_core.pipeline`.
 """
 
@@ -15,12 +15,12 @@ __all__ = ["NUMERICS_VERSION", "QuantizedModel", "__version__", "load", "quantiz
 
 __version__ = "0.1.0"
 
-#: Raised whenever a change alters the numbers a recipe produces; part of every checkpoint's fingerprint.
+#: Version of the arithmetic, raised with every change of a recipe's numbers; checkpoints hold it.
 NUMERICS_VERSION = 3
 
 
 def __getattr__(name: str) -> Any:
-    """Import the functions for notebooks when one is asked for: they import PyTorch."""
+    """Import the functions for notebooks on first use: they import PyTorch."""
     if name in ("QuantizedModel", "load", "quantize"):
         from fimaq_core import api
 

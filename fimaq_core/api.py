@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,15 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor, nn
 
-from fimaq_core import NUMERICS_VERSION
+from fimaq_core import NUMERICS_VERSION, checkpoint
 from fimaq_core.chain import BlockChain
-from fimaq_core.checkpoint import (
-    Fingerprint,
-    load_checkpoint,
-    read_header,
-    save_checkpoint,
-    state_sha256,
-)
+from fimaq_core.checkpoint import Fingerprint, state_sha256
 from fimaq_core.errors import CheckpointError, DataError, ModelError, first_problem
 from fimaq_core.families import find_family
 from fimaq_core.families.own import described, names_of, own_chain
@@ -28,25 +23,22 @@ from fimaq_core.layers import set_quantized
 from fimaq_core.pipeline import quantize_chain
 from fimaq_core.progress import progress_bars, silent
 from fimaq_core.recipe import Recipe, make_recipe
-from fimaq_core.reconstruction.kept import log_facts, read_log
+from fimaq_core.reconstruction.log import ReconstructionLog, read_log
 from fimaq_core.reconstruction.mlp import use_relu
-from fimaq_core.reconstruction.reconstruct import ReconstructionLog
-from fimaq_core.reconstruction.tape import Placement
+from fimaq_core.resources import Placement, Resources
 from fimaq_core.samples import Samples
-from fimaq_core.store import Resources
 
-#: Recipe fields that count images, with the smallest number each takes.
-_COUNTS = {
-    "calibration_images": 1,
-    "range_images": 1,
-    "batch_size": 1,
-    "mlp_batch": 1,
-    "divergence_batch": 2,
-}
+#: Recipe fields that count images, with the smallest number each field allows.
+_COUNTS = dict.fromkeys(("calibration_images", "range_images", "batch_size", "mlp_batch"), 1)
+_COUNTS["divergence_batch"] = 2
 
 
-class _Facts(BaseModel):
-    """Content of a checkpoint beside tensors. It is not trusted."""
+#: Blocks and head of a custom module.
+_Parts = tuple[Iterable[nn.Module] | None, nn.Module | None]
+
+
+class _SavedModel(BaseModel):
+    """Header of a saved :class:`QuantizedModel`, whose content is not trusted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -60,7 +52,7 @@ class _Facts(BaseModel):
 class QuantizedModel(nn.Module):
     """A quantized copy of a model: images (n, C, H, W) in, logits (n, classes) out.
 
-    Towers of CLIP models give embeddings (n, d), and those for text take token ids (n, L).
+    Towers of CLIP models return embeddings (n, d), and text towers take token ids (n, L).
 
     Example::
 
@@ -71,8 +63,8 @@ class QuantizedModel(nn.Module):
 
     Attributes:
         chain: the model's segments in order; a segment's ``block`` holds the quantized layers.
-        recipe: all settings, with the numbers of images that were there.
-        log: what the reconstruction did; empty for methods that calibrate only.
+        recipe: all settings, with the numbers of images that were used.
+        log: facts about the reconstruction; empty for methods that only calibrate.
     """
 
     def __init__(
@@ -85,7 +77,7 @@ class QuantizedModel(nn.Module):
 
     @property
     def notes(self) -> list[str]:
-        """Sentences about anything that did not go as the settings say."""
+        """Sentences about everything that did not go as the settings say."""
         return self.log.sentences()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -93,14 +85,16 @@ class QuantizedModel(nn.Module):
         return logits
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that :func:`load` reads; raises CheckpointError if it cannot."""
-        facts = _Facts(
+        """Write a safetensors file for :func:`load`. Raises CheckpointError if it cannot."""
+        header = _SavedModel(
             segments=_labels(self.chain),
             shape=list(self._like.shape[1:]),
             dtype="float32" if self._like.is_floating_point() else "int64",
-            log=log_facts(self.log),
+            log=asdict(self.log),
         )
-        save_checkpoint(Path(path), self.chain.state_dict(), self._fingerprint, facts.model_dump())
+        checkpoint.save_checkpoint(
+            Path(path), self.chain.state_dict(), self._fingerprint, header.model_dump()
+        )
 
 
 def quantize(
@@ -120,36 +114,34 @@ def quantize(
 
     Args:
         model: a ViT, DeiT or Swin of timm, or any module whose ``blocks`` and ``head`` are given.
-        images: (n, C, H, W) calibration images, transformed as the model takes them; or batches of
-            them, such as a DataLoader. Further parts of a batch, such as labels, are ignored. The
-            first ``calibration_images`` are used. For a model of text: (n, L) int64 token ids.
+        images: (n, C, H, W) calibration images, transformed as the model needs them, or batches of
+            them, such as a DataLoader. Other parts of a batch, such as labels, are ignored. The
+            first ``calibration_images`` are used. For a text model: (n, L) int64 token ids.
         method: a name from :data:`fimaq_core.recipe.METHODS`.
-        blocks: the blocks of a module of one's own, in the order in which its forward applies them,
-            one after the other.
-        head: the last part of such a module, after which nothing follows.
-        divergence: behind the Fisher information; by default a classifier's, the KL divergence of
-            class probabilities.
-        progress: whether to show progress bars, on a terminal or in a notebook.
+        blocks: blocks of your own module, in the order in which its forward applies them.
+        head: last part of your own module; nothing may follow it.
+        divergence: measure for the Fisher information; by default the KL divergence of class
+            probabilities.
+        progress: True to show progress bars, on a terminal or in a notebook.
         device: where to run; by default where the model is.
-        placement: where cached block inputs lie: "device", "host" or "disk".
+        placement: place of the cached block inputs: "device", "host" or "disk".
         settings: recipe fields that replace the method's, such as ``w_bits``, ``a_bits`` and
-            ``steps``. Numbers of images are lowered to the number of images given, and a note says
-            so.
+            ``steps``. Numbers of images are lowered to the number of images given, with a note.
 
     Raises:
         RecipeError: an unknown method or setting, or a value that does not fit.
         ModelError: a model or part that is not supported.
-        DataError: images that are none, or that the model does not take.
+        DataError: no images, or images that the model does not accept.
         NumericsError: NaN or infinity in weights, activations or a loss.
     """
     recipe = make_recipe(method, settings)
     x = _gathered(images, recipe.calibration_images)
     recipe, notes = _clipped(recipe, len(x))
     like = _like(x.shape[1:], x.is_floating_point())
-    chain, weights = _prepared(model, blocks, head, like, recipe, device)
+    chain = _chain_of(model, (blocks, head), like, recipe, device)
     content = hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest()
     fingerprint = Fingerprint(
-        model=_name(model), weights=weights, calibration=content, recipe=recipe
+        model=_name(model), weights=state_sha256(model), calibration=content, recipe=recipe
     )
     measure = ClassifierDivergence(recipe.temperature) if divergence is None else divergence
     with progress_bars() if progress else nullcontext(silent) as on_progress:
@@ -171,55 +163,49 @@ def load(
     Args:
         path: the file.
         model: the float model that was quantized; it stays as it is.
-        blocks, head: as given to :func:`quantize`.
+        blocks, head: the same as in :func:`quantize`.
         device: where to put the quantized model; by default where the model is.
 
     Raises:
-        CheckpointError: a file that is missing, damaged, or made from another model.
+        CheckpointError: the file is missing, damaged, or made from another model.
         ModelError: a model or part that is not supported.
     """
     path = Path(path)
-    fingerprint, content = read_header(path)
+    fingerprint, content = checkpoint.read_header(path)
     try:
-        facts = _Facts.model_validate(content)
+        header = _SavedModel.model_validate(content)
     except ValidationError as error:
         problem = first_problem(error)
         raise CheckpointError(f"{path} holds no quantized model of save() ({problem}).") from error
-    here = fingerprint.model_copy(
-        update={"numerics": NUMERICS_VERSION, "model": _name(model), "weights": state_sha256(model)}
-    )
-    if (reason := here.mismatch(fingerprint)) is not None:
+    own = {"numerics": NUMERICS_VERSION, "model": _name(model), "weights": state_sha256(model)}
+    reason = fingerprint.model_copy(update=own).mismatch(fingerprint)
+    if reason is not None:
         raise CheckpointError(f"{path}: {reason}. Give the float model that was quantized.")
-    like = _like(facts.shape, facts.dtype == "float32")
-    chain, _ = _prepared(model, blocks, head, like, fingerprint.recipe, device)
-    if _labels(chain) != facts.segments:
-        theirs = ", ".join(facts.segments)
+    like = _like(header.shape, header.dtype == "float32")
+    chain = _chain_of(model, (blocks, head), like, fingerprint.recipe, device)
+    if _labels(chain) != header.segments:
+        theirs = ", ".join(header.segments)
         raise CheckpointError(f"{path} was made with other blocks or another head: give {theirs}.")
     if fingerprint.recipe.reconstruct_mlp:
         use_relu(chain)
-    load_checkpoint(path, chain, None)
+    checkpoint.load_checkpoint(path, chain, None)
     set_quantized(chain, True)
-    log = read_log(facts.log, str(path))
+    log = read_log(header.log, path)
     return QuantizedModel(chain, log=log, fingerprint=fingerprint, like=like)
 
 
-def _prepared(
-    model: nn.Module,
-    blocks: Iterable[nn.Module] | None,
-    head: nn.Module | None,
-    like: Tensor,
-    recipe: Recipe,
-    device: torch.device | str | None,
-) -> tuple[BlockChain, str]:
-    """A copy of the model as a chain, and the sha256 of the weights. Raises DataError."""
+def _chain_of(
+    model: nn.Module, parts: _Parts, like: Tensor, recipe: Recipe, device: torch.device | str | None
+) -> BlockChain:
+    """Return a copy of the model as a chain. Raises ModelError, DataError."""
+    blocks, head = parts
     if (blocks is None) != (head is None):
-        raise ModelError("blocks= and head= go together: give both, or none for a model of timm.")
+        raise ModelError("Give both blocks= and head=, or none of them for a model of timm.")
     labels: list[str] = []
     if blocks is None or head is None:
         family = find_family(model)
     else:
         labels = [*names_of(model, blocks, "blocks="), *names_of(model, [head], "head=")]
-    weights = state_sha256(model)
     twin = copy.deepcopy(model).eval().float().requires_grad_(False)
     if device is not None:
         twin.to(device)
@@ -229,24 +215,25 @@ def _prepared(
         with torch.no_grad():
             twin(probe)
     except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        shape = tuple(probe.shape[1:])
         raise DataError(
-            f"{type(model).__name__} does not take images of shape {tuple(like.shape[1:])} ({error}): give images "
-            "(n, C, H, W) transformed as the model takes them."
+            f"{type(model).__name__} does not take images of shape {shape} ({error}): "
+            "give images (n, C, H, W) transformed as the model takes them."
         ) from error
     with torch.random.fork_rng(devices=[]):  # new layers draw initial weights
         chain = own_chain(twin, labels, probe, recipe) if labels else family.build(twin, recipe)
-    return chain.to(place), weights
+    return chain.to(place)
 
 
 def _like(shape: Sequence[int], images: bool) -> Tensor:
-    """Three samples of a shape to watch a model's forward with: noise for images, else token ids."""
+    """Return three samples of a shape, to watch a model's forward: noise images, or token ids."""
     if not images:
         return torch.zeros(3, *shape, dtype=torch.int64)
     return torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
-    """The first ``wanted`` of the images, float32 (n, C, H, W). Raises DataError."""
+    """Return the first ``wanted`` images, float32 (n, C, H, W). Raises DataError."""
     parts: list[Tensor] = []
     for batch in [images] if isinstance(images, Tensor) else images:
         part = batch[0] if isinstance(batch, list | tuple) and batch else batch
@@ -271,17 +258,14 @@ def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
 
 
 def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:
-    """The recipe with no count above ``count`` images, and a note on those that it uses."""
+    """Return the recipe with counts of at most ``count`` images, and a note on those it uses."""
     possible = {name: max(count, least) for name, least in _COUNTS.items()}
     lowered = {name: value for name, value in possible.items() if getattr(recipe, name) > value}
     unused = {"divergence_batch"}
     unused |= set() if recipe.reconstruct else {"batch_size"}
     unused |= set() if recipe.reconstruct_mlp else {"mlp_batch"}
-    changes = [
-        f"{name} {value} instead of {getattr(recipe, name)}"
-        for name, value in lowered.items()
-        if name not in unused
-    ]
+    used = [(name, value) for name, value in lowered.items() if name not in unused]
+    changes = [f"{name} {value} instead of {getattr(recipe, name)}" for name, value in used]
     note = f"There are {count} calibration images, so these were lowered: {', '.join(changes)}."
     return recipe.model_copy(update=lowered), [note] if changes else []
 

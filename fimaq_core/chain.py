@@ -14,36 +14,35 @@ from fimaq_core.samples import Samples
 #: ``predictor`` is calibrated and never reconstructed.
 Kind = Literal["patch_embed", "block", "merge", "head", "projection", "neck", "predictor"]
 
-#: What earlier blocks keep for later ones, in order, each (B, ...).
+#: Tensors that earlier blocks keep for later ones, in order, each (B, ...).
 Kept = tuple[Tensor, ...]
 
 
 class Beside(NamedTuple):
-    """What travels beside the outputs of a chain's blocks, of all samples."""
+    """Tensors that travel beside the outputs of a chain's blocks, of all samples."""
 
-    side: Samples | None = None  # the chain's side, (n, ...); None where it has none
-    kept: tuple[Samples, ...] = ()  # what the segments before keep, each (n, ...)
+    side: Samples | None = None  # the chain's side, (n, ...); None for a chain without one
+    kept: tuple[Samples, ...] = ()  # tensors that earlier segments keep, each (n, ...)
 
     def rows(self, rows: slice, device: torch.device | None = None) -> tuple[Tensor | None, Kept]:
-        """Side and kept tensors of a batch, on ``device`` if one is given."""
+        """Return side and kept tensors of a batch, on ``device`` if one is given."""
 
         def batch(samples: Samples) -> Tensor:
             found = samples[rows]
             return found if device is None else found.to(device, non_blocking=True)
 
-        return None if self.side is None else batch(self.side), tuple(
-            batch(one) for one in self.kept
-        )
+        side = None if self.side is None else batch(self.side)
+        return side, tuple(batch(one) for one in self.kept)
 
 
 @dataclass(frozen=True)
 class NormPair:
-    """A LayerNorm whose only consumer is the linear layer behind it, with what pads between them."""
+    """A LayerNorm whose only consumer is the linear layer behind it."""
 
     norm: nn.LayerNorm  # the normalisation, with affine parameters
     linear: str  # name of the linear layer inside the segment's block
     #: name of the block's buffer (channels,) that pads between the two, which reparameterisation
-    #: changes too; None where nothing pads. (A name, since moving a module replaces its buffers.)
+    #: changes too; None without padding. (A name, since moving a module replaces its buffers.)
     pad: str | None = None
 
 
@@ -63,9 +62,21 @@ class MlpPart:
 class Segment(nn.Module):
     """One reconstruction block and the frozen full-precision part before it.
 
+    Example::
+
+        Segment("blocks.0", "block", block, pairs=(NormPair(block.norm1, "attn.qkv"),))
+
     Attributes:
-        takes_side: whether ``before`` takes the chain's side as its second argument.
-        takes_kept: whether ``before`` takes what the segments before keep as its last argument.
+        label: the block's name in the original model, such as ``blocks.3``.
+        kind: kind of the segment.
+        block: the part that is quantized.
+        before: full-precision map from the previous block's output to this block's input.
+        pairs: norm and linear pairs that can be reparameterised.
+        mlps: the block's MLPs, for MLP reconstruction.
+        takes_side: True if ``before`` takes the chain's side as its second argument.
+        keep: full-precision map from the block's output to the tensor (B, ...) that later segments
+            need, such as a stage's output for a neck; None if they need nothing.
+        takes_kept: True if ``before`` takes the kept tensors as its last argument.
     """
 
     def __init__(
@@ -81,26 +92,21 @@ class Segment(nn.Module):
         takes_kept: bool = False,
     ) -> None:
         super().__init__()
-        self.label = label  # the block's name in the original model, such as ``blocks.3``
+        self.label, self.pairs, self.mlps = label, pairs, mlps
         self.kind: Kind = kind
-        #: maps the previous block's output to this block's input; stays in full precision
+        # The order of the modules is that of their tensors in checkpoints.
         self.before = before if before is not None else nn.Identity()
-        self.block = block  # what is quantized
-        self.pairs = pairs  # norm and linear pairs that can be reparameterised
-        self.mlps = mlps  # the block's MLPs, for MLP reconstruction
+        self.block, self.keep = block, keep
         self.takes_side, self.takes_kept = takes_side, takes_kept
-        #: maps the block's output to what later segments need of it, such as a stage's output for a
-        #: neck, (B, ...); stays in full precision. None where they need nothing
-        self.keep = keep
 
     def enter(self, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        """The block's input (B, ...) for the previous block's output ``x``, by ``before``."""
+        """Return the block's input (B, ...) for the previous block's output ``x``."""
         extra: list[Tensor | Kept | None] = [side] if self.takes_side else []
         out: Tensor = self.before(x, *extra, *([kept] if self.takes_kept else []))
         return out
 
     def kept_with(self, output: Tensor, kept: Kept) -> Kept:
-        """``kept`` and what this segment keeps of its block's ``output`` (B, ...)."""
+        """Return ``kept`` and the tensor that this segment keeps of its ``output`` (B, ...)."""
         return kept if self.keep is None else (*kept, self.keep(output))
 
     def forward(self, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
@@ -109,14 +115,15 @@ class Segment(nn.Module):
 
 
 class BlockChain(nn.Module):
-    """Segments one after another; ``forward`` equals the original model's."""
+    """Segments one after another; ``forward`` equals the original model's.
+
+    ``side`` maps the chain's input to the tensor (B, ...) that segments with ``takes_side`` need,
+    such as the position of the token to pool; None if no segment needs one.
+    """
 
     def __init__(self, segments: list[Segment], side: nn.Module | None = None) -> None:
         super().__init__()
-        self.segments = nn.ModuleList(segments)
-        #: maps the chain's input to what segments with ``takes_side`` need of it, (B, ...), such as
-        #: the position of the token to pool. None where there is no such thing
-        self.side = side
+        self.segments, self.side = nn.ModuleList(segments), side
         self.requires_grad_(False)
         self.eval()
 
@@ -127,13 +134,13 @@ class BlockChain(nn.Module):
         return len(self.segments)
 
     def segment(self, index: int) -> Segment:
-        """The segment at ``index``."""
+        """Return the segment at ``index``."""
         found = self.segments[index]
         assert isinstance(found, Segment)
         return found
 
     def side_of(self, x: Tensor) -> Tensor | None:
-        """The side of the chain's inputs ``x`` (B, ...); None if it has none."""
+        """Return the side of the chain's inputs ``x`` (B, ...); None for a chain without one."""
         return None if self.side is None else self.side(x)
 
     def tail(self, start: int, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
@@ -144,11 +151,9 @@ class BlockChain(nn.Module):
             kept = segment.kept_with(x, kept)
         return x
 
-    def rest(
-        self, index: int, output: Tensor, side: Tensor | None = None, kept: Kept = ()
-    ) -> Tensor:
-        """The model's output for that of block ``index``; ``kept`` by the segments before it."""
-        return self.tail(index + 1, output, side, self.segment(index).kept_with(output, kept))
+    def rest(self, index: int, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
+        """Return the model's output for output ``x`` of block ``index``; ``kept`` before it."""
+        return self.tail(index + 1, x, side, self.segment(index).kept_with(x, kept))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tail(0, x, self.side_of(x))

@@ -1,10 +1,12 @@
-"""Checkpoints: safetensors files whose header says what they belong to. Strict, and free of code.
+"""Checkpoints: safetensors files whose header says which run they belong to. They hold no code.
 
 The header holds a :class:`Fingerprint`. A checkpoint of another run is refused with the reason.
 """
 
+import contextlib
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,52 +19,47 @@ from torch import Tensor, nn
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, first_problem
-from fimaq_core.files import replaced_whole
+from fimaq_core.files import remove, replaced_whole
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
 
-#: The part of a recipe that a checkpoint depends on: all fields, those that determine ranges, or
-#: those that determine an MLP reconstruction.
+#: Recipe fields that a checkpoint depends on: all fields, the fields that determine ranges, or the
+#: fields that determine an MLP reconstruction.
 Scope = Literal["all", "ranges", "mlp"]
+
+_DAMAGED = "The checkpoint {} is damaged ({}): delete it and run again."
 
 
 class Fingerprint(BaseModel):
-    """All that a checkpoint depends on.
-
-    Attributes:
-        numerics: version of the code's arithmetic.
-        model: which architecture the weights were loaded into; empty where the caller has one only.
-        weights: sha256 of the float weights.
-        calibration: fingerprint of the calibration images (ids, order, transform).
-        recipe: all recipe fields.
-    """
+    """Everything that a checkpoint depends on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    numerics: int = NUMERICS_VERSION
-    model: str = ""
-    weights: str
-    calibration: str
+    numerics: int = NUMERICS_VERSION  # version of the code's arithmetic
+    model: str = ""  # architecture of the weights; empty if the caller has only one
+    weights: str  # sha256 of the float weights
+    calibration: str  # fingerprint of the calibration images (ids, order, transform)
     recipe: Recipe
 
     @field_validator("model", "weights", "calibration")
     @classmethod
     def _printable(cls, text: str) -> str:
-        # They come into messages, and a terminal obeys what is not printable.
+        # These texts appear in messages, and a terminal obeys control characters.
         if not text.isprintable():
             raise ValueError("has characters that cannot be printed")
         return text
 
     def mismatch(self, other: "Fingerprint", scope: Scope = "all") -> str | None:
-        """Say what differs in ``other``, or None; recipe fields outside of ``scope`` are left out."""
+        """Say how ``other`` differs, or None; recipe fields outside of ``scope`` may differ."""
         if self.numerics != other.numerics:
-            return (
-                f"it was made by numerics version {other.numerics}, this is version {self.numerics}"
-            )
+            versions = f"version {other.numerics}, this is version {self.numerics}"
+            return f"it was made by numerics {versions}"
         if self.model != other.model:
-            return f"it was made of another model ({other.model or 'unnamed'}, here {self.model or 'unnamed'})"
+            names = f"{other.model or 'unnamed'}, here {self.model or 'unnamed'}"
+            return f"it was made of another model ({names})"
         if self.weights != other.weights:
-            return f"it was made from other weights (sha256 {other.weights[:12]}, here {self.weights[:12]})"
+            digests = f"sha256 {other.weights[:12]}, here {self.weights[:12]}"
+            return f"it was made from other weights ({digests})"
         if self.calibration != other.calibration:
             return "it was made with other calibration images"
         mine, theirs = self.recipe, other.recipe
@@ -71,35 +68,27 @@ class Fingerprint(BaseModel):
             fields = tuple(dict.fromkeys(("scope", *mine.range_fields(), *theirs.range_fields())))
         elif scope == "mlp":
             fields = ("scope", *Recipe.mlp_fields())
-        different = [
-            f"{name} ({getattr(theirs, name)!r}, here {getattr(mine, name)!r})"
-            for name in fields
-            if getattr(mine, name) != getattr(theirs, name)
-        ]
+        pairs = [(name, getattr(theirs, name), getattr(mine, name)) for name in fields]
+        different = [f"{name} ({old!r}, here {new!r})" for name, old, new in pairs if old != new]
         return f"it was made with another recipe: {', '.join(different)}" if different else None
 
 
 def state_sha256(model: nn.Module) -> str:
-    """The sha256 (hex) over names, shapes and values of a model's state: the identity of weights that came from no file."""
+    """Return the sha256 (hex) of names, shapes, values of a state: identity of unfiled weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def save_checkpoint(
     path: Path, tensors: dict[str, Tensor], fingerprint: Fingerprint, facts: dict[str, Any]
 ) -> None:
-    """Write a checkpoint so that it is there whole or not at all.
+    """Write a checkpoint, with ``facts`` (JSON values) in its header.
 
-    Args:
-        path: the file.
-        tensors: what to keep.
-        fingerprint: what it belongs to.
-        facts: JSON values to keep beside it.
+    The file appears complete or not at all.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
@@ -114,69 +103,52 @@ def read_header(path: Path) -> tuple[Fingerprint, dict[str, Any]]:
     """Read fingerprint and facts of a checkpoint without its tensors.
 
     Raises:
-        CheckpointError: missing, damaged, or not a checkpoint of this project.
+        CheckpointError: the file is missing, damaged, or no checkpoint of this project.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}.")
+    foreign = f"{path} is not a checkpoint of this project"
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        # Neither nests without end nor has numbers of thousands of digits: this reader refuses both.
-        fingerprint, facts = (
-            Fingerprint.model_validate_json(metadata["fingerprint"]),
-            from_json(metadata["facts"]),
-        )
+        # Both parsers refuse endless nesting and numbers of thousands of digits.
+        fingerprint = Fingerprint.model_validate_json(metadata["fingerprint"])
+        facts = from_json(metadata["facts"])
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"The checkpoint {path} is damaged ({error}): delete it and run again."
-        ) from error
+        raise CheckpointError(_DAMAGED.format(path, error)) from error
     except (KeyError, ValueError) as error:
         why = f" ({first_problem(error)})" if isinstance(error, ValidationError) else ""
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this project: its header lacks the fingerprint{why}."
-        ) from error
+        raise CheckpointError(f"{foreign}: its header lacks the fingerprint{why}.") from error
     if not isinstance(facts, dict):
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this project: the facts in its header are no object."
-        )
+        raise CheckpointError(f"{foreign}: the facts in its header are no object.")
     return fingerprint, facts
 
 
 def load_checkpoint(
     path: Path, module: nn.Module, expected: Fingerprint | None, scope: Scope = "all"
 ) -> dict[str, Any]:
-    """Load a checkpoint into ``module``, strictly, and return its facts.
+    """Load a checkpoint into ``module`` of the saved structure, strictly, and return its facts.
 
-    Args:
-        path: the file.
-        module: of the structure that was saved.
-        expected: fingerprint the checkpoint must have; None takes any.
-        scope: which recipe fields are compared.
+    ``expected`` is compared with its fingerprint (of recipes the fields in ``scope``); None accepts
+    any.
 
     Raises:
         CheckpointError: it belongs to another run (says why), is damaged, or does not fit.
     """
     fingerprint, facts = read_header(path)
-    if expected is not None:
-        reason = expected.mismatch(fingerprint, scope)
-        if reason is not None:
-            raise CheckpointError(
-                f"The checkpoint {path} does not belong to this run: {reason}. Delete it or use its settings."
-            )
+    reason = None if expected is None else expected.mismatch(fingerprint, scope)
+    if reason is not None:
+        raise CheckpointError(
+            f"The checkpoint {path} does not belong to this run: {reason}. "
+            "Delete it or use its settings."
+        )
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (
-        SafetensorError,
-        OSError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:  # also types that PyTorch does not have
-        raise CheckpointError(
-            f"The checkpoint {path} is damaged ({error}): delete it and run again."
-        ) from error
+    # The last three are raised for types that PyTorch does not have.
+    except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(_DAMAGED.format(path, error)) from error
     _add_biases(module, state)
     try:
         module.load_state_dict(state, strict=True)
@@ -187,8 +159,48 @@ def load_checkpoint(
 
 
 def _add_biases(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Make the biases that LayerNorm reparameterisation added where the float model has none."""
+    """Create the biases that LayerNorm reparameterisation added to a float model without them."""
     for name, child in module.named_modules():
         key = f"{name}.bias" if name else "bias"
         if isinstance(child, QuantLinear | nn.LayerNorm) and child.bias is None and key in state:
             child.bias = nn.Parameter(torch.empty_like(state[key]), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Finished pieces of an unfinished stage: blocks or MLPs, one checkpoint each.
+
+    The files are ``<folder>/<kind>-NNN.safetensors``.
+    """
+
+    folder: Path | None = None  # folder of the files; None keeps nothing
+    kind: str = ""  # ``block`` or ``mlp``
+    fingerprint: Fingerprint | None = None  # identity of the run; needed with ``folder``
+    scope: Scope = "all"  # recipe fields that the files depend on
+
+    def load(self, index: int, module: nn.Module) -> tuple[dict[str, Any], Path] | None:
+        """Load a finished piece into `module`; return its facts and its file, or None."""
+        path = self._path(index)
+        if path is None or not path.is_file():
+            return None
+        return load_checkpoint(path, module, self.fingerprint, self.scope), path
+
+    def save(self, index: int, module: nn.Module, facts: dict[str, Any] | None = None) -> None:
+        """Keep a finished piece with `facts`."""
+        path = self._path(index)
+        if path is not None:
+            assert self.fingerprint is not None
+            facts = {"stage": self.kind, "index": index, **(facts or {})}
+            save_checkpoint(path, module.state_dict(), self.fingerprint, facts)
+
+    def remove(self) -> None:
+        """Remove all pieces, and their folder if it is empty then."""
+        if self.folder is None:
+            return
+        for file in self.folder.glob(f"{self.kind}-*.safetensors"):
+            remove(file)
+        with contextlib.suppress(OSError):  # another process may have been faster
+            self.folder.rmdir()
+
+    def _path(self, index: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"{self.kind}-{index:03d}.safetensors"

@@ -1,4 +1,4 @@
-"""YAML files that users write: reads them, and says in one message what to correct."""
+"""Reading of YAML files that users write; one message says everything to correct."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """Base of the records and settings that are read from files: frozen, without unknown fields."""
+    """Base of records and settings that are read from files: frozen, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,9 +36,9 @@ def read_yaml(path: Path, what: str, error: type[FimaqError]) -> dict[str, Any]:
     """Return the mapping in a YAML file; an empty file is an empty mapping.
 
     Args:
-        path: of the file.
-        what: what the file is, for messages, such as ``grid``.
-        error: raised where the file cannot be read or holds anything but a mapping.
+        path: the file.
+        what: kind of the file for messages, such as ``grid``.
+        error: class of the error for a file that cannot be read or holds no mapping.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -64,7 +64,7 @@ def validate(model: type[Model], content: Any, where: str, error: type[FimaqErro
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return a sentence for each problem; one about an unknown key suggests a known one."""
+    """Return one sentence per problem; for an unknown key it suggests a known one."""
     return " ".join(_sentence(item, model) for item in error.errors(include_url=False))
 
 

@@ -1,4 +1,4 @@
-"""Errors a user can act on. Their text is the whole message: what is wrong and what to do."""
+"""Errors that users can act on. Each text is the whole message: what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CheckpointError(FimaqError):
 
 
 class EngineError(FimaqError):
-    """An engine that cannot run on this machine."""
+    """A step engine or cell executor that cannot run on this machine."""
 
 
 class NumericsError(FimaqError):
@@ -39,13 +39,13 @@ class NumericsError(FimaqError):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean ...?`` for the known name nearest to ``word``, or the list of names."""
+    """Return `` Did you mean ...?`` with the known name nearest to ``word``, or all names."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(names)}."
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first field that does not fit, and why, without the given value: ``steps: Input ...``."""
+    """Return the first field that does not fit, and why: ``steps: Input ...``."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return ": ".join(filter(None, (".".join(str(part) for part in first["loc"]), first["msg"])))

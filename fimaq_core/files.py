@@ -1,4 +1,4 @@
-"""Writing files so that they are there whole or not at all, and removing them."""
+"""Files that appear complete or not at all, and their removal."""
 
 import glob
 import os
@@ -17,9 +17,9 @@ _LEFT = re.compile(r"\..+\.[0-9a-f]{12}")
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what processes left in ``folder`` that ended while they wrote; of the file ``name`` only, where given.
+    """Remove temporary files of processes that ended while they wrote in ``folder``.
 
-    For whoever knows that no other process writes these files now.
+    ``name`` limits this to one file. No other process may be writing these files.
     """
     for file in folder.glob(".*" if name is None else f".{glob.escape(name)}.*"):
         if _LEFT.fullmatch(file.name):
@@ -28,20 +28,20 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it takes the place of ``path`` when the block ends well.
+    """Yield a temporary path, which replaces ``path`` when the block ends without an error.
 
     Args:
-        path: of the file.
-        durable: it is on the disk by then, so that it outlives a crash of the machine.
+        path: the file.
+        durable: True to wait until it is on the disk, so that it survives a crash of the machine.
 
     Raises:
-        CheckpointError: the folder is read-only or the disk full; what was there before is untouched.
+        CheckpointError: the folder is read-only or the disk full; the old file is untouched.
     """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-        temporary.touch(exist_ok=False)  # with the usual permissions, where tempfile's are private
+        temporary.touch(exist_ok=False)  # with the usual permissions; tempfile's are private
         yield temporary
         if durable:
             with temporary.open("rb+") as file:
@@ -49,19 +49,17 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"Cannot write {path}: {error}. Free space or make the folder writable, then run the same command again: "
-            "what was finished is kept."
+            f"Cannot write {path}: {error}. Free space or make the folder writable, then run the "
+            "same command again: finished results are kept."
         ) from error
     finally:
         if temporary is not None:
-            with suppress(
-                OSError
-            ):  # where even that cannot be, what cannot be written is said already
+            with suppress(OSError):  # the error above says already that the folder fails
                 temporary.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole folder, if it is there: another process may have been faster.
+    """Remove a file or a folder, if it exists: another process may have been faster.
 
     Raises:
         CheckpointError: the folder is read-only.

@@ -22,14 +22,14 @@ def tf32_allowed(allowed: bool) -> Iterator[None]:
 
 
 def autocast(dtype: Arithmetic, device: torch.device) -> AbstractContextManager[object]:
-    """Context in which matrix products round their operands to bfloat16, if ``dtype`` says so."""
-    return (
-        torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    )
+    """Return a context in which matrix products run in bfloat16, if ``dtype`` is bfloat16."""
+    if dtype != "bfloat16":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 @contextmanager
 def arithmetic(dtype: Arithmetic, device: torch.device) -> Iterator[None]:
-    """Context in which matrix products run in ``dtype``."""
+    """Run matrix products in ``dtype``."""
     with tf32_allowed(dtype == "tf32"), autocast(dtype, device):
         yield

@@ -1,4 +1,4 @@
-"""Progress of a run, as its caller hears it."""
+"""Progress of a run, as the caller receives it."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from rich.progress import Progress as Bars
 
 from fimaq_core.errors import NumericsError
 
-#: Up to so many optimisation steps per block, each of them is reported.
+#: Up to so many optimisation steps per block, every step is reported.
 FEW_STEPS = 10
 
 
@@ -25,29 +25,28 @@ class Progress:
     done: int
     total: int
     block: str = ""
-    loss: float | None = None  # of the optimisation step just made, else None
-    tape_bytes: int | None = None  # of the tape behind a finished block, else None
+    loss: float | None = None  # loss of the optimisation step just made, else None
+    tape_bytes: int | None = None  # size of the tape behind a finished block, else None
 
 
 OnProgress = Callable[[Progress], None]
+#: Called after every step with its number (from 1) and its loss; refuses one that is not finite.
+Tick = Callable[[int, SupportsFloat], None]
 
 
 def silent(_: Progress) -> None:
-    """Report to nobody."""
+    """Ignore progress."""
 
 
-def losses_to(
-    on_progress: OnProgress, begin: Progress, steps: int, what: str, advice: str
-) -> Callable[[int, SupportsFloat], None]:
-    """Make a function that reports the loss of a step (from 1) now and then.
+def losses_to(on_progress: OnProgress, begin: Progress, steps: int, what: str, advice: str) -> Tick:
+    """Return a function of a step (from 1) and its loss, which now and then reports the loss.
 
-    It raises NumericsError for a loss that is NaN or infinite: ``what`` it is, and the ``advice``.
-    ``begin`` is the moment before the first step.
+    ``begin`` is the moment before the first step. A loss that is NaN or infinite raises
+    NumericsError, with the name of the loss (``what``) and an ``advice``.
     """
 
     def tick(step: int, loss: SupportsFloat) -> None:
-        # Reading the loss makes a GPU wait, so it happens rarely; a few steps are for finding out
-        # how long one takes.
+        # Reading the loss makes a GPU wait, so it happens rarely. A run of few steps measures time.
         if step % 50 and step != steps and steps > FEW_STEPS:
             return
         value = float(loss)
@@ -78,12 +77,13 @@ def progress_bars() -> Iterator[OnProgress]:
     def on_progress(event: Progress) -> None:
         if event.stage not in tasks:
             tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
+        detail = "" if event.loss is None else f"loss {event.loss:.4g}"
         bars.update(
             tasks[event.stage],
             total=event.total,
             completed=event.done,
             description=f"{event.stage} {event.block}",
-            detail="" if event.loss is None else f"loss {event.loss:.4g}",
+            detail=detail,
         )
 
     with bars:

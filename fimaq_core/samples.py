@@ -1,4 +1,4 @@
-"""Samples of equal or varying shapes: calibration inputs, block outputs and what is kept of each."""
+"""Samples of equal or varying shapes: calibration inputs, block outputs, kept tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,9 +9,9 @@ from fimaq_core.errors import RecipeError
 
 
 class Samples:
-    """Samples in order: one tensor (n, ...), or one tensor each where their shapes vary.
+    """Samples in order: one tensor (n, ...), or one tensor per sample if their shapes vary.
 
-    Samples of varying shapes are taken one by one: a batch is one of them, (1, ...) as a rule.
+    Samples of varying shapes are taken one by one: each is a batch, usually (1, ...).
 
     Example::
 
@@ -19,8 +19,8 @@ class Samples:
         Samples([torch.randn(1, 3, 20, 30), torch.randn(1, 3, 32, 24)]).batches(4)  # these two
 
     Attributes:
-        tensors: the one tensor, or each sample's; all on one device.
-        varying: True where each sample has its own tensor.
+        tensors: the one tensor, or one per sample; all on one device.
+        varying: True if each sample has its own tensor.
     """
 
     def __init__(self, data: Tensor | Sequence[Tensor]) -> None:
@@ -29,7 +29,7 @@ class Samples:
 
     @classmethod
     def of(cls, data: "Tensor | Samples") -> "Samples":
-        """Samples as they are, or a tensor as samples of equal shape."""
+        """Return samples as they are, or a tensor as samples of equal shape."""
         return data if isinstance(data, Samples) else cls(data)
 
     @property
@@ -50,7 +50,7 @@ class Samples:
         return len(self.tensors) if self.varying else len(self.whole)
 
     def __getitem__(self, key: int | slice) -> Tensor:
-        """A sample, or the batch of one of :meth:`slices`, with its leading dimension."""
+        """Return a sample, or the batch of one of :meth:`slices`, with its leading dimension."""
         rows = slice(key, key + 1) if isinstance(key, int) else key
         if not self.varying:
             return self.whole[rows]
@@ -61,17 +61,17 @@ class Samples:
         return self.batches(1)
 
     def slices(self, size: int) -> Iterator[slice]:
-        """Slices of ``size`` samples in a row; of one where shapes vary."""
+        """Yield slices of ``size`` samples in a row, of one sample if shapes vary."""
         step = 1 if self.varying else size
         for start in range(0, len(self), step):
             yield slice(start, min(start + step, len(self)))
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """The samples of :meth:`slices`."""
+        """Yield the samples of :meth:`slices`."""
         return (self[rows] for rows in self.slices(size))
 
     def first(self, count: int) -> "Samples":
-        """The first ``count`` samples."""
+        """Return the first ``count`` samples."""
         return Samples(self.tensors[:count] if self.varying else self.whole[:count])
 
     def to(self, device: torch.device | str) -> "Samples":
@@ -79,21 +79,23 @@ class Samples:
         return Samples(tensors if self.varying else tensors[0])
 
     def joined(self, batches: Sequence[Tensor]) -> "Samples":
-        """Batches in a row as samples of the kind of these."""
+        """Join batches, in order, to samples of the kind of these."""
         return Samples(batches if self.varying else torch.cat(list(batches)))
 
     @torch.no_grad()
     def map(self, function: Callable[[Tensor], Tensor], size: int) -> "Samples":
-        """``function`` of batches of ``size``, without gradients."""
+        """Apply ``function`` to batches of ``size``, without gradients."""
         return self.joined([function(batch) for batch in self.batches(size)])
 
     def check_batch(self, size: int, field: str) -> None:
-        """Check that batches of ``size``, the recipe's ``field``, can be drawn. Raises RecipeError."""
+        """Raise RecipeError if no batches of ``size``, the recipe's ``field``, can be drawn."""
         if self.varying and size != 1:
             raise RecipeError(
-                f"These images vary in size and are taken one at a time: set {field} 1 (now {size})."
+                "These images vary in size and are taken one at a time: "
+                f"set {field} 1 (now {size})."
             )
         if len(self) < size:
             raise RecipeError(
-                f"{len(self)} calibration images are fewer than a batch of {size}: lower {field} or give more images."
+                f"{len(self)} calibration images are fewer than a batch of {size}: "
+                f"lower {field} or give more images."
             )

@@ -24,12 +24,12 @@ from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layer
 from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer, fake_quantize
 from fimaq_core.recipe import OFF, Recipe
 
-#: Receives one candidate's scale and zero point (groups,), returns the error of every group (groups,).
+#: Returns the error of every group (groups,) for one candidate's scale and zero point (groups,).
 Errors = Callable[[Tensor, Tensor], Tensor]
 
 
 def search(candidates: Candidates, errors: Errors) -> Tensor:
-    """Index (groups,) of the candidate with the smallest error of each group, by trying all of them."""
+    """Return the index (groups,) of the best candidate of each group, by trying all of them."""
     table = [
         errors(scale, zero)
         for scale, zero in zip(candidates.scale, candidates.zero_point, strict=True)
@@ -41,7 +41,7 @@ def search(candidates: Candidates, errors: Errors) -> Tensor:
 def calibrate_directly(
     chain: BlockChain, images: Tensor, recipe: Recipe, batch_size: int = 32
 ) -> None:
-    """Set all ranges of ``chain``, in place, as :func:`fimaq_core.calibration.calibrate.calibrate` does.
+    """Set all ranges of ``chain``, in place, as the calibration of the core does.
 
     Args:
         chain: the model.
@@ -108,7 +108,7 @@ def own_error(rows: Tensor, levels: int) -> Errors:
 
 
 def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
-    """Weight and input by their own errors, then rounds of weight and input by the output's error."""
+    """Calibrate by own errors, then rounds of weight and input by the output's error."""
     weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
     rows = columns = None
     if not weights.off:
@@ -153,7 +153,7 @@ def search_input(layer: QuantLinear, x: Tensor, candidates: Candidates) -> None:
 
 
 def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
-    """Min-max for the input; the weight's bounds by the output's error: both together, the lower, the upper."""
+    """Min-max for the input; bounds of the weight by output error: both, lower, upper."""
     weights, inputs, count = layer.weight_quantizer, layer.input_quantizer, recipe.range_candidates
     if not inputs.off:
         lower, upper = x.amin().clamp(max=0).view(1, 1), x.amax().clamp(min=0).view(1, 1)
@@ -188,7 +188,7 @@ def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
 
 
 def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:
-    """Bounds of both operands per head by the product's error: both together, then rounds of the lower and the upper."""
+    """Bounds of both operands per head by product error: both, then rounds of lower, upper."""
     target = a @ b
     sides = [
         Operand(layer.a_quantizer, a, recipe.range_candidates),
@@ -214,7 +214,7 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
 
 
 class Operand:
-    """One side (batch, heads, rows, columns) of a product with the bounds (candidates, heads) to choose from."""
+    """One side (batch, heads, rows, columns) of a product; candidate bounds (candidates, heads)."""
 
     def __init__(self, quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
         self.quantizer, self.x = quantizer, x

@@ -14,7 +14,7 @@ from fimaq_core.recipe import Recipe, make_recipe
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter a value that shows: norms that scale and shift channels, biases, position embeddings."""
+    """Give every parameter a visible value: norms, biases and position embeddings too."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -62,7 +62,7 @@ def deit(depth: int = 2, seed: int = 0) -> VisionTransformerDistilled:
 
 
 def swin(size: int = 40, seed: int = 0) -> SwinTransformer:
-    """A Swin with shifted windows and one merging; 40 pixels give 10 x 10 tokens, which windows of 4 must pad."""
+    """A Swin with shifted windows and one merging; 40 pixels give 10 x 10 tokens, padded to 12."""
     model = SwinTransformer(
         img_size=size,
         patch_size=4,
@@ -93,7 +93,8 @@ def images(count: int, size: int = 32, seed: int = 1) -> Tensor:
 def quick(method: str = "fimaq", **changes: object) -> Recipe:
     """A recipe for seconds: few images, candidates and steps."""
     few: dict[str, object] = {
-        "calibration_images": 24, "range_images": 8, "range_candidates": 32, "range_rounds": 1, "steps": 6, "batch_size": 8,
+        "calibration_images": 24, "range_images": 8, "range_candidates": 32, "range_rounds": 1,
+        "steps": 6, "batch_size": 8,
         "fisher_k": 2, "lr_alpha": 0.05, "lr_scale": 1e-3,
     }  # fmt: skip
     return make_recipe(method, few, changes)

@@ -1,4 +1,4 @@
-"""A small chain like a detector's, for images of varying sizes: blocks that keep what a neck takes, and a predictor."""
+"""A small detector-like chain for images of varying sizes: kept outputs, a neck, a predictor."""
 
 import torch
 from small_models import randomise
@@ -132,7 +132,7 @@ def pyramid(recipe: Recipe, seed: int = 0) -> BlockChain:
 
 
 def by_hand(chain: BlockChain, image: Tensor) -> list[Tensor]:
-    """What every block of a pyramid gives for one image, without the chain's own walk."""
+    """Outputs of every block of a pyramid for one image, without the chain's own walk."""
     embed, first, second, neck, predict = chain
     out = [embed.block(image)]
     out.append(first.block(out[-1]))

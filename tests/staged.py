@@ -13,7 +13,7 @@ def run_stage(
     pieces: Path | None = None,
     resources: Resources = Resources(batch_size=8),
 ) -> bool:
-    """Run `stage`, kept in `file` with pieces beside it, or only with ``pieces``; return True if it was loaded."""
+    """Run `stage`, with a file and pieces beside it or with ``pieces`` only; True if loaded."""
 
     def address(stage: Stage, part: Part) -> Address:
         return Address(None, pieces) if file is None else Address.beside(file, stage)

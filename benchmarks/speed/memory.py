@@ -68,7 +68,7 @@ def peak_of_block(chain: BlockChain, images: Tensor, recipe: Recipe, before: int
     tape.compute_target()
     divergence = ClassifierDivergence(recipe.temperature)
     objective = BlockObjective(chain, tape, recipe, reference, divergence, [])
-    trainer = BlockTrainer(chain.segment(1), tape, objective, recipe, recipe.seed, "fused")
+    trainer = BlockTrainer(chain.segment(1), objective, "fused")
     for number in range(3):
         trainer.step(number)
     return peak_memory(device) - (0 if device.type == "cuda" else before)

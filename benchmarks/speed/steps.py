@@ -108,11 +108,10 @@ class StepTimes:
 class _Run:
     """Steps of one engine on its own copy of a block."""
 
-    def __init__(self, segment: Segment, objective: BlockObjective, recipe: Recipe, engine: Engine):
+    def __init__(self, segment: Segment, objective: BlockObjective, engine: Engine):
         # A copy of the block alone: the tape has already run the parts before the block.
         own = Segment(segment.label, segment.kind, copy.deepcopy(segment.block), pairs=())
-        tape = objective.tape
-        self.trainer = BlockTrainer(own, tape, objective, recipe, recipe.seed, engine)
+        self.trainer = BlockTrainer(own, objective, engine)
         self.numbers, self.rounds = itertools.count(), list[float]()
 
     def step(self) -> None:
@@ -141,7 +140,7 @@ def time_steps(
     """
     device, runs, first_s = objective.tape.storage.device.type, {}, {}
     for engine in engines:
-        runs[engine] = run = _Run(segment, objective, recipe, engine)
+        runs[engine] = run = _Run(segment, objective, engine)
         before, start = objective.pass_s, timer()
         run.step()
         first_s[engine] = timer() - start - (objective.pass_s - before)

@@ -1,31 +1,20 @@
-"""Calibration of a whole chain in one walk: block by block, on full-precision inputs and outputs."""
+"""Calibration of a whole chain in one walk, block by block, on full-precision inputs."""
 
 import torch
 from torch import Tensor
 
+from fimaq_core import layers
+from fimaq_core.calibration import percentile_ranges
+from fimaq_core.calibration.candidates import Range
 from fimaq_core.calibration.capture import Capture, quantizes
 from fimaq_core.calibration.conv_ranges import calibrate_conv, calibrate_conv_by_own_error
-from fimaq_core.calibration.layer_ranges import calibrate_linear, calibrate_matmul
-from fimaq_core.calibration.percentile_ranges import (
-    conv_percentiles,
-    linear_percentiles,
-    matmul_percentiles,
-)
+from fimaq_core.calibration.linear_ranges import calibrate_linear
+from fimaq_core.calibration.product_ranges import calibrate_matmul
 from fimaq_core.calibration.refit import reduce_conv_error, reduce_linear_error
 from fimaq_core.calibration.reparameterize import channel_ranges, reparameterize
-from fimaq_core.calibration.special_layers import calibrate_after_gelu, calibrate_after_softmax
 from fimaq_core.chain import BlockChain, Kept, Segment
-from fimaq_core.layers import (
-    QuantConv2d,
-    QuantConvTranspose2d,
-    QuantLayer,
-    QuantLinear,
-    QuantMatMul,
-    quant_layers,
-    set_quantized,
-)
+from fimaq_core.layers import QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightLayer
 from fimaq_core.progress import OnProgress, Progress, silent
-from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import OFF, Recipe
 from fimaq_core.samples import Samples
 
@@ -40,28 +29,27 @@ def calibrate(
 ) -> None:
     """Set all ranges of ``chain``, in place, and switch its layers to their quantized form.
 
-    Every layer is calibrated on what it sees in the full-precision model, so each block runs once.
+    Every layer is calibrated on its inputs in the full-precision model, so each block runs once.
     LayerNorm reparameterisation changes norms and weights, but not the float function. Convolutions
     outside the patch embedding are calibrated by their own errors and not refit.
 
-    Time grows with the images, but for the weights' searches, which see only moments of the inputs.
-    Memory: the block's output and the inputs of all its quantizable layers for all images, about
-    five copies of one layer's inputs while it is searched, and temporaries of fixed size. Images of
-    varying shapes leave a bounded number of rows per layer (:class:`.capture.Capture`).
+    Time grows with the images, except for the weights' searches, which need only moments of the
+    inputs. Memory: the block's output and the inputs of all its quantizable layers for all images,
+    about five copies of one layer's inputs while it is searched, and temporaries of fixed size.
+    Images of varying shapes leave a bounded number of rows per layer (:class:`.capture.Capture`).
 
     Args:
-        images: (N, ...) inputs of the chain; the first ``recipe.range_images`` are used. Where
-            shapes vary a sample may have any number of rows, none included (an image without
-            proposals).
-        on_progress: receives progress, one unit per block.
+        images: (N, ...) inputs of the chain; the first ``recipe.range_images`` are used. If shapes
+            vary, a sample may have any number of rows, also none (an image without proposals).
+        on_progress, batch_size: receives one unit per block; samples per forward pass.
 
     Raises:
-        NumericsError: a weight or activation is not finite, or a layer sees no input.
+        NumericsError: a weight or activation is not finite, or a layer gets no input.
     """
     device = next(chain.parameters()).device
-    set_quantized(chain, False)
-    if not any(quantizes(layer) for _, layer in quant_layers(chain)):
-        set_quantized(chain, True)
+    layers.set_quantized(chain, False)
+    if not any(quantizes(layer) for _, layer in layers.quant_layers(chain)):
+        layers.set_quantized(chain, True)
         return
     x = Samples.of(images).first(recipe.range_images)
     x = Samples([sample for sample in x if len(sample)]) if x.varying else x.to(device)
@@ -73,14 +61,12 @@ def calibrate(
         captured = Capture(segment, recipe, samples)
         outputs = []
         for number, part in enumerate(x.batches(batch_size)):
-            output = segment(
-                part.to(device), sides[number], tuple(one.to(device) for one in kept[number])
-            )
+            own = tuple(one.to(device) for one in kept[number])
+            output = segment(part.to(device), sides[number], own)
             if samples is not None:
                 captured.settle()
-            kept[number] = tuple(
-                one.to(part.device) for one in segment.kept_with(output, kept[number])
-            )
+            more = segment.kept_with(output, kept[number])
+            kept[number] = tuple(one.to(part.device) for one in more)
             outputs.append(output.to(part.device))
         captured.remove()
         for name, layer in captured.layers.items():
@@ -90,7 +76,7 @@ def calibrate(
         if not any(chain.segment(later).takes_kept for later in range(index + 1, len(chain))):
             kept = [()] * len(sides)
     on_progress(Progress("calibrate", len(chain), len(chain)))
-    set_quantized(chain, True)
+    layers.set_quantized(chain, True)
 
 
 def _calibrate_layer(
@@ -100,52 +86,41 @@ def _calibrate_layer(
     percentile = recipe.range_search == "percentile"
     if isinstance(layer, QuantMatMul):
         if percentile:
-            matmul_percentiles(layer, seen[0], seen[1])
-        elif isinstance(layer.a_quantizer, AffineQuantizer):
-            calibrate_matmul(layer, seen[0], seen[1], recipe)
+            percentile_ranges.matmul_percentiles(layer, seen[0], seen[1])
         else:
-            calibrate_after_softmax(layer, seen[0], seen[1], recipe)
+            calibrate_matmul(layer, seen[0], seen[1], recipe)
     elif isinstance(layer, QuantLinear):
         x, common = _reparameterized(segment, name, layer, seen[0], recipe)
         if percentile:
-            linear_percentiles(layer, x, common)
-        elif isinstance(layer.input_quantizer, AffineQuantizer):
-            calibrate_linear(layer, x, recipe)
+            percentile_ranges.linear_percentiles(layer, x, common)
         else:
-            calibrate_after_gelu(layer, x, recipe)
+            calibrate_linear(layer, x, recipe)
         if recipe.refit:
             reduce_linear_error(layer, x, recipe)
     else:
-        assert isinstance(layer, QuantConv2d | QuantConvTranspose2d)
+        assert isinstance(layer, WeightLayer)  # a convolution
         inputs = seen[0] if len(seen) == 1 else seen
-        embedding = (
-            layer if isinstance(layer, QuantConv2d) and segment.kind == "patch_embed" else None
-        )
+        embeds = isinstance(layer, QuantConv2d) and segment.kind == "patch_embed"
         if percentile:
-            conv_percentiles(layer, inputs)
-        elif embedding is not None:
-            calibrate_conv(embedding, inputs, recipe)
+            percentile_ranges.conv_percentiles(layer, inputs)
+        elif isinstance(layer, QuantConv2d) and embeds:
+            calibrate_conv(layer, inputs, recipe)
         else:
             calibrate_conv_by_own_error(layer, inputs, recipe)
-        if recipe.refit and embedding is not None:
-            reduce_conv_error(embedding, inputs, recipe)
+        if recipe.refit and isinstance(layer, QuantConv2d) and embeds:
+            reduce_conv_error(layer, inputs, recipe)
 
 
 def _reparameterized(
     segment: Segment, name: str, layer: QuantLinear, x: Tensor, recipe: Recipe
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Range | None]:
     """Reparameterise ``layer`` with its norm, if any; return its new inputs and their range."""
     bits, percentile = layer.input_quantizer.bits, recipe.range_search == "percentile"
-    if (
-        not recipe.reparameterize
-        or bits == OFF
-        or not (percentile or bits == layer.weight_quantizer.bits)
-    ):
+    agree = percentile or bits == layer.weight_quantizer.bits
+    pair = next((pair for pair in segment.pairs if pair.linear == name), None)
+    if pair is None or not recipe.reparameterize or bits == OFF or not agree:
         return x, None
-    for pair in segment.pairs:
-        if pair.linear == name:
-            scale, zero = channel_ranges(x.flatten(0, -2), layer.input_quantizer.levels, recipe)
-            pad = None if pair.pad is None else segment.block.get_buffer(pair.pad)
-            r, b = reparameterize(pair.norm, layer, scale, zero, pad)
-            return x / r - b, (scale.mean(), zero.mean().round())
-    return x, None
+    scale, zero = channel_ranges(x.flatten(0, -2), layer.input_quantizer.levels, recipe)
+    pad = None if pair.pad is None else segment.block.get_buffer(pair.pad)
+    r, b = reparameterize(pair.norm, layer, scale, zero, pad)
+    return x / r - b, (scale.mean(), zero.mean().round())

@@ -7,18 +7,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Elements of a temporary. On a CPU a few temporaries fit into the last cache, and passes over them
-#: are long beside what starting them costs (2**18 took 1.3 times as long, 2**23 as long). GPUs need
-#: larger ones for the same.
+#: Elements of a temporary. On a CPU a few temporaries fit into the last cache, and a pass over one
+#: costs much more than its start (2**18 took 1.3 times as long, 2**23 as long). GPUs need more.
 _CPU, _OTHER = 2**21, 2**25
-#: Lower bound of activation scales, as released; keeps dead channels from dividing by zero.
+#: Lower bound of activation scales, as released; dead channels would divide by zero.
 MIN_SCALE = 1e-4
-#: Lower bound of weight scales: only keeps an all-zero row from dividing by zero.
+#: Lower bound of weight scales: an all-zero row would divide by zero.
 MIN_WEIGHT_SCALE = 1e-12
 
 
+#: Scale and zero point.
+Range = tuple[Tensor, Tensor]
+
+
 def block_elements(device: torch.device) -> int:
-    """Elements that one temporary of a search may have on ``device``."""
+    """Return the number of elements that one temporary of a search may have on ``device``."""
     return _CPU if device.type == "cpu" else _OTHER
 
 
@@ -28,24 +31,23 @@ class Candidates:
 
     scale: Tensor
     zero_point: Tensor
-    #: scales repeat after so many candidates, with zero points the same for all groups
+    #: scales repeat after so many candidates, with equal zero points of all groups; None if not
     period: int | None = None
 
-    def pick(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point (groups,) of the candidate ``index`` (groups,) of each group."""
+    def pick(self, index: Tensor) -> Range:
+        """Return scale and zero point (groups,) of each group's candidate ``index`` (groups,)."""
         row = index.unsqueeze(0)
         return self.scale.gather(0, row)[0], self.zero_point.gather(0, row)[0]
 
     def chunks(self, size: int) -> "Iterator[Candidates]":
-        """Some candidates at a time: at least one, and at most ``size``."""
+        """Yield some candidates at a time: at least one, and at most ``size``."""
         step = max(size, 1)
-        for scale, zero in zip(
-            torch.split(self.scale, step), torch.split(self.zero_point, step), strict=True
-        ):
+        parts = torch.split(self.scale, step), torch.split(self.zero_point, step)
+        for scale, zero in zip(*parts, strict=True):
             yield Candidates(scale, zero)
 
     def chosen(self, index: Tensor, row: Tensor) -> "Candidates":
-        """Single candidates (1, pairs): number ``index`` (pairs,) of row ``row`` (pairs,)."""
+        """Return single candidates (1, pairs): number ``index`` (pairs,) of ``row`` (pairs,)."""
         return Candidates(self.scale[index, row][None], self.zero_point[index, row][None])
 
 
@@ -57,10 +59,10 @@ def ascending(rows: Tensor) -> Tensor:
 
 
 def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
-    """Quantiles (points, groups) of ascending rows (groups, n), with linear interpolation.
+    """Return quantiles (points, groups) of ascending rows (groups, n), linearly interpolated.
 
-    ``torch.quantile`` refuses more than 2**24 values; the released code then averages the quantiles
-    of pieces. These are exact.
+    They are exact, where ``torch.quantile`` refuses more than 2**24 values and the released code
+    averages the quantiles of pieces.
     """
     last = sorted_rows.shape[1] - 1
     out = []
@@ -76,7 +78,7 @@ def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
 def grid_candidates(
     sorted_rows: Tensor, levels: int, count: int, min_scale: float = MIN_SCALE
 ) -> Candidates:
-    """Candidates of linear layers: ``min(16, L)`` zero points around L/2, times scales.
+    """Return candidates of linear layers: ``min(16, L)`` zero points around L/2, times scales.
 
     Scales run evenly from the inner span of the ascending rows (groups, n), between the 0.1 and 0.9
     quantiles, to the full span.
@@ -96,16 +98,18 @@ def grid_candidates(
     )
 
 
-def from_bounds(lower: Tensor, upper: Tensor, levels: int) -> Candidates:
-    """Scale and rounded zero point of ranges given by their bounds, each (candidates, groups)."""
-    scale = ((upper - lower) / (levels - 1)).clamp(min=MIN_WEIGHT_SCALE)
+def from_bounds(
+    lower: Tensor, upper: Tensor, levels: int, min_scale: float = MIN_WEIGHT_SCALE
+) -> Candidates:
+    """Return scales and rounded zero points of ranges by their bounds (candidates, groups)."""
+    scale = ((upper - lower) / (levels - 1)).clamp(min=min_scale)
     return Candidates(scale, -torch.round(lower / scale))
 
 
-def minmax(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups,) that span zero and each row of ``values`` (groups, n).
+def minmax(values: Tensor, levels: int) -> Range:
+    """Return scale and zero point (groups,) that span zero and each row of ``values`` (groups, n).
 
-    So zero padding and dead channels are represented exactly.
+    So zero padding and dead channels have no error.
     """
     lower = values.amin(dim=1).clamp(max=0)
     upper = values.amax(dim=1).clamp(min=0)

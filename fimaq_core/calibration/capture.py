@@ -1,4 +1,4 @@
-"""What the quantizable layers of a segment see, collected over batches, as searches take it."""
+"""Inputs of the quantizable layers of a segment, collected over batches in the form of searches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,18 +14,22 @@ from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
 
+#: Positional inputs of one call of a layer.
+_Call = tuple[Tensor, ...]
+
 
 class Capture:
     """Collects the positional inputs of every layer of a segment's block that is quantized.
 
     Samples of equal shapes are kept whole. Of N samples of varying shapes each leaves at most its
-    Nth part of 2**15 rows and 2**25 values a layer (at least one row), evenly spread: tokens of
+    Nth part of 2**15 rows and 2**25 values per layer (at least one row), evenly spread: tokens of
     linear layers, windows of products (their rows of all heads count); of convolutions its Nth part
     of 2**23 values. The patch embedding's inputs are kept whole. For min-max ranges, which need no
     search, each sample leaves its smallest and largest values instead.
 
     Args:
-        segment: whose block's layers are watched, from now until :meth:`remove`.
+        segment: segment of the block; its layers are watched until :meth:`remove`.
+        recipe: all settings.
         samples: number of samples of varying shapes, each ended by :meth:`settle`; else None.
     """
 
@@ -34,11 +38,10 @@ class Capture:
         self.whole = segment.kind == "patch_embed"
         # A reparameterised input's ranges are searched whatever the recipe's search.
         self.extremes = recipe.range_search == "minmax" and not recipe.reparameterize
-        self.layers = {
-            name: layer for name, layer in quant_layers(segment.block) if quantizes(layer)
-        }
-        self._calls: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.layers}
-        self._settled: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.layers}
+        found = quant_layers(segment.block)
+        self.layers = {name: layer for name, layer in found if quantizes(layer)}
+        self._calls: dict[str, list[_Call]] = {name: [] for name in self.layers}
+        self._settled: dict[str, list[_Call]] = {name: [] for name in self.layers}
         self._handles = [
             layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()
         ]
@@ -51,7 +54,7 @@ class Capture:
         return keep
 
     def settle(self) -> None:
-        """End a sample of varying shape: keep of its inputs what the searches are going to see."""
+        """End a sample of varying shape: keep the part of its inputs that the searches will see."""
         for name, calls in self._calls.items():
             if calls:
                 for args in calls:
@@ -60,21 +63,18 @@ class Capture:
                 calls.clear()
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
-        """All inputs of the layer, a product's two, a convolution's one or more.
+        """Return all inputs of a layer: a product's two, a convolution's one or more.
 
         Raises:
-            NumericsError: the layer saw nothing, or NaN or infinite values.
+            NumericsError: the layer got no input, or NaN or infinite values.
         """
-        layer, seen = (
-            self.layers[name],
-            self._calls[name] if self.samples is None else self._settled[name],
-        )
+        layer, seen = self.layers[name], (self._settled if self.samples else self._calls)[name]
         if not seen:
             raise NumericsError(
                 f"No calibration image gave {self.label}.{name} any input, so it has no ranges: "
                 "use more images for ranges (range_images), or others."
             )
-        if self.samples is None:
+        if not self.samples:
             found = _joined(layer, seen)
             self._check_finite(found, name)
             return found
@@ -91,56 +91,42 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    def _thinned(
-        self, layer: QuantLayer, calls: list[tuple[Tensor, ...]]
-    ) -> list[tuple[Tensor, ...]]:
-        """What one sample's calls of a layer leave."""
+    def _thinned(self, layer: QuantLayer, calls: list[_Call]) -> list[_Call]:
+        """Return the part of one sample's calls of a layer that is kept."""
         if isinstance(layer, QuantLinear):
-            return [
-                self._chosen(
-                    layer,
-                    (torch.cat([x.reshape(-1, x.shape[-1]) for (x,) in calls]),),
-                    ROWS,
-                    VALUES,
-                )
-            ]
+            return [self._chosen(layer, (_tokens(calls),), ROWS, VALUES)]
         if isinstance(layer, QuantMatMul):
             operands = _columns(calls)
             return [self._chosen(layer, operands, ROWS // operands[0][0, ..., 0].numel(), VALUES)]
         if self.whole:
             return calls
-        (rows,) = self._chosen(
-            layer, (torch.cat([positions(x) for (x,) in calls]),), CONV_VALUES, CONV_VALUES
-        )
+        every = torch.cat([positions(x) for (x,) in calls])
+        (rows,) = self._chosen(layer, (every,), CONV_VALUES, CONV_VALUES)
         return [(rows.t()[None, :, :, None],)]
 
-    def _chosen(
-        self, layer: QuantLayer, operands: tuple[Tensor, ...], rows: int, values: int
-    ) -> tuple[Tensor, ...]:
-        """The same rows of all ``operands`` (count, ...); ``rows``, ``values``: of all samples."""
+    def _chosen(self, layer: QuantLayer, operands: _Call, rows: int, values: int) -> _Call:
+        """Return the same rows of all ``operands`` (count, ...); limits are for all samples."""
         assert self.samples is not None
         uniform = all(isinstance(part, AffineQuantizer) for part in _quantizers(layer))
-        if self.extremes and uniform:  # smallest and largest value in each place are all it takes
+        if self.extremes and uniform:  # smallest and largest value in each place are enough
             return tuple(torch.stack([operand.amin(0), operand.amax(0)]) for operand in operands)
-        wanted = max(
-            min(rows, *(values // operand[0].numel() for operand in operands)) // self.samples, 1
-        )
+        limit = min(rows, *(values // operand[0].numel() for operand in operands))
+        wanted = max(limit // self.samples, 1)
         if len(operands[0]) <= wanted:
             return operands
         index = spread(len(operands[0]), wanted, operands[0].device)
         return tuple(operand[index] for operand in operands)
 
-    def _check_finite(self, tensors: tuple[Tensor, ...], name: str) -> None:
-        for tensor in tensors:
-            if not torch.isfinite(tensor).all():
-                raise NumericsError(
-                    f"The input of {self.label}.{name} has NaN or infinite values in full precision: "
-                    "check the images, their normalisation and the weights."
-                )
+    def _check_finite(self, tensors: _Call, name: str) -> None:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise NumericsError(
+                f"The input of {self.label}.{name} has NaN or infinite values in full precision: "
+                "check the images, their normalisation and the weights."
+            )
 
 
 def quantizes(layer: QuantLayer) -> bool:
-    """Whether any of the layer's quantizers is on."""
+    """True if any of the layer's quantizers is on."""
     return not all(part.off for part in _quantizers(layer))
 
 
@@ -148,16 +134,21 @@ def _quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:
     return [part for part in layer.children() if isinstance(part, ActivationQuantizer)]
 
 
-def _columns(calls: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The calls' arguments, each joined over calls."""
+def _columns(calls: Sequence[_Call]) -> _Call:
+    """Return the calls' arguments, each joined over calls."""
     return tuple(torch.cat(parts) for parts in zip(*calls, strict=True))
 
 
-def _joined(layer: QuantLayer, calls: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Whole inputs over all calls; where shapes differ, tokens (1, tokens, d) or one by one."""
+def _tokens(calls: Sequence[_Call]) -> Tensor:
+    """Return a linear layer's inputs as rows, (tokens, d)."""
+    return torch.cat([x.reshape(-1, x.shape[-1]) for (x,) in calls])
+
+
+def _joined(layer: QuantLayer, calls: list[_Call]) -> _Call:
+    """Return whole inputs over all calls; if shapes differ, tokens (1, tokens, d) or one by one."""
     shapes = {args[0].shape[1:] for args in calls}
     if len(shapes) == 1 or isinstance(layer, QuantMatMul):
         return _columns(calls)
     if isinstance(layer, QuantLinear):
-        return (torch.cat([x.reshape(-1, x.shape[-1]) for (x,) in calls])[None],)
+        return (_tokens(calls)[None],)
     return tuple(x for (x,) in calls)

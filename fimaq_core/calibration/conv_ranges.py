@@ -1,6 +1,6 @@
-"""Ranges of convolutions from their full-precision inputs: patch embeddings, and detectors' layers.
+"""Ranges of convolutions from their full-precision inputs: patch embeddings, detectors' layers.
 
-Inputs are one tensor (N, C, H, W), or several where sizes vary or a convolution runs once per level.
+Inputs are one tensor (N, C, H, W), or several if sizes vary or a convolution runs once per level.
 """
 
 from collections.abc import Sequence
@@ -9,19 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fimaq_core.calibration.candidates import (
-    Candidates,
-    ascending,
-    from_bounds,
-    grid_candidates,
-    minmax,
-    quantiles,
-)
-from fimaq_core.calibration.layer_ranges import set_minmax, set_rows, start_rows
+from fimaq_core.calibration import candidates as grids
+from fimaq_core.calibration.candidates import Candidates, ascending, quantiles
+from fimaq_core.calibration.linear_ranges import set_minmax, set_rows, start_rows
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.thinning import conv_values
-from fimaq_core.calibration.weight_error import best_rows, input_moments
-from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d
+from fimaq_core.calibration.weight_error import Moments, Rows, best_rows, input_moments
+from fimaq_core.layers import QuantConv2d, WeightLayer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
 
@@ -32,7 +26,7 @@ def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     """Set the ranges of a convolution (the patch embedding).
 
     Weights per output channel: bounds between the 0.99 and the 0.9999 quantiles and the maximum, by
-    output error; both bounds together, then the lower, then the upper alone. The input's range, where
+    output error; both bounds together, then the lower, then the upper alone. The input's range, if
     it is quantized, is min-max. The released code never tries the maximum itself (its loop ends one
     candidate early); it is tried here.
     """
@@ -48,18 +42,19 @@ def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     points = [0.99 + 0.0099 * (i / (count - 1)) ** 0.5 for i in range(count)] + [1.0]
     ordered = ascending(matrix)
     uppers, lowers = quantiles(ordered, points), quantiles(ordered, [1 - point for point in points])
-    moments = [_conv_moments(layer, x, inputs, group, matrix) for group in range(layer.groups)]
+    problems = []
+    for group, part in enumerate(matrix.chunk(layer.groups)):
+        problems.append(Rows(part, weights.levels, *_conv_moments(layer, x, group, part)))
 
     def search(lower: Tensor, upper: Tensor, guess: Tensor) -> Tensor:
-        candidates = from_bounds(lower, upper, weights.levels)
-        rows = matrix.shape[0] // layer.groups
-        best = []
-        for group, part in enumerate(torch.split(matrix, rows)):
-            own = slice(group * rows, (group + 1) * rows)
-            chosen = Candidates(candidates.scale[:, own], candidates.zero_point[:, own])
-            best.append(best_rows(part, chosen, weights.levels, *moments[group], guess[own]))
+        found, best = grids.from_bounds(lower, upper, weights.levels), []
+        size = len(matrix) // layer.groups
+        for group, problem in enumerate(problems):
+            own = slice(group * size, (group + 1) * size)
+            chosen = Candidates(found.scale[:, own], found.zero_point[:, own])
+            best.append(best_rows(problem, chosen, guess[own]))
         index = torch.cat(best)
-        set_rows(weights, *candidates.pick(index))
+        set_rows(weights, *found.pick(index))
         return index
 
     index = search(lowers, uppers, torch.full(matrix.shape[:1], count, device=matrix.device))
@@ -67,16 +62,11 @@ def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     search(lowers.gather(0, index[None]).expand_as(lowers), uppers, index)
 
 
-def _conv_moments(
-    layer: QuantConv2d, x: Inputs, inputs: AffineQuantizer, group: int, matrix: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Moments of one group's input patches, summed over images so that unfolding never needs all."""
-    channels = layer.in_channels // layer.groups
-    width = channels * layer.kernel_size[0] * layer.kernel_size[1]
-    weight = matrix.view(layer.groups, -1, width)[group]
-    square = torch.zeros(width, width, dtype=torch.float64, device=matrix.device)
-    linear = torch.zeros(weight.shape, dtype=torch.float64, device=matrix.device)
-
+def _conv_moments(layer: QuantConv2d, x: Inputs, group: int, weight: Tensor) -> Moments:
+    """Return moments of one group's input patches, summed so that unfolding never needs all."""
+    width, inputs = weight.shape[1], layer.input_quantizer
+    square = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+    linear = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     for part in eights(x):
         plain = input_patches(layer, part, group)
         quantized = plain if inputs.off else input_patches(layer, inputs(part), group)
@@ -87,13 +77,16 @@ def _conv_moments(
 
 
 def eights(x: Inputs) -> list[Tensor]:
-    """The inputs in parts of at most eight images."""
+    """Return the inputs in parts of at most eight images."""
     parts = [x] if isinstance(x, Tensor) else x
     return [piece for part in parts for piece in torch.split(part, 8)]
 
 
 def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
-    """What one group's kernels multiply, (patches, channels x kernel), for inputs (N, C, H, W)."""
+    """Return the patches that one group's kernels multiply, (patches, channels x kernel).
+
+    ``x`` is (N, C, H, W).
+    """
     channels = layer.in_channels // layer.groups
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -106,21 +99,20 @@ def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
-def calibrate_conv_by_own_error(
-    layer: QuantConv2d | QuantConvTranspose2d, x: Inputs, recipe: Recipe
-) -> None:
+def calibrate_conv_by_own_error(layer: WeightLayer, x: Inputs, recipe: Recipe) -> None:
     """Set the ranges of a convolution outside the patch embedding: FPN, RPN, mask head.
 
-    As in APHQ-ViT's detection (Wu et al., CVPR 2025, arXiv:2504.02508) weights per output channel and
-    the input per tensor, each by its own squared error, without rounds by the output's. Candidates
-    are the grid of linear layers. For the input min-max is one more: the grid's zero points lie around
-    the middle, so with 8 bits it holds about half of what comes out of a ReLU. Min-max recipes set
-    min-max ranges; progressive ones search as the others do.
+    As in APHQ-ViT's detection (Wu et al., CVPR 2025, arXiv:2504.02508) weights per output channel
+    and the input per tensor, each by its own squared error, without rounds by the output's error.
+    Candidates are the grid of linear layers. For the input min-max is one more: the grid's zero
+    points lie around the middle, so with 8 bits the grid covers about half of a ReLU's outputs.
+    Min-max recipes set min-max ranges of all values; progressive ones search as the others do.
 
-    At most 2**23 input values are looked at: the finest level of one image of 800 x 1333 has 17
-    million. Min-max ranges are of all values.
+    Searches use at most 2**23 input values: the finest level of one image of 800 x 1333 has 17
+    million.
     """
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    assert isinstance(inputs, AffineQuantizer)
     matrix = layer.weight.detach().flatten(1)
     if recipe.range_search == "minmax":
         set_minmax(weights, matrix)
@@ -131,13 +123,11 @@ def calibrate_conv_by_own_error(
         start_rows(weights, matrix, count)
     if not inputs.off:
         ordered = ascending(conv_values([x] if isinstance(x, Tensor) else x))
-        grid, (scale, zero) = (
-            grid_candidates(ordered, inputs.levels, count),
-            minmax(ordered, inputs.levels),
-        )
-        candidates = Candidates(
-            torch.cat([grid.scale, scale[None]]), torch.cat([grid.zero_point, zero[None]])
-        )
+        grid = grids.grid_candidates(ordered, inputs.levels, count)
+        scale, zero = grids.minmax(ordered, inputs.levels)
+        pairs = (grid.scale, scale), (grid.zero_point, zero)
+        scales, zeros = (torch.cat([many, one[None]]) for many, one in pairs)
+        candidates = Candidates(scales, zeros)
         scale, zero = candidates.pick(best_by_own_error(ordered, candidates, inputs.levels))
         inputs.set_range(scale.view(1, 1, 1, 1), zero.view(1, 1, 1, 1))
 

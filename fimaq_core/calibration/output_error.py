@@ -2,7 +2,7 @@
 
 An operand is a linear layer's input or either side of an attention product. With operand x, its
 quantized form x + D and the other side's quantized form M, the error is ``|D M + R|²``, R the error
-that M alone makes. Where M has more columns than rows, ``Σ D∘(D MMᵀ + 2 R Mᵀ) + const`` costs rows²
+of M alone. Where M has more columns than rows, ``Σ D∘(D MMᵀ + 2 R Mᵀ) + const`` costs rows²
 instead of rows x columns.
 
 The error is a sum over tokens, so a candidate whose partial sum exceeds the best one's whole sum is
@@ -36,14 +36,9 @@ class Product:
     def errors(
         self, scale: Tensor, zero_point: Tensor, start: int = 0, stop: int | None = None
     ) -> Tensor:
-        """Error, float64 (entries, candidates), of batch entries by ranges (1 or entries,
-        candidates).
-        """
-        stop = len(self.x) if stop is None else stop
-        size, count = (
-            self.x[0].numel() * max(self.matrix.shape[2] // self.x.shape[2], 1),
-            scale.shape[1],
-        )
+        """Return errors, float64 (entries, candidates), for ranges (1 or entries, candidates)."""
+        stop, count = len(self.x) if stop is None else stop, scale.shape[1]
+        size = self.x[0].numel() * max(self.matrix.shape[2] // self.x.shape[2], 1)
         limit = block_elements(self.x.device)
         candidates = max(min(limit // size, count), 1)
         entries = max(limit // (size * candidates), 1)
@@ -54,22 +49,15 @@ class Product:
             for left in range(0, count, candidates):
                 some = slice(left, left + candidates)
                 rows = own if len(scale) > 1 else slice(None)
-                out[own, some] = self._block(
-                    part, scale[rows, some, None, None], zero_point[rows, some, None, None]
-                )
+                ranges = scale[rows, some, None, None], zero_point[rows, some, None, None]
+                out[own, some] = self._block(part, *ranges)
         return out
 
     def _block(self, part: slice, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Errors (entries, candidates) of one block; ranges (entries or 1, candidates, 1, 1)."""
+        """Return errors (entries, candidates); ranges are (entries or 1, candidates, 1, 1)."""
         x = self.x[part, None]
-        delta = (
-            torch.div(x, scale)
-            .round_()
-            .add_(zero_point)
-            .clamp_(0, self.levels - 1)
-            .sub_(zero_point)
-        )
-        delta.mul_(scale).sub_(x)  # entries, candidates, rows, inner
+        codes = torch.div(x, scale).round_().add_(zero_point).clamp_(0, self.levels - 1)
+        delta = codes.sub_(zero_point).mul_(scale).sub_(x)  # entries, candidates, rows, inner
         # Candidates join the rows, so that the other operand is never copied per candidate.
         if len(self.matrix) == 1:
             made = delta @ self.matrix[0]
@@ -82,7 +70,7 @@ class Product:
 
 
 def best_of_heads(product: Product, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Index (heads,) of each head's best candidate, of ranges (candidates, heads).
+    """Return the index (heads,) of each head's best candidate, of ranges (candidates, heads).
 
     The batch of ``product`` holds all samples of the first head, then of the second, and so on.
     """
@@ -93,17 +81,16 @@ def best_of_heads(product: Product, scale: Tensor, zero_point: Tensor) -> Tensor
 
 
 def best_operand(product: Product, scale: Tensor, zero_point: Tensor, guess: int = 0) -> int:
-    """Index of the best candidate (candidates,), one range for the whole operand.
+    """Return the index of the best candidate (candidates,), one range for the whole operand.
 
-    Candidates are dropped as soon as they cannot be it. ``guess`` is one that is probably good: its
-    whole error is the first bound.
+    Candidates are dropped as soon as another one is better for certain. The whole error of
+    ``guess``, a candidate that is probably good, is the first bound.
     """
 
     def errors(which: Tensor, start: int, stop: int) -> Tensor:
         return product.errors(scale[None, which], zero_point[None, which], start, stop).sum(0)
 
-    batch = len(product.x)
-    device = scale.device
+    batch, device = len(product.x), scale.device
     alive = torch.arange(len(scale), device=device)
     best = torch.as_tensor(guess, device=device)
     bound = errors(best[None], 0, batch)[0]
@@ -114,7 +101,7 @@ def best_operand(product: Product, scale: Tensor, zero_point: Tensor, guess: int
         stop = min(start + size, batch)
         partial[alive] += errors(alive, start, stop)
         if start == 0 and len(alive):
-            # The most promising candidate is finished at once: its whole error is a tight bound for the rest.
+            # The most promising one is finished at once: its error bounds the others tightly.
             first = alive[partial[alive].argmin()]
             whole = partial[first] + errors(first[None], stop, batch)[0]
             bound, best = torch.minimum(bound, whole), torch.where(whole < bound, first, best)

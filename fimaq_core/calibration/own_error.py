@@ -11,7 +11,7 @@ from torch import Tensor
 from fimaq_core.calibration.candidates import Candidates
 from fimaq_core.quantizers.affine import fake_quantize
 
-#: What one lookup of the sorted form costs beside one element of a plain pass (measured on a CPU).
+#: Cost of one lookup of the sorted form, in elements of a plain pass (measured on a CPU).
 _LOOKUP_COST = 100
 #: Elements of a temporary: of a plain pass (it stays in a core's caches), and of the sorted form.
 _CHUNK = 2**18
@@ -19,7 +19,7 @@ _TABLE = 2**22
 
 
 def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """Squared error, float64 (candidates, groups), on ascending rows (groups, n)."""
+    """Return the squared error, float64 (candidates, groups), on ascending rows (groups, n)."""
     groups, count = sorted_rows.shape
     if count < _LOOKUP_COST * levels:
         return _direct(sorted_rows, candidates, levels)
@@ -28,10 +28,9 @@ def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tens
     first = torch.cat([pad, values.cumsum(1)], 1)
     second = torch.cat([pad, values.square().cumsum(1)], 1)
     code = torch.arange(levels, device=values.device, dtype=torch.float64)
-    scale = candidates.scale.t().double()[:, :, None]
-    points = (
-        code - candidates.zero_point.t().double()[:, :, None]
-    ) * scale  # groups, candidates, L
+    ranges = candidates.scale, candidates.zero_point
+    scale, zero = (part.t().double()[:, :, None] for part in ranges)
+    points = (code - zero) * scale  # groups, candidates, L
     middles = points[..., :-1] + scale / 2
     cuts = torch.searchsorted(values, middles.reshape(groups, -1)).view(middles.shape)
     ends = torch.zeros_like(cuts[..., :1])
@@ -45,7 +44,7 @@ def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tens
 
 
 def _direct(rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """The same by a pass per candidate, cheaper for rows that are short beside ``levels``."""
+    """Return the same by one pass per candidate, cheaper for short rows and many ``levels``."""
     out = []
     for some in candidates.chunks(_CHUNK // rows.numel()):
         x_hat = fake_quantize(rows, some.scale[..., None], some.zero_point[..., None], levels)
@@ -54,22 +53,14 @@ def _direct(rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
 
 
 def errors_of_groups(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """:func:`own_errors` of many groups, which go in chunks of bounded memory."""
+    """Return :func:`own_errors` of many groups, computed in chunks of bounded memory."""
     step = max(_TABLE // (candidates.scale.shape[0] * levels), 1)
-    pieces = [
-        torch.split(sorted_rows, step),
-        torch.split(candidates.scale, step, 1),
-        torch.split(candidates.zero_point, step, 1),
-    ]
-    return torch.cat(
-        [
-            own_errors(rows, Candidates(scale, zero), levels)
-            for rows, scale, zero in zip(*pieces, strict=True)
-        ],
-        1,
-    )
+    scales, zeros = (torch.split(x, step, 1) for x in (candidates.scale, candidates.zero_point))
+    pieces = zip(torch.split(sorted_rows, step), scales, zeros, strict=True)
+    errors = [own_errors(rows, Candidates(scale, zero), levels) for rows, scale, zero in pieces]
+    return torch.cat(errors, 1)
 
 
 def best_by_own_error(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """Index (groups,) of the candidate with the smallest own squared error."""
+    """Return the index (groups,) of the candidate with the smallest own squared error."""
     return errors_of_groups(sorted_rows, candidates, levels).argmin(0)

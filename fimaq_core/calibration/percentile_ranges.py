@@ -1,41 +1,66 @@
 """Ranges by RepQ-ViT's scheme (Li et al., ICCV 2023, arXiv:2212.08254): percentiles by own error.
 
-Of three percentiles the best is taken: weights per output channel, activations per tensor,
-attention operands too. No range looks at a layer's output.
+The best of three percentiles is taken: for weights per output channel, for activations and
+attention operands per tensor. No range depends on a layer's output.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, ascending
-from fimaq_core.calibration.layer_ranges import set_rows
-from fimaq_core.calibration.special_ranges import percentile_log_scale, percentile_range
-from fimaq_core.calibration.thinning import conv_values
-from fimaq_core.layers import (
-    QuantConv2d,
-    QuantConvTranspose2d,
-    QuantLinear,
-    QuantMatMul,
-    WeightLayer,
+from fimaq_core.calibration.candidates import (
+    MIN_SCALE,
+    MIN_WEIGHT_SCALE,
+    Range,
+    ascending,
+    block_elements,
+    from_bounds,
+    quantiles,
 )
+from fimaq_core.calibration.linear_ranges import set_rows
+from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.thinning import conv_values
+from fimaq_core.layers import QuantLinear, QuantMatMul, WeightLayer
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
+from fimaq_core.quantizers.logarithm import log_fake_quantize
 from fimaq_core.quantizers.special import LogQuantizer
 
-#: Scale and zero point, scalars, that reparameterisation left for an input.
-Common = tuple[Tensor, Tensor]
+#: The upper quantiles.
+_POINTS = [0.999, 0.9999, 0.99999]
 
 
-def linear_percentiles(layer: QuantLinear, x: Tensor, common: Common | None = None) -> None:
-    """Set a linear layer's ranges; ``common`` is the input's range where it is known."""
+def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SCALE) -> Range:
+    """Return scale and zero point (groups,): quantiles 1 - p and p of the best own error."""
+    upper = quantiles(sorted_rows, _POINTS)
+    lower = quantiles(sorted_rows, [1 - point for point in _POINTS])
+    candidates = from_bounds(lower, upper, levels, min_scale)
+    return candidates.pick(best_by_own_error(sorted_rows, candidates, levels))
+
+
+def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor:
+    """Return the scale (scalar) of a logarithmic quantizer: the quantile of the best own error.
+
+    ``x`` holds the quantizer's values, so behind a GELU with the shift; ``step`` is in octaves.
+    """
+    flat = x.reshape(-1)
+    scales = quantiles(ascending(flat[None]), _POINTS)[:, 0].clamp(min=MIN_SCALE)
+    errors = torch.zeros(len(scales), dtype=torch.float64, device=x.device)
+    for part in torch.split(flat, block_elements(x.device)):
+        for number, scale in enumerate(scales):
+            error = log_fake_quantize(part, scale, step, levels).sub_(part).square_()
+            errors[number] += error.sum(dtype=torch.float64)
+    return scales[errors.argmin()]
+
+
+def linear_percentiles(layer: QuantLinear, x: Tensor, common: Range | None = None) -> None:
+    """Set a linear layer's ranges; ``common`` is the input's range from reparameterisation."""
     input_percentile(layer.input_quantizer, x, (1,), common)
     weight_percentiles(layer)
 
 
-def conv_percentiles(
-    layer: QuantConv2d | QuantConvTranspose2d, x: Tensor | Sequence[Tensor]
-) -> None:
+def conv_percentiles(layer: WeightLayer, x: Tensor | Sequence[Tensor]) -> None:
     """Set a convolution's ranges for inputs (N, C, H, W); several are thinned beyond a bound."""
     if not layer.input_quantizer.off:
         input_percentile(layer.input_quantizer, conv_values(x), (1, 1, 1, 1))
@@ -49,31 +74,25 @@ def matmul_percentiles(layer: QuantMatMul, a: Tensor, b: Tensor) -> None:
 
 
 def weight_percentiles(layer: WeightLayer, weight: Tensor | None = None) -> None:
-    """Set a weight's ranges; ``weight`` (rows, d) stands in for the layer's own."""
+    """Set a weight's ranges, of ``weight`` (rows, d) if it is given instead of the layer's own."""
     if not layer.weight_quantizer.off:
-        matrix = layer.weight.detach().flatten(1) if weight is None else weight
-        scale, zero = percentile_range(
-            ascending(matrix), layer.weight_quantizer.levels, MIN_WEIGHT_SCALE
-        )
-        set_rows(layer.weight_quantizer, scale, zero)
+        rows = ascending(layer.weight.detach().flatten(1) if weight is None else weight)
+        ranges = percentile_range(rows, layer.weight_quantizer.levels, MIN_WEIGHT_SCALE)
+        set_rows(layer.weight_quantizer, *ranges)
 
 
 def input_percentile(
-    quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int, ...], common: Common | None = None
+    quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int, ...], common: Range | None = None
 ) -> None:
     """Set one range for all of ``x``; its scale has shape ``shape``."""
     if quantizer.off:
         return
     if isinstance(quantizer, AffineQuantizer):
-        scale, zero = (
-            common
-            if common is not None
-            else percentile_range(ascending(x.reshape(1, -1)), quantizer.levels)
-        )
-        quantizer.set_range(scale.view(shape), zero.view(shape))
+        if common is None:
+            common = percentile_range(ascending(x.reshape(1, -1)), quantizer.levels)
+        quantizer.set_range(common[0].view(shape), common[1].view(shape))
     else:
         assert isinstance(quantizer, LogQuantizer)  # recipes allow no other
         shifted = x + quantizer.shift if quantizer.shift else x
-        quantizer.set_scale(
-            percentile_log_scale(shifted, quantizer.step, quantizer.levels).view(shape)
-        )
+        scale = percentile_log_scale(shifted, quantizer.step, quantizer.levels)
+        quantizer.set_scale(scale.view(shape))

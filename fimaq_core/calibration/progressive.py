@@ -1,8 +1,8 @@
-"""Search of scale and zero point together, first coarse, then ever finer (AdaLog).
+"""Search of scale and zero point together, first coarse, then finer and finer (AdaLog).
 
-Fast progressive combining search: Wu et al., ECCV 2024, arXiv:2407.12951. A grid of scales and zero
-points is looked at once; around the best of them scales are tried at ever smaller distances. With
-128 candidates a step, 16 kept and 6 steps that is 768 candidates.
+Fast progressive combining search: Wu et al., ECCV 2024, arXiv:2407.12951. It evaluates a grid of
+scales and zero points at once; around the best of them it tries scales at smaller and smaller
+distances. With 128 candidates per step, 16 kept and 6 steps that is 768 candidates.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,19 @@ from fimaq_core.calibration.candidates import (
     MIN_SCALE,
     MIN_WEIGHT_SCALE,
     Candidates,
+    Range,
     ascending,
     grid_candidates,
 )
 from fimaq_core.calibration.output_error import Product
 from fimaq_core.calibration.own_error import errors_of_groups
 from fimaq_core.calibration.similar_ranges import RangeErrors, uniform_points
-from fimaq_core.calibration.weight_error import best_weight_errors
+from fimaq_core.calibration.weight_error import Moments, Rows, best_weight_errors
 
 #: Candidates kept after each step, and steps in all, as released.
 _WIDTH, _STEPS = 16, 6
 
-#: Makes errors (candidates, groups) out of candidates and the number of the best ones that matter.
+#: Returns errors (candidates, groups) of candidates; only so many best ones per group matter.
 Errors = Callable[[Candidates, int], Tensor]
 
 
@@ -37,21 +38,20 @@ def progressive(
     steps: int,
     spacing: Tensor,
     min_scale: float = MIN_SCALE,
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups,) with the smallest error seen.
+) -> Range:
+    """Return scale and zero point (groups,) with the smallest error seen.
 
-    First the ``width`` best candidates of the start are kept. Each further step replaces each kept
-    one by ``new`` candidates with its zero point, whose scales spread evenly over one spacing
+    The first step keeps the ``width`` best candidates of the start. Each further step replaces each
+    kept one by ``new`` candidates with its zero point, whose scales spread evenly over one spacing
     around its own, keeps the ``width`` best of these, and divides the spacing by ``new - 0.5``.
 
     The released search returns the best of its last step, which may be worse than one it replaced
     before; here the best of all steps is remembered.
 
     Args:
-        errors: makes errors (candidates, groups); those beyond the wanted best may be infinite.
-        start: candidates of the first step.
-        new: candidates, at least 2, that replace each kept one.
-        steps: number of steps, the first one included.
+        errors: gives errors (candidates, groups); those beyond the wanted best may be infinite.
+        start, width: candidates of the first step, and how many are kept after each step.
+        new, steps: candidates, at least 2, for each kept one; number of steps with the first one.
         spacing: (groups,) distance of scales in the start; 0 leaves nothing to refine.
         min_scale: lower bound of new scales.
     """
@@ -73,41 +73,34 @@ def progressive(
         better = lowest < least
         scale, zero = kept.pick(index)
         least = torch.where(better, lowest, least)
-        best_scale, best_zero = (
-            torch.where(better, scale, best_scale),
-            torch.where(better, zero, best_zero),
-        )
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
 
 
 def progressive_rows(
     weight: Tensor,
-    square: Tensor | None,
-    linear: Tensor | None,
     levels: int,
     count: int,
+    moments: Moments | None = None,
     min_scale: float = MIN_WEIGHT_SCALE,
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (rows,) of each row of a weight, by the squared error of the output.
+) -> Range:
+    """Return scale and zero point (rows,) of each row of a weight, by the output's squared error.
 
-    ``square``, ``linear``: of :func:`.weight_error.input_moments`; None for the weight's own error.
+    ``moments`` come from :func:`.weight_error.input_moments`; None takes the weight's own error.
     """
     ordered = ascending(weight)
-    start = grid_candidates(ordered, levels, count, min_scale)
 
     def errors(candidates: Candidates, width: int) -> Tensor:
-        if square is None or linear is None:
+        if moments is None:
             return errors_of_groups(ordered, candidates, levels)
-        return best_weight_errors(weight, candidates, levels, square, linear, width)
+        return best_weight_errors(Rows(weight, levels, *moments), candidates, width)
 
-    return _search(errors, start, count, min_scale)
+    return _search(errors, grid_candidates(ordered, levels, count, min_scale), count, min_scale)
 
 
-def progressive_input(
-    product: Product, sorted_values: Tensor, levels: int, count: int
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (scalars) of a whole operand; its values come in ascending order."""
-
+def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> Range:
+    """Return scale and zero point (scalars) of a whole operand, from its ascending values."""
     found = RangeErrors(product.x, product.other, product.residual, uniform_points(levels))
 
     def errors(candidates: Candidates, width: int) -> Tensor:
@@ -120,31 +113,20 @@ def progressive_input(
 
 def progressive_heads(
     product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (heads,); product as in :func:`.output_error.best_of_heads`."""
-    operands = zip(
-        *(part.chunk(heads) for part in (product.x, product.other, product.residual)), strict=True
-    )
-    found = [
-        RangeErrors(x, other, residual, uniform_points(levels)) for x, other, residual in operands
-    ]
+) -> Range:
+    """Return scale and zero point (heads,); product as in :func:`.output_error.best_of_heads`."""
+    parts = (part.chunk(heads) for part in (product.x, product.other, product.residual))
+    points, operands = uniform_points(levels), zip(*parts, strict=True)
+    found = [RangeErrors(x, other, residual, points) for x, other, residual in operands]
 
     def errors(candidates: Candidates, width: int) -> Tensor:
-        ranges = zip(candidates.scale.t(), candidates.zero_point.t(), strict=True)
-        return torch.stack(
-            [
-                own.best(scale, zero, width)
-                for own, (scale, zero) in zip(found, ranges, strict=True)
-            ],
-            1,
-        )
+        ranges = zip(found, candidates.scale.t(), candidates.zero_point.t(), strict=True)
+        return torch.stack([own.best(scale, zero, width) for own, scale, zero in ranges], 1)
 
     return _search(errors, grid_candidates(sorted_rows, levels, count), count, MIN_SCALE)
 
 
-def _search(
-    errors: Errors, start: Candidates, count: int, min_scale: float
-) -> tuple[Tensor, Tensor]:
-    """The search with AdaLog's settings from a grid; a single scale has spacing 0."""
+def _search(errors: Errors, start: Candidates, count: int, min_scale: float) -> Range:
+    """Search with AdaLog's settings from a grid; a single scale has spacing 0."""
     spacing = (start.scale[1] - start.scale[0]).abs()
     return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), _STEPS, spacing, min_scale)

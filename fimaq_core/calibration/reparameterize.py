@@ -1,58 +1,55 @@
 """LayerNorm reparameterisation (RepQ-ViT: Li et al., ICCV 2023, arXiv:2212.08254).
 
-A LayerNorm's output varies much between channels. Per-channel ranges (s_c, z_c) are turned into one
-common range by moving the channels' factors into the norm's affine parameters and the next weight.
+A LayerNorm's output varies much between channels. Per-channel ranges (s_c, z_c) become one common
+range: the channels' factors move into the norm's affine parameters and the next weight.
 """
 
 import torch
 from torch import Tensor, nn
 
-from fimaq_core.calibration.candidates import MIN_SCALE, ascending, grid_candidates
+from fimaq_core.calibration.candidates import MIN_SCALE, Range, ascending, grid_candidates
 from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.percentile_ranges import percentile_range
 from fimaq_core.calibration.progressive import progressive_rows
-from fimaq_core.calibration.special_ranges import percentile_range
 from fimaq_core.recipe import Recipe
 
 
-def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Per-channel scale and zero point (channels,) of ``x`` (tokens, channels) by own error."""
+def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> Range:
+    """Return per-channel scale and zero point (channels,) of ``x`` (tokens, channels).
+
+    They are searched by own error.
+    """
     rows, count = x.t().contiguous(), recipe.range_candidates
     ordered = ascending(rows)
     if recipe.range_search == "percentile":
         return percentile_range(ordered, levels)
     if recipe.range_search == "progressive":
-        return progressive_rows(rows, None, None, levels, count, MIN_SCALE)
+        return progressive_rows(rows, levels, count, min_scale=MIN_SCALE)
     candidates = grid_candidates(ordered, levels, count)
     return candidates.pick(best_by_own_error(ordered, candidates, levels))
 
 
 def reparameterize(
-    norm: nn.LayerNorm,
-    linear: nn.Linear,
-    scale: Tensor,
-    zero_point: Tensor,
-    pad: Tensor | None = None,
+    norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero: Tensor, pad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Move per-channel factors into norm and linear, in place; the function is unchanged.
 
     With s = mean s_c, z = round(mean z_c), r = s_c / s and b = min_c / r - min (min_c = -z_c s_c,
-    min = -z s) the norm's output becomes ``x / r - b``, and the linear layer, its only consumer,
-    undoes that. Missing biases are made. ``pad`` (channels,) replaces zeros padded between the two.
+    min = -z s) the norm's output becomes ``x / r - b``. The linear layer, its only consumer, undoes
+    that. Missing biases are created. ``pad`` (channels,) replaces zeros padded between the two.
 
     Returns:
         ``r`` and ``b``, each (channels,).
     """
-    common_scale = scale.mean()
-    common_zero = zero_point.mean().round()
+    common_scale, common_zero = scale.mean(), zero.mean().round()
     r = scale / common_scale
-    b = -zero_point * scale / r + common_zero * common_scale
+    b = -zero * scale / r + common_zero * common_scale
     with torch.no_grad():
         if norm.bias is None:
             norm.bias = nn.Parameter(torch.zeros_like(norm.weight), requires_grad=False)
         if linear.bias is None:
-            linear.bias = nn.Parameter(
-                linear.weight.new_zeros(linear.out_features), requires_grad=False
-            )
+            bias = linear.weight.new_zeros(linear.out_features)
+            linear.bias = nn.Parameter(bias, requires_grad=False)
         norm.weight.div_(r)
         norm.bias.div_(r).sub_(b)
         linear.weight.mul_(r)

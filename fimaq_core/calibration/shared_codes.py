@@ -3,7 +3,7 @@
 Neighbouring candidates of an attention operand's bounds differ little, so with few bits a row has
 the same codes for long stretches of them. With codes q (zero point subtracted) and scale s the
 row's output error is ``|s qM - t|² = s² |qM|² - 2 s qM·t + |t|²``: the two products are computed
-once a stretch, where a code changes. With ``G = MMᵀ`` they are also ``qGqᵀ`` and ``q·(tMᵀ)``,
+once per stretch, where a code changes. With ``G = MMᵀ`` they are also ``qGqᵀ`` and ``q·(tMᵀ)``,
 cheaper where M has more columns than rows.
 
 The squares are those of whole outputs, not of small errors; sums in float64 leave the rounding of
@@ -17,16 +17,16 @@ from fimaq_core.calibration.candidates import block_elements
 
 #: Where a larger share of elements or rows changes, looking at every candidate alone is cheaper.
 _ELEMENTS, _ROWS = 0.5, 0.25
-#: Few elements change, so many more can be looked at together than a temporary may have of elements x candidates.
+#: Few elements change, so a batch may have so many times a temporary's elements x candidates.
 _CROWD = 32
-#: Candidates that are looked at together for codes that change at all.
+#: Candidates that are checked together for codes that change at all.
 _SEGMENT = 64
 
 
 def shared_errors(
     x: Tensor, other: Tensor, target: Tensor, scale: Tensor, zero_point: Tensor, levels: int
 ) -> Tensor | None:
-    """Squared error, float64 (candidates,), of ``x̂ @ other``; None where this would not pay.
+    """Return the squared error, float64 (candidates,), of ``x̂ @ other``; None if this is slow.
 
     x is (batch, rows, inner), in full precision; ``other`` (batch, inner, columns), quantized;
     ``target`` (batch, rows, columns). Neighbouring candidates are similar.
@@ -50,7 +50,7 @@ def shared_errors(
 def _sums(
     x: Tensor, other: Tensor, target: Tensor, ranges: Tensor, sure: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Sums (candidates,) of ``|qM|²`` and ``qM·t``; None if it may not pay and is not ``sure``."""
+    """Return sums (candidates,) of ``|qM|²`` and ``qM·t``; None if slow and not ``sure``."""
     batch, rows, inner = x.shape
     flat = x.reshape(-1, inner)
     starts = _starts(flat, ranges, sure)
@@ -61,7 +61,7 @@ def _sums(
         return None
     codes = _codes(flat[row], ranges[:, candidate, None])
 
-    # Stretches of one batch entry share M: they are brought into a rectangle for one batched product.
+    # Stretches of one batch entry share M: one batched product of a rectangle serves all.
     lengths = starts.view(batch, -1).sum(1)
     entry = row // rows
     slot = torch.arange(len(row), device=x.device) - (lengths.cumsum(0) - lengths)[entry]
@@ -70,16 +70,15 @@ def _sums(
     if other.shape[2] > inner:
         made = torch.bmm(packed, other @ other.transpose(1, 2))[entry, slot]
         square = made.mul_(codes).sum(1, dtype=torch.float64)
-        cross = codes.mul_((target @ other.transpose(1, 2)).reshape(-1, inner)[row]).sum(
-            1, dtype=torch.float64
-        )
+        pull = (target @ other.transpose(1, 2)).reshape(-1, inner)
+        cross = codes.mul_(pull[row]).sum(1, dtype=torch.float64)
     else:
         made = torch.bmm(packed, other)[entry, slot]
         square = made.square().sum(1, dtype=torch.float64)
         cross = made.mul_(target.reshape(-1, target.shape[2])[row]).sum(1, dtype=torch.float64)
 
     def total(values: Tensor) -> Tensor:
-        """Sum over rows for every candidate, from the values of stretches."""
+        """Return sums over rows for every candidate, from the values of stretches."""
         step = values.clone()
         step[1:] -= torch.where(candidate[1:] > 0, values[:-1], 0)
         table = torch.zeros(starts.shape, dtype=torch.float64, device=x.device)
@@ -90,7 +89,7 @@ def _sums(
 
 
 def _codes(x: Tensor, ranges: Tensor) -> Tensor:
-    """Codes, the zero point subtracted; ``ranges``: (3, ...), scale, lowest, highest code."""
+    """Return codes, the zero point subtracted; ``ranges`` (3, ...): scale, lowest, highest."""
     scale, lowest, highest = ranges
     codes = torch.div(x, scale).round_()
     torch.maximum(codes, lowest, out=codes)
@@ -98,7 +97,7 @@ def _codes(x: Tensor, ranges: Tensor) -> Tensor:
 
 
 def _starts(flat: Tensor, ranges: Tensor, sure: bool) -> Tensor | None:
-    """Mask (rows, candidates): where codes differ from the one before; None as in :func:`_sums`."""
+    """Return a mask (rows, candidates) of codes that differ from those before; or None."""
     count, inner = ranges.shape[1], flat.shape[1]
     starts = torch.zeros(len(flat), count, dtype=torch.bool, device=flat.device)
     starts[:, 0] = True
@@ -108,7 +107,7 @@ def _starts(flat: Tensor, ranges: Tensor, sure: bool) -> Tensor | None:
         least, most = part.amin(1), part.amax(1)
         small, large = torch.div(values, most[0]).round_(), torch.div(values, least[0]).round_()
         low = torch.minimum(small, large)
-        # Clamping is monotone in value and bounds, so these two enclose an element's codes in the segment.
+        # Clamping is monotone in value and bounds, so these two enclose an element's codes.
         high = torch.maximum(small, large, out=large)
         for codes, bounds in ((low, least), (high, most)):
             torch.maximum(codes, bounds[1], out=codes)

@@ -1,10 +1,10 @@
 """Output errors of many candidate ranges of one operand, as far as a search needs them.
 
-A search that goes on with the best few candidates need not know the errors of the others, and the
+A search that continues with the best few candidates does not need the errors of the others, and the
 candidates of its later steps hardly differ:
 
 * Errors are summed over pieces of the operand; a candidate is dropped once its sum so far exceeds
-  what ``width`` others have in all.
+  the whole sums of ``width`` others.
 * An operand is ``x̂ = s u - shift`` with points u of unit scale, which are monotone in s. Between
   neighbouring scales few u change, so a run's errors follow from the first one's: with
   ``ρ = s / s₀``, ``e`` the first output error, ``Y = s₀ u₀ M`` and ``Δ = u - u₀`` the error is
@@ -20,15 +20,16 @@ from torch import Tensor
 
 from fimaq_core.calibration.candidates import block_elements
 
-#: Makes points u, a new tensor, from values, a scale that broadcasts to them, and a number of the candidate's kind.
+#: Returns points u, a new tensor, for values, a scale that broadcasts to them, and the candidate's
+#: kind: its zero point, or a numerator.
 Points = Callable[[Tensor, Tensor, float], Tensor]
-#: What a run of candidates costs beside an element of a single candidate (measured on a CPU): by itself for each element, for
-#: each change and for each pair of changes in a row.
+#: Costs of a run of candidates, in elements of a single candidate (measured on a CPU): per element,
+#: per change and per pair of changes in a row.
 _RUN_COST, _CHANGE_COST, _PAIR_COST = 3.0, 20.0, 8.0
 
 
 def uniform_points(levels: int) -> Points:
-    """Points of a uniform quantizer, whose kinds are zero points."""
+    """Return the points of a uniform quantizer, whose kinds are zero points."""
 
     def points(values: Tensor, scale: Tensor, zero_point: float) -> Tensor:
         return torch.div(values, scale).round_().clamp_(-zero_point, levels - 1 - zero_point)
@@ -42,8 +43,8 @@ class RangeErrors:
     Args:
         x, other: as of :class:`.output_error.Product`; the shift is added to x.
         residual: ``(x - shift) @ (other - other in full precision)``.
-        points: how to get u from the values.
-        values: what ``points`` takes, shaped as ``x``; by default ``x``.
+        points: gives u for the values.
+        values: argument of ``points``, shaped as ``x``; by default ``x``.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class RangeErrors:
         self.step = max(block_elements(x.device) // (16 * x[0].numel()), 1)
 
     def best(self, scale: Tensor, kind: Tensor, width: int) -> Tensor:
-        """Errors, float64 (candidates,), of at least the ``width`` best; others may be infinite.
+        """Return errors, float64 (candidates,), of at least the ``width`` best candidates.
 
-        ``kind`` (candidates,) is the number that ``points`` takes beside the scale.
+        Others may be infinite. ``kind`` (candidates,) is the last argument of ``points``.
         """
         self.scale, self.kinds = scale, kind.tolist()
         out = torch.full(scale.shape, torch.inf, dtype=torch.float64, device=scale.device)
@@ -82,15 +83,15 @@ class RangeErrors:
         return out
 
     def _sieve(self, alive: Tensor, out: Tensor, width: int) -> None:
-        """Write the errors of candidates ``alive`` to ``out`` where they may be wanted."""
+        """Write the errors of candidates ``alive`` to ``out``, if they may be among the best."""
         partial = torch.zeros_like(out)
         start = 0
         while start < len(self.x) and len(alive):
-            # The first look is short, and every next one as long as all before.
+            # The first look is short; each later one is as long as all before it.
             stop = min(max(2 * start, self.step, len(self.x) // 8), len(self.x))
             partial[alive] += self._direct(alive, start, stop)
             if start == 0 and stop < len(self.x):
-                # The most promising ones are finished at once: their whole errors are a tight bound for the rest.
+                # The most promising are finished at once: their errors bound the others tightly.
                 order = partial[alive].argsort(stable=True)
                 first, alive = alive[order[:width]], alive[order[width:]]
                 out[first] = partial[first] + self._direct(first, stop, len(self.x))
@@ -100,7 +101,7 @@ class RangeErrors:
         out[alive] = partial[alive]
 
     def _direct(self, which: Tensor, start: int, stop: int) -> Tensor:
-        """Errors of single candidates on entries from ``start`` to ``stop``, one by one."""
+        """Return errors of single candidates on entries from ``start`` to ``stop``, one by one."""
         total = torch.zeros(len(which), dtype=torch.float64, device=which.device)
         candidates = which.tolist()
         for part in self._parts(start, stop):
@@ -118,17 +119,14 @@ class RangeErrors:
         return total
 
     def _parts(self, start: int, stop: int) -> list[slice]:
-        return [
-            slice(first, min(first + self.step, stop)) for first in range(start, stop, self.step)
-        ]
+        firsts = range(start, stop, self.step)
+        return [slice(first, min(first + self.step, stop)) for first in firsts]
 
     def _product(self, delta: Tensor, part: slice, transposed: bool = False) -> Tensor:
         matrix = self.matrix.mT if transposed else self.matrix
-        return (
-            (delta.flatten(0, 1) @ matrix[0]).view(*delta.shape[:2], -1)
-            if len(matrix) == 1
-            else torch.bmm(delta, matrix[part])
-        )
+        if len(matrix) > 1:
+            return torch.bmm(delta, matrix[part])
+        return (delta.flatten(0, 1) @ matrix[0]).view(*delta.shape[:2], -1)
 
     def _run(self, run: list[int], out: Tensor, alone: list[int]) -> None:
         """Write the errors of a run of ascending scales to ``out``, or add it to ``alone``."""
@@ -139,10 +137,8 @@ class RangeErrors:
         probe = slice(0, max(min(self.step, len(self.x) // 16), 1))
         ends = [self._points(self.values[probe], index) for index in (run[0], run[-1])]
         counts = (ends[0] != ends[1]).sum(2, dtype=torch.float32)
-        cost = _RUN_COST * self.x.shape[2] + float(
-            (_CHANGE_COST * counts + _PAIR_COST * counts.square()).mean()
-        )
-        if cost > len(run) * self.x.shape[2]:
+        changes = (_CHANGE_COST * counts + _PAIR_COST * counts.square()).mean()
+        if _RUN_COST * self.x.shape[2] + float(changes) > len(run) * self.x.shape[2]:
             half = len(run) // 2
             self._run(run[:half], out, alone)
             self._run(run[half:], out, alone)
@@ -151,21 +147,17 @@ class RangeErrors:
         square, cross, whole, pairs, in_error, in_whole = sums
         scale = self.scale[run].double()
         more = scale / scale[0] - 1
-        out[run] = (
-            square
-            + more * (2 * cross + more * whole)
-            + scale * (2 * in_error + 2 * more * in_whole)
-            + scale.square() * pairs
-        )
+        single = square + more * (2 * cross + more * whole)
+        changed = scale * (2 * in_error + 2 * more * in_whole)
+        out[run] = single + changed + scale.square() * pairs
 
     def _points(self, values: Tensor, index: int) -> Tensor:
         return self.points(values, self.scale[index], self.kinds[index])
 
     def _sums(self, part: slice, run: list[int]) -> Tensor:
-        """Sums (6, candidates): ``|e|²``, ``e·Y``, ``|Y|²``, ``|ΔM|²``, ``ΔM·e``, ``ΔM·Y``."""
+        """Return sums (6, candidates): ``|e|²``, ``eY``, ``|Y|²``, ``|ΔM|²``, ``ΔMe``, ``ΔMY``."""
         if self._base is None:
-            own = self._product(self.x, slice(None))
-            self._base = own - self.term
+            self._base = self._product(self.x, slice(None)) - self.term
         x, values, scale = self.x[part], self.values[part], self.scale[run[0]]
         first = self._points(values, run[0])
         changed = (first != self._points(values, run[-1])).flatten().nonzero()[:, 0]
@@ -196,12 +188,12 @@ class RangeErrors:
         return torch.stack([*(one.expand(len(run)) for one in sums), pairs, *linear])
 
     def _pairs(self, part: slice, element: Tensor, number: Tensor, step: Tensor) -> Tensor:
-        """What every change adds to ``|ΔM|²`` beside those before it."""
+        """Return the part of every change in ``|ΔM|²``, with the changes before it."""
         rows, inner = self.x.shape[1:]
         row, column = element // inner, element % inner
-        order = (
-            (row * (int(number.max()) + 1) + number).argsort(stable=True) if len(number) else number
-        )
+        order = number
+        if len(number):
+            order = (row * (int(number.max()) + 1) + number).argsort(stable=True)
         row, column, values = row[order], column[order], step[order]
         # Each change meets those of its row that come before it, and itself.
         every = torch.arange(len(row), device=row.device)
@@ -209,17 +201,15 @@ class RangeErrors:
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         meets = every - starts + 1
         later = every.repeat_interleave(meets)
-        earlier = (
-            torch.arange(len(later), device=row.device) - (meets.cumsum(0) - meets - starts)[later]
-        )
+        place = torch.arange(len(later), device=row.device)
+        earlier = place - (meets.cumsum(0) - meets - starts)[later]
         entry = 0 if len(self.gram) == 1 else (row // rows + part.start)[later] * inner
         product = self.gram.flatten()[(entry + column[later]) * inner + column[earlier]]
         product *= torch.where(later == earlier, 1, 2) * values[later] * values[earlier]
-        return torch.zeros_like(step, dtype=torch.float64).index_copy_(
-            0, order, _by_index(later, product, len(row))
-        )
+        sums = _by_index(later, product, len(row))
+        return torch.zeros_like(step, dtype=torch.float64).index_copy_(0, order, sums)
 
 
 def _by_index(index: Tensor, values: Tensor, count: int) -> Tensor:
-    """Sums (count,) in float64 of the values of each index."""
+    """Return sums (count,) in float64 of the values of each index."""
     return torch.bincount(index, values.double(), count).double()

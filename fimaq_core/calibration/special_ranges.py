@@ -1,9 +1,9 @@
-"""Ranges of quantizers for special distributions: percentiles, logarithmic and twin uniform.
+"""Ranges of quantizers made for softmax and GELU outputs: logarithmic and twin uniform.
 
-RepQ-ViT (Li et al., ICCV 2023, arXiv:2212.08254), AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951)
-and PTQ4ViT (Yuan et al., ECCV 2022, arXiv:2111.12293). Where a search goes by the error of the
-product that the values enter, the other operand is quantized: ``b_hat`` or ``w_hat``, beside its
-full-precision form. Of equally good candidates the first is chosen.
+AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951) and PTQ4ViT (Yuan et al., ECCV 2022,
+arXiv:2111.12293). A search goes by the error of the product that the values enter. The other
+operand is quantized: ``b_hat`` or ``w_hat``, beside its full-precision form. Of equally good
+candidates the first is chosen.
 """
 
 import math
@@ -21,68 +21,30 @@ from fimaq_core.calibration.candidates import (
     block_elements,
     quantiles,
 )
-from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.progressive import progressive
 from fimaq_core.calibration.similar_ranges import Points, RangeErrors
 from fimaq_core.errors import DataError
-from fimaq_core.quantizers.logarithm import (
-    ADALOG_R,
-    GELU_SHIFT,
-    LOWEST,
-    adalog_tables,
-    log_fake_quantize,
-)
+from fimaq_core.layers import QuantLinear
+from fimaq_core.quantizers import logarithm
+from fimaq_core.quantizers.logarithm import ADALOG_R, GELU_SHIFT, log_fake_quantize
+from fimaq_core.quantizers.special import AdaLogQuantizer, LogQuantizer, TwinQuantizer
 from fimaq_core.quantizers.twin import twin_gelu, twin_softmax
 
-#: RepQ-ViT's upper quantiles.
-_POINTS = [0.999, 0.9999, 0.99999]
 #: AdaLog's smallest numerator q.
 _FIRST_Q = 10
-#: AdaLog behind a GELU: numerators that the first look leaves, and candidates kept while scales are refined.
+#: AdaLog behind a GELU: numerators that the first look leaves, and candidates kept per step.
 _FEW, _WIDTH = 8, 32
 #: PTQ4ViT's splits are 2**-i for i below this.
 _SPLITS = 20
 
-#: Makes the quantized form of a tensor, as a new tensor.
+#: Returns the quantized form of a tensor, as a new tensor.
 Quantizer = Callable[[Tensor], Tensor]
-
-
-def percentile_range(
-    sorted_rows: Tensor, levels: int, min_scale: float = MIN_SCALE
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups,): quantiles 1 - p and p of the best own error."""
-    upper, lower = (
-        quantiles(sorted_rows, _POINTS),
-        quantiles(sorted_rows, [1 - point for point in _POINTS]),
-    )
-    scale = ((upper - lower) / (levels - 1)).clamp(min=min_scale)
-    candidates = Candidates(scale, -torch.round(lower / scale))
-    return candidates.pick(best_by_own_error(sorted_rows, candidates, levels))
-
-
-def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor:
-    """Scale (scalar) of a logarithmic quantizer: the quantile of the best own error.
-
-    ``x`` is what the quantizer sees, so behind a GELU with the shift; ``step`` is in octaves.
-    """
-    flat = x.reshape(-1)
-    scales = quantiles(ascending(flat[None]), _POINTS)[:, 0].clamp(min=MIN_SCALE)
-    errors = torch.zeros(len(scales), dtype=torch.float64, device=x.device)
-    for part in torch.split(flat, block_elements(x.device)):
-        for number, scale in enumerate(scales):
-            errors[number] += (
-                log_fake_quantize(part, scale, step, levels)
-                .sub_(part)
-                .square_()
-                .sum(dtype=torch.float64)
-            )
-    return scales[errors.argmin()]
 
 
 def product_errors(
     x: Tensor, other: Tensor, plain: Tensor, quantizers: Sequence[Quantizer]
 ) -> Tensor:
-    """Squared error, float64 (quantizers,), of ``x̂ @ other`` against ``x @ plain``.
+    """Return the squared error, float64 (quantizers,), of ``x̂ @ other`` against ``x @ plain``.
 
     As in :class:`.output_error.Product` it is written in the small errors ``D = x̂ - x`` and
     ``R = x @ (other - plain)``. x is (batch, rows, inner), the others (batch, inner, columns), or
@@ -112,45 +74,64 @@ def product_errors(
 
 
 def search_adalog_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int, count: int) -> int:
-    """AdaLog's numerator q, from 10 on, behind a softmax with scale 1, by the product's error."""
+    """Search AdaLog's numerator q, from 10 on, behind a softmax with scale 1."""
     a, b_hat, b = (part.flatten(0, 1) for part in (a, b_hat, b))
     numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=a.device, dtype=a.dtype)
     found = RangeErrors(a, b_hat, a @ (b_hat - b), _adalog_points(levels), _logarithm(a))
     return int(numerators[found.best(torch.ones_like(numerators), numerators, 1).argmin()])
 
 
+def search_twin_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int) -> Tensor:
+    """Search the split (scalar) of the twin quantizer behind a softmax, of ``2^-i``, i < 20."""
+    splits = torch.exp2(-torch.arange(_SPLITS, device=a.device, dtype=a.dtype))
+    quantizers = [partial(twin_softmax, split=split, levels=levels) for split in splits]
+    errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), quantizers)
+    return splits[errors.argmin()]
+
+
+def search_after_gelu(layer: QuantLinear, x: Tensor, count: int) -> None:
+    """Set a linear layer's special input quantizer on inputs (tokens, d), the weight as it is."""
+    quantizer, weight = layer.input_quantizer, layer.weight.detach()
+    if quantizer.off:
+        return
+    hat, levels = layer.weight_quantizer.quantized(weight), quantizer.levels
+    if isinstance(quantizer, AdaLogQuantizer):
+        scale, q = search_adalog_gelu(x, hat, weight, levels, count)
+        quantizer.set_base(q)
+    elif isinstance(quantizer, LogQuantizer):
+        scale = search_log_gelu(x, hat, weight, float(quantizer.step), levels, count)
+    else:
+        assert isinstance(quantizer, TwinQuantizer)
+        scale = search_twin_gelu(x, hat, weight, levels, count)
+    quantizer.set_scale(scale.view(1))
+
+
 def search_adalog_gelu(
     x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int, rounds: int = 5
 ) -> tuple[Tensor, int]:
-    """AdaLog's scale (scalar) and numerator q behind a GELU, by the output's error.
+    """Search AdaLog's scale (scalar) and numerator q behind a GELU, by the output's error.
 
     The quantizer sees ``x`` (tokens, d) with the shift. With the second largest scale of ``count``
     the best eight of ``count`` numerators are found; these times ``count / 8`` scales start a
     search that refines scales ``rounds`` times. As in :func:`~.progressive.progressive` the best
     candidate seen is returned, that of the first look included. ``count`` is at least 16.
     """
-
     other = w_hat.t()[None]
     shifted, residual = (x + GELU_SHIFT)[:, None], (x @ (w_hat - w).t())[:, None]
     found = RangeErrors(shifted, other, residual, _adalog_points(levels), _logarithm(shifted))
 
     def errors(candidates: Candidates, width: int) -> Tensor:
-        # What is a zero point elsewhere is the numerator here.
+        # The numerator stands in the place of the zero point.
         return found.best(candidates.scale[:, 0], candidates.zero_point[:, 0], width)[:, None]
 
     numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=x.device, dtype=x.dtype)[:, None]
-    top = _gelu_scales(x, count)[-2]
-    look = Candidates(top.expand(count, 1), numerators)
+    look = Candidates(_gelu_scales(x, count)[-2].expand(count, 1), numerators)
     looked = errors(look, _FEW)
     order = looked[:, 0].argsort(stable=True)[:_FEW]
-
     scales = _gelu_scales(x, count // _FEW)
-    start = Candidates(
-        scales.repeat(_FEW)[:, None], numerators[order].repeat_interleave(len(scales), 0)
-    )
-    scale, q = progressive(
-        errors, start, _WIDTH, max(count // _WIDTH, 2), rounds + 1, (scales[1] - scales[0])[None]
-    )
+    few = numerators[order].repeat_interleave(len(scales), 0)
+    start, spacing = Candidates(scales.repeat(_FEW)[:, None], few), (scales[1] - scales[0])[None]
+    scale, q = progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), rounds + 1, spacing)
     if looked[order[0], 0] <= errors(Candidates(scale[None], q[None]), 1)[0, 0]:
         scale, q = look.pick(order[:1])
     return scale[0], int(q)
@@ -159,7 +140,7 @@ def search_adalog_gelu(
 def search_log_gelu(
     x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: int, count: int
 ) -> Tensor:
-    """Scale (scalar) for a fixed ``step`` (octaves); refined as in :func:`search_adalog_gelu`."""
+    """Search the scale (scalar) for a fixed ``step`` (octaves), by the output's error."""
 
     def errors(candidates: Candidates, _: int) -> Tensor:
         def quantized(part: Tensor, scale: Tensor) -> Tensor:
@@ -169,47 +150,33 @@ def search_log_gelu(
         return product_errors(x, w_hat.t(), w.t(), quantizers)[:, None]
 
     scales = _gelu_scales(x, count)[:, None]
-    start = Candidates(scales, torch.zeros_like(scales))
-    return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), 6, scales[1] - scales[0])[0][
-        0
-    ]
-
-
-def search_twin_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int) -> Tensor:
-    """Split (scalar) of the twin quantizer behind a softmax, of ``2^-i``, i < 20."""
-    splits = torch.exp2(-torch.arange(_SPLITS, device=a.device, dtype=a.dtype))
-    quantizers = [partial(twin_softmax, split=split, levels=levels) for split in splits]
-    errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), quantizers)
-    return splits[errors.argmin()]
+    start, spacing = Candidates(scales, torch.zeros_like(scales)), scales[1] - scales[0]
+    scale, _ = progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), 6, spacing)
+    return scale[0]
 
 
 def search_twin_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int = 100) -> Tensor:
-    """Scale (scalar) of the twin quantizer's positive range behind a GELU, by the output's error.
+    """Search the scale (scalar) of the twin quantizer's positive range, by the output's error.
 
     Candidates run evenly from 0.01 to 1.2 times ``max(x) / (H - 0.5)``, with 2H levels.
     """
     widest = x.amax().clamp(min=MIN_SCALE) / (levels // 2 - 0.5)
     scales = widest * torch.linspace(0.01, 1.2, count, device=x.device, dtype=x.dtype)
     quantizers = [partial(twin_gelu, positive_scale=scale, levels=levels) for scale in scales]
-    errors = product_errors(x, w_hat.t(), w.t(), quantizers)
-    return scales[errors.argmin()]
+    return scales[product_errors(x, w_hat.t(), w.t(), quantizers).argmin()]
 
 
 def _adalog_points(levels: int) -> Points:
-    """Points of AdaLog's quantizer by its tables from :func:`_logarithm`; kinds are numerators."""
+    """Return AdaLog's points by its tables, for values :func:`_logarithm`; kinds are numerators."""
     tables: dict[float, Tensor] = {}
 
     def points(values: Tensor, scale: Tensor, q: float) -> Tensor:
         if q not in tables:
-            shifts, mantissas = adalog_tables(int(q), levels)
+            shifts, mantissas = logarithm.adalog_tables(int(q), levels)
             tables[q] = F.pad(torch.exp2(-shifts) * mantissas, (0, 1)).to(values)
         rate = ADALOG_R / q
-        codes = (
-            torch.sub(scale.log2() * rate, values, alpha=rate)
-            .clamp_(0, min(levels, -math.log2(LOWEST) * rate))
-            .round_()
-            .int()
-        )
+        codes = torch.sub(scale.log2() * rate, values, alpha=rate)
+        codes = codes.clamp_(0, min(levels, -math.log2(logarithm.LOWEST) * rate)).round_().int()
         return tables[q].index_select(0, codes.flatten()).view(codes.shape)
 
     return points
@@ -220,11 +187,12 @@ def _logarithm(x: Tensor) -> Tensor:
 
 
 def _gelu_scales(x: Tensor, count: int) -> Tensor:
-    """Scales (count,) between the 0.9 and 1.0 quantiles of the positive shifted values."""
+    """Return scales (count,) between the 0.9 and 1.0 quantiles of the positive shifted values."""
     positive = x[x > 0]
     if not len(positive):
         raise DataError(
-            "No value behind a GELU is positive: there is nothing to find a scale from. Check the calibration images."
+            "No value behind a GELU is positive: there is nothing to find a scale from. "
+            "Check the calibration images."
         )
     inner, top = (quantiles(ascending(positive[None]), [0.9, 1.0]) + GELU_SHIFT)[:, 0]
     share = torch.linspace(0, 1, count, device=x.device, dtype=x.dtype)

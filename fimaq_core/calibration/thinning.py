@@ -1,4 +1,4 @@
-"""Which part of many inputs a search sees: rows spread evenly over all of them, by a fixed rule.
+"""Selection of the rows that a search sees of many inputs: spread evenly, by a fixed rule.
 
 Samples of varying shapes are images of detection, with up to a hundred times a classifier's tokens.
 Searches of ranges need no more rows than a few hundred images of a classifier have.
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Rows of linear layers' inputs and of products (rows of all heads), and values of either, that a search sees in all.
+#: Most rows (of products: of all heads) and values of the inputs of linear layers and products.
 ROWS, VALUES = 2**15, 2**25
-#: Values of a convolution's input that are looked at, by their own errors.
+#: Most values of a convolution's input, for its own error.
 CONV_VALUES = 2**23
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def spread(count: int, wanted: int, device: torch.device | None = None) -> Tensor:
-    """Indices of ``count`` rows, one out of each of ``wanted`` equal stretches (or all).
+    """Return indices of ``count`` rows, one out of each of ``wanted`` equal stretches (or all).
 
-    The golden ratio says where in its stretch: rows of an image repeat with its width, and no such
-    period must be hit.
+    The golden ratio gives the place in the stretch: rows of an image repeat with its width, and the
+    indices must not have such a period.
     """
     if wanted >= count:
         return torch.arange(count, device=device)
@@ -32,18 +32,18 @@ def spread(count: int, wanted: int, device: torch.device | None = None) -> Tenso
 
 
 def in_pieces(rows: Tensor) -> Tensor:
-    """``rows`` (count, d) as (pieces, rows, d), up to 32: searches drop candidates by piece."""
+    """Return ``rows`` (count, d) in up to 32 pieces, (pieces, rows, d): searches drop some."""
     pieces = math.gcd(len(rows), 32)
     return rows.view(pieces, -1, rows.shape[-1])
 
 
 def positions(x: Tensor) -> Tensor:
-    """A convolution's input (N, C, ...) as rows, (N x positions, C)."""
+    """Return a convolution's input (N, C, ...) as rows, (N x positions, C)."""
     return x.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 def conv_values(x: Tensor | Sequence[Tensor]) -> Tensor:
-    """Values (1, n) of a convolution's inputs: all of one tensor; of several at most 2**23."""
+    """Return all values (1, n) of a convolution's input, or at most 2**23 of several inputs."""
     if isinstance(x, Tensor):
         return x.reshape(1, -1)
     wanted = max(CONV_VALUES // x[0].shape[1], 1)

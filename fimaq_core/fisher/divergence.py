@@ -8,32 +8,38 @@ from torch.nn import functional as F
 
 from fimaq_core.samples import Samples
 
-#: Outputs (B, ...) and the reference of the same samples (B, ...) to a scalar, the mean over the batch.
+#: Maps outputs (B, ...) and their reference (B, ...) to a scalar, the mean over the batch.
 Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 class Divergence:
-    """A task's measure of how far outputs are from the full-precision ones."""
+    """A task's measure of the distance between outputs and full-precision outputs.
 
-    #: how many samples in a row are compared with each other; None where each sample's part is its
-    #: own, so that batches do not matter
+    Example::
+
+        class SquaredDistance(Divergence):
+            def __call__(self, outputs, reference):
+                return (outputs - reference).square().sum(1).mean()
+    """
+
+    #: number of samples in a row that are compared with each other; None if each sample stands
+    #: alone, so that batches do not matter
     batch: int | None = None
 
     def reference(self, outputs: Samples) -> Samples:
-        """Reference rows for outputs (n, ...), made from the full-precision outputs."""
+        """Return reference rows for the full-precision outputs (n, ...)."""
         return outputs
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """The mean divergence over a batch of outputs (B, ...) and rows of the reference."""
+        """Return the mean divergence over a batch of outputs (B, ...) and reference rows."""
         raise NotImplementedError
 
 
 def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
-    """``KL(softmax(reference / T) || softmax(logits / T))`` in nats, mean over the batch."""
+    """Return ``KL(softmax(reference / T) || softmax(logits / T))`` in nats, batch mean."""
     target = F.log_softmax(reference / temperature, dim=-1)
-    return F.kl_div(
-        F.log_softmax(logits / temperature, dim=-1), target, reduction="batchmean", log_target=True
-    )
+    found = F.log_softmax(logits / temperature, dim=-1)
+    return F.kl_div(found, target, reduction="batchmean", log_target=True)
 
 
 class ClassifierDivergence(Divergence):
@@ -43,11 +49,10 @@ class ClassifierDivergence(Divergence):
         self.temperature = temperature
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return kl_divergence(
-            at_least_float32(outputs), at_least_float32(reference), self.temperature
-        )
+        outputs, reference = at_least_float32(outputs), at_least_float32(reference)
+        return kl_divergence(outputs, reference, self.temperature)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """``x``, or its float32 form if it has fewer digits."""
+    """Return ``x`` in float64 if it is that, else in float32."""
     return x if x.dtype == torch.float64 else x.float()

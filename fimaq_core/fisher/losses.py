@@ -3,7 +3,7 @@
 Pure functions. Symbols: Δ the block's output error, flattened to (B, N); g mean absolute gradients
 and d mean absolute errors of k Fisher passes, stacked to G and D, (k, N). Source: FIMA-Q (Wu et
 al., CVPR 2025, arXiv:2506.11543) and its released code; ``fisher_brecq`` is BRECQ's squared
-gradient (Li et al., ICLR 2021).
+gradient (Li et al., ICLR 2021). Losses are scalars.
 """
 
 from collections.abc import Callable
@@ -19,44 +19,44 @@ DAMPING = 1e-8
 
 
 def squared_error(delta: Tensor) -> Tensor:
-    """``mean over samples of Σ Δ²``."""
+    """Return ``mean over samples of Σ Δ²``."""
     return delta.square().sum(1).mean()
 
 
 def absolute_error(delta: Tensor) -> Tensor:
-    """``mean over samples of Σ |Δ|``."""
+    """Return ``mean over samples of Σ |Δ|``."""
     return delta.abs().sum(1).mean()
 
 
 def squared_gradient_loss(delta: Tensor, gradient: Tensor) -> Tensor:
-    """``mean(Δ² g²)`` with one gradient per sample, (B, N)."""
+    """Return ``mean(Δ² g²)`` with one gradient per sample, (B, N)."""
     return (delta * gradient).square().mean()
 
 
 def diagonal_loss(delta: Tensor, diagonal: Tensor) -> Tensor:
-    """``mean(Δ² · h)`` with h (N,) or (B, N).
+    """Return ``mean(Δ² · h)`` with h (N,) or (B, N).
 
-    For FIMA-Q h is the mean of the k absolute gradients; for APHQ-ViT (Wu et al., CVPR 2025,
-    arXiv:2504.02508) the perturbation Hessian, a sample's own or the mean of all.
+    For FIMA-Q h is the mean of the k absolute gradients. For APHQ-ViT (Wu et al., CVPR 2025,
+    arXiv:2504.02508) h is the perturbation Hessian, one per sample or the mean of all.
     """
     return (delta.square() * diagonal).mean()
 
 
 def least_squares_loss(delta: Tensor, diagonal: Tensor, direction: Tensor) -> Tensor:
-    """``mean over samples of ½ Σ h Δ² + ½ (uᵀΔ)²`` (LS-ViT, CVPR 2026) with h and u (N,)."""
+    """Return ``mean over samples of ½ Σ h Δ² + ½ (uᵀΔ)²`` with h and u (N,) (LS-ViT, CVPR 2026)."""
     return 0.5 * ((delta.square() @ diagonal) + (delta @ direction).square()).mean()
 
 
 def rank_one_loss(delta: Tensor, gradient: Tensor) -> Tensor:
-    """``mean over samples of (mean_N |Δ| g)²`` with g (N,) the mean of the k absolute gradients.
+    """Return ``mean over samples of (mean_N |Δ| g)²``, g (N,) the mean of k absolute gradients.
 
-    The released code runs this loss for k = 1 only; taking the mean of G is our generalisation.
+    The released code runs this loss for k = 1 only; the mean of G is our generalisation.
     """
     return (delta.abs() @ gradient / delta.shape[1]).square().mean()
 
 
 def low_rank_loss(delta: Tensor, gradients: Tensor, root: Tensor) -> Tensor:
-    """``mean over samples of A M Aᵀ``, A = |Δ| Gᵀ (B, k), M = (D Dᵀ)⁻¹ = root rootᵀ (k, k).
+    """Return ``mean over samples of A M Aᵀ``, A = |Δ| Gᵀ (B, k), M = (D Dᵀ)⁻¹ = root rootᵀ (k, k).
 
     As the squared length of ``A root`` it cannot become negative, whatever the condition of M.
     """
@@ -64,10 +64,10 @@ def low_rank_loss(delta: Tensor, gradients: Tensor, root: Tensor) -> Tensor:
 
 
 def inverse_gram_root(errors: Tensor) -> tuple[Tensor, bool]:
-    """Return a root R (k, k), float32, of ``(D Dᵀ)⁻¹ = R Rᵀ`` and whether damping was needed.
+    """Return a root R (k, k), float32, of ``(D Dᵀ)⁻¹ = R Rᵀ``, and True if it was damped.
 
-    The k mean errors of a block are alike, so D Dᵀ is near singular or, when two passes saw the
-    same quantization, singular. Eigenvalues (in float64) are kept above :data:`DAMPING` times the
+    The k mean errors of a block are similar, so D Dᵀ is near singular, or singular if two passes
+    saw the same quantization. Eigenvalues (in float64) are kept above :data:`DAMPING` times the
     largest. R is zero if D is zero.
     """
     wide = errors.double()

@@ -1,7 +1,8 @@
-"""Sweeps over the calibration samples from the present block to the model's end: Fisher information."""
+"""Sweeps over the samples from the current block to the model's end: Fisher information."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,23 +13,40 @@ from fimaq_core.numerics import Arithmetic, arithmetic
 from fimaq_core.samples import Samples
 
 Forward = Callable[[Tensor], Tensor]
+#: Samples, or one tensor (n, ...).
+Data = Samples | Tensor
+
+
+class Tail(NamedTuple):
+    """The model behind a block's output, and the measure at the model's end, for one batch."""
+
+    run: Forward  # from the block's output (B, ...) to the model's
+    reference: Tensor  # (B, ...) rows that the divergence compares the model's output with
+    divergence: Measure  # mean over the batch
+    dtype: Arithmetic = "float32"  # arithmetic of matrix products
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A pass over all samples, through everything behind a block."""
+    """A pass over all samples, through the model behind a block.
+
+    Example::
+
+        sweep = Sweep(chain, 3, reference, ClassifierDivergence(20.0), device)
+        gradient, error = mean_gradient_and_error(sweep, inputs, targets)
+    """
 
     chain: BlockChain  # the model; the segments behind the block run as they are set up
     index: int  # number of the block
     reference: Samples  # (n, ...) full-precision outputs of the whole model
     divergence: Measure  # mean over its batch
     device: torch.device  # where to compute
-    batch_size: int = 32  # samples a pass; a divergence that compares samples needs its own
-    dtype: Arithmetic = "float32"  # arithmetic of the tail
-    beside: Beside = field(default_factory=Beside)  # what travels beside the inputs of all samples
+    batch_size: int = 32  # samples per pass; a divergence that compares samples needs its own
+    dtype: Arithmetic = "float32"  # arithmetic of the model behind the block
+    beside: Beside = field(default_factory=Beside)  # tensors that travel beside the inputs
 
     def gradients(
-        self, inputs: Samples | Tensor, forward: Forward | None = None
+        self, inputs: Data, forward: Forward | None = None
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield rows, the block's output and the divergence's gradient there, batch by batch.
 
@@ -38,57 +56,41 @@ class Sweep:
         for rows in samples.slices(self.batch_size):
             with torch.no_grad():
                 output = block(samples[rows].to(self.device, non_blocking=True)).detach()
-            reference = self.reference[rows].to(self.device, non_blocking=True)
-            rest = self._rest(rows)
-            yield (
-                rows,
-                output,
-                divergence_gradient(rest, output, reference, self.divergence, self.dtype),
-            )
+            yield rows, output, divergence_gradient(self._tail(rows), output)
 
     def hessians(self, outputs: Samples, epsilon: float) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows and the :func:`perturbation_hessian` of each sample at the block's outputs."""
         for rows in outputs.slices(self.batch_size):
-            output, reference = (part[rows].to(self.device) for part in (outputs, self.reference))
-            rest = self._rest(rows)
-            yield (
-                rows,
-                perturbation_hessian(rest, output, reference, self.divergence, epsilon, self.dtype),
-            )
+            output = outputs[rows].to(self.device)
+            yield rows, perturbation_hessian(self._tail(rows), output, epsilon)
 
-    def _rest(self, rows: slice) -> Forward:
+    def _tail(self, rows: slice) -> Tail:
         beside = self.beside.rows(rows, self.device)
-        return lambda output: self.chain.rest(self.index, output, *beside)
+        reference = self.reference[rows].to(self.device, non_blocking=True)
+
+        def run(output: Tensor) -> Tensor:
+            return self.chain.rest(self.index, output, *beside)
+
+        return Tail(run, reference, self.divergence, self.dtype)
 
 
-def divergence_gradient(
-    rest: Forward,
-    output: Tensor,
-    reference: Tensor,
-    divergence: Measure,
-    dtype: Arithmetic = "float32",
-) -> Tensor:
-    """Gradient at ``output`` (B, ...) of each sample's own divergence of ``rest(output)``.
-
-    ``rest`` goes on to the model's end, where ``reference`` are the full-precision outputs.
-    """
+def divergence_gradient(tail: Tail, output: Tensor) -> Tensor:
+    """Return the gradient at a block's output (B, ...) of each sample's own divergence."""
     leaf = output.detach().requires_grad_(True)
-    with torch.enable_grad(), arithmetic(dtype, output.device):
-        loss = divergence(rest(leaf), reference)
+    with torch.enable_grad(), arithmetic(tail.dtype, output.device):
+        loss = tail.divergence(tail.run(leaf), tail.reference)
     # The mean over the batch gives 1/B of each sample's own gradient.
     (gradient,) = torch.autograd.grad(loss * output.shape[0], leaf)
     return gradient
 
 
 def mean_gradient_and_error(
-    sweep: Sweep,
-    inputs: Samples | Tensor,
-    targets: Samples | Tensor,
-    forward: Forward | None = None,
+    sweep: Sweep, inputs: Data, targets: Data, forward: Forward | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One FIMA-Q pass: ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over the samples, each (N,).
+    """Take one FIMA-Q pass: ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over samples, each (N,).
 
-    ``targets`` are the block's full-precision outputs (n, ...).
+    ``inputs`` (n, ...) are the block's, ``targets`` (n, ...) its full-precision outputs, and
+    ``forward`` is as in :meth:`Sweep.gradients`.
     """
     gradient = error = torch.zeros((), device=sweep.device)
     for rows, output, grad in sweep.gradients(inputs, forward):
@@ -98,24 +100,20 @@ def mean_gradient_and_error(
 
 
 def least_squares_hessian(
-    sweep: Sweep,
-    inputs: Samples | Tensor,
-    targets: Samples | Tensor,
-    forward: Forward | None = None,
+    sweep: Sweep, inputs: Data, targets: Data, forward: Forward | None = None
 ) -> tuple[Tensor, Tensor]:
-    """LS-ViT's fit (CVPR 2026) to all pairs (g, Δ): diagonal h and direction u, each (N,).
+    """Take LS-ViT's fit (CVPR 2026) to all pairs (g, Δ): diagonal h and direction u, each (N,).
 
-    ``h = Σ g Δ / Σ Δ²`` and ``u = Σ g √(Δᵀg) / Σ Δᵀg``, sums over samples, g and Δ with their signs;
+    ``h = Σ g Δ / Σ Δ²`` and ``u = Σ g √(Δᵀg) / Σ Δᵀg``, sums over samples, g and Δ with signs;
     samples with Δᵀg <= 0 add nothing to u. A negative h is set to 0: a Fisher information is not
     negative, and the loss would have no minimum. Arguments as in :func:`mean_gradient_and_error`.
     """
     size, device = targets[0].numel(), sweep.device
-    above, below, direction = (
-        torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3)
-    )
+    above, below, direction = torch.zeros(3, size, dtype=torch.float64, device=device).unbind()
     weight = torch.zeros((), dtype=torch.float64, device=device)
     for rows, output, grad in sweep.gradients(inputs, forward):
-        g, delta = grad.flatten(1).double(), (output - targets[rows].to(device)).flatten(1).double()
+        delta = (output - targets[rows].to(sweep.device)).flatten(1).double()
+        g = grad.flatten(1).double()
         above += (g * delta).sum(0)
         below += delta.square().sum(0)
         inner = (g * delta).sum(1).clamp(min=0)
@@ -126,27 +124,18 @@ def least_squares_hessian(
     return diagonal.float(), (direction / weight.clamp(min=tiny)).float()
 
 
-def perturbation_hessian(
-    rest: Forward,
-    output: Tensor,
-    reference: Tensor,
-    divergence: Measure,
-    epsilon: float,
-    dtype: Arithmetic = "float32",
-) -> Tensor:
-    """``|g(z + ε) - g(z - ε)|`` (B, ...) of each sample: g the gradient at z, ε added to all of z.
+def perturbation_hessian(tail: Tail, output: Tensor, epsilon: float) -> Tensor:
+    """Return ``|g(z + ε) - g(z - ε)|`` (B, ...) of each sample: g the gradient at z, ε in all of z.
 
-    APHQ-ViT (Wu et al., CVPR 2025, arXiv:2504.02508). For a quadratic divergence that is
-    ``2 ε |H 1|``. Arguments as in :func:`divergence_gradient`.
+    APHQ-ViT (Wu et al., CVPR 2025, arXiv:2504.02508). For a quadratic divergence it is
+    ``2 ε |H 1|``.
 
     In a pre-norm transformer every LayerNorm behind z removes a shift that all channels of a token
-    share, so ``H 1`` is zero and rounding is left: the noise of the logits' gradient, carried back
-    to z. Its mean size over images still says how sensitive each output is, whatever ε (estimates
-    with ε from 1e-6 to 1e-2 correlate by more than 0.9 in all blocks of the demo's ViT). Its scale
-    is the arithmetic's, and one sample's values are noise. As released, the model's own precision
-    is used.
+    share. So ``H 1`` is zero, and only rounding is left: the noise of the logits' gradient, carried
+    back to z. Its mean size over images still says how sensitive each output is, whatever ε
+    (estimates with ε from 1e-6 to 1e-2 correlate by more than 0.9 in all blocks of the demo's ViT).
+    Its scale is that of the arithmetic, and one sample's values are noise. As released, the model's
+    own precision is used.
     """
-    above = divergence_gradient(rest, output + epsilon, reference, divergence, dtype)
-    return above.sub_(
-        divergence_gradient(rest, output - epsilon, reference, divergence, dtype)
-    ).abs_()
+    above = divergence_gradient(tail, output + epsilon)
+    return above.sub_(divergence_gradient(tail, output - epsilon)).abs_()

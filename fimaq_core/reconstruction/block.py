@@ -1,54 +1,59 @@
-"""Optimising one block: rounding of weights and scales of activations (AdaRound, QDrop, BRECQ)."""
+"""Optimisation of one block: weight roundings, activation scales (AdaRound, BRECQ, QDrop)."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from fimaq_core.chain import Segment
 from fimaq_core.errors import NumericsError
 from fimaq_core.layers import decide_roundings, set_quantized
 from fimaq_core.numerics import tf32_allowed
+from fimaq_core.progress import Tick
 from fimaq_core.quantizers.dropping import draw_keys
-from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.engines import STEPS, Engine
+from fimaq_core.reconstruction.engines import STEPS
 from fimaq_core.reconstruction.objective import Objective
 from fimaq_core.reconstruction.schedule import Schedule, block_generator
-from fimaq_core.reconstruction.state import BlockState, run_block
-from fimaq_core.reconstruction.tape import Tape
+from fimaq_core.reconstruction.state import BlockState
+from fimaq_core.resources import Engine
+
+#: Called before (True) and after (False) each Fisher pass, with the number of steps done.
+OnPass = Callable[[bool, int], None]
 
 
 class BlockTrainer:
-    """One block's optimisation: :meth:`step` for every step in order, then :meth:`finish`.
+    """The optimisation of one block: call :meth:`step` for all steps in order, then :meth:`finish`.
 
-    Args:
-        tape: at that block, target computed.
-        seed: of batches, input mixing and dropping, together with the block's label.
-        on_pass: called before (True) and after (False) each Fisher pass, with the steps done.
+    Seed and label of the block determine batches, input mixing and dropping.
+
+    Example::
+
+        trainer = BlockTrainer(segment, objective, "fused")
+        losses = [float(trainer.step(number)) for number in range(recipe.steps)]
+        trainer.finish()
+
+    The target of the objective's tape must be computed.
     """
 
     def __init__(
         self,
         segment: Segment,
-        tape: Tape,
         objective: Objective,
-        recipe: Recipe,
-        seed: int,
         engine: Engine = "fused",
-        on_pass: Callable[[bool, int], None] = lambda begins, number: None,
+        on_pass: OnPass = lambda begins, number: None,
     ) -> None:
-        self.segment, self.objective, self.recipe, self.engine = segment, objective, recipe, engine
-        self._on_pass = on_pass
+        self.segment, self.objective, self.engine = segment, objective, engine
+        self.recipe, self._on_pass = objective.recipe, on_pass
         set_quantized(segment.block, True)
-        self.state = BlockState(segment, recipe.learn_scales)  # the variables
-        generator, streams = block_generator(seed, segment.label), self.state.layout.streams
-        #: tables of the steps
+        self.state = BlockState(segment, self.recipe.learn_scales)  # the variables
+        seed, streams = self.recipe.seed, self.state.layout.streams
         self.schedule = Schedule.build(
-            recipe, len(tape.full), streams, generator, tape.storage.device, tape.full.varying
-        )
+            self.recipe, objective.tape.full, streams, block_generator(seed, segment.label)
+        ).to(objective.tape.storage.device)
         self._pass_generator = block_generator(seed, f"{segment.label}/fisher")
-        self.state.attach(STEPS[engine].form, recipe.activation_prob)
-        self._step = STEPS[engine](segment, self.state, tape, objective, recipe, self.schedule)
+        self.state.attach(STEPS[engine].form, self.recipe.activation_prob)
+        self._step = STEPS[engine](segment, self.state, objective, self.schedule)
 
     def step(self, number: int) -> Tensor:
         """Do step ``number`` (from 0); return its loss, a scalar that later steps may overwrite."""
@@ -60,29 +65,25 @@ class BlockTrainer:
             return self._step.run(number)
 
     def _fisher_pass(self) -> None:
-        """A Fisher pass; dropping stays active unless the recipe says otherwise."""
+        """Take a Fisher pass, with random dropping if the recipe says so."""
         state, probability = self.state, self.recipe.activation_prob
         self._step.finish()
         state.attach("fused", probability if self.recipe.fisher_drop else 1.0)
+        soft, scales = state.soft.detach(), state.scales.detach()
 
         def forward(x: Tensor) -> Tensor:
             keys = draw_keys(state.layout.streams, self._pass_generator).to(x.device)
-            return run_block(
-                self.segment.block,
-                state.layout,
-                state.soft.detach(),
-                state.scales.detach(),
-                keys,
-                x,
-            )
+            tensors = state.layout.tensors(soft, scales, keys)
+            return functional_call(self.segment.block, tensors, (x,))  # type: ignore[no-any-return]
 
         self.objective.update(forward)
         state.attach(self._step.form, probability)
 
     def finish(self) -> int:
-        """Decide the rounding, fold it into the codes and leave training.
+        """Decide the rounding, write it into the codes and end the optimisation.
 
-        Returns the number of learned activation scales that ended at or near their lower bound.
+        Returns:
+            The number of learned activation scales that ended at or near their lower bound.
 
         Raises:
             NumericsError: a scale is NaN or infinite.
@@ -102,25 +103,16 @@ class BlockTrainer:
 
 
 def optimise_block(
-    segment: Segment,
-    tape: Tape,
-    objective: Objective,
-    recipe: Recipe,
-    engine: Engine,
-    on_pass: Callable[[bool, int], None],
-    tick: Callable[[int, Tensor], None],
+    segment: Segment, objective: Objective, engine: Engine, on_pass: OnPass, tick: Tick
 ) -> tuple[Tensor, int]:
-    """Optimise the block of ``segment`` in place.
-
-    ``tick`` is called after every step with its number (from 1) and its loss, still on the device,
-    and refuses one that is not finite.
+    """Optimise the block of ``segment`` in place; arguments as of :class:`BlockTrainer`.
 
     Returns:
         The last loss (a scalar), and the number of learned scales at or near their lower bound.
     """
-    trainer = BlockTrainer(segment, tape, objective, recipe, recipe.seed, engine, on_pass)
+    trainer = BlockTrainer(segment, objective, engine, on_pass)
     loss = torch.zeros(())
-    for number in range(recipe.steps):
+    for number in range(objective.recipe.steps):
         loss = trainer.step(number)
         tick(number + 1, loss)
     loss = loss.clone()

@@ -10,26 +10,17 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from fimaq_core.errors import EngineError
-from fimaq_core.reconstruction.loss import Batch, LossState, prediction_loss
+from fimaq_core.reconstruction import step
+from fimaq_core.reconstruction.loss import Batch, Loss, LossState, prediction_loss
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.sample_objective import SampleObjective
-from fimaq_core.reconstruction.step import (
-    StepEngine,
-    StepInputs,
-    StepPlan,
-    batch_loss,
-    batch_output,
-    update,
-)
+from fimaq_core.reconstruction.step import StepEngine, StepInputs, StepPlan, Variables, update
 
 #: Steps that run one by one before a graph is captured (compilation, libraries' workspaces).
 WARM_UP = 3
 
 #: Structures of blocks (with loss and dropping) that one process can compile.
-MAKES = 128
-
-#: Captures a step and returns what replays it and the tensor that holds its result.
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+STRUCTURES = 128
 
 
 class FlatStep(StepEngine):
@@ -37,14 +28,12 @@ class FlatStep(StepEngine):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        state, objective = self.state, self.objective
+        state, objective, arithmetic = self.state, self.objective, self.recipe.step_dtype
         self.counter = torch.zeros(1, dtype=torch.int64, device=state.soft.device)
-        weights, arithmetic = objective.part_weights(), self.recipe.step_dtype
-        self.plan = StepPlan(
-            state.layout, objective.kind, weights, self.mix, self.form == "traced", arithmetic
-        )
+        traced, weights = self.form == "traced", objective.part_weights()
+        self.plan = StepPlan(state.layout, objective.kind, weights, self.mix, traced, arithmetic)
         self.present = self._source()
-        # Leaves that share memory with the state: the update writes there, so these stay the leaves.
+        # Leaves that share memory with the state, where the update writes.
         self.soft = state.soft.detach().requires_grad_(state.rounding is not None)
         self.scales = state.scales.detach().requires_grad_(state.learn_scales)
         self.wanted = [leaf for leaf in (self.soft, self.scales) if leaf.requires_grad]
@@ -57,42 +46,38 @@ class FlatStep(StepEngine):
         data, home, device = objective.batch(mixed), self.tape.full.device, self.state.soft.device
         if home == device:
             return AllSamples(samples, data, objective.state)
-        return FedSamples(
-            data.map(lambda part: part.to(home)), samples.cpu(), device, objective.state
-        )
+        data = data.map(lambda part: part.to(home))
+        return FedSamples(data, samples.cpu(), device, objective.state)
 
     def run(self, number: int) -> Tensor:
-        """See :class:`StepEngine`."""
         self.present.load(number)
         return self.once()
 
     def once(self) -> Tensor:
-        """The step that the counter stands at; no number is read from the device."""
-        loss, starts = self._loss()
+        """Do the step that the counter stands at; no number is read from the device."""
+        loss, new_starts = self._loss()
         grads = iter(torch.autograd.grad(loss, self.wanted) if self.wanted else ())
         state, r = self.state, self.state.rounding
-        rounding = (None,) * 4 if r is None else (next(grads), r.alpha, r.offset, r.gain)
-        scales = next(grads) if state.learn_scales else None, state.scales, state.floor
-        now = self.counter, self.schedule.rates, self.objective.state.starts, starts
+        grad_soft = None if r is None else next(grads)
+        grad_scales = next(grads) if state.learn_scales else None
+        vectors: tuple[Tensor | None, Tensor | None, Tensor | None] = None, None, None
+        if r is not None:
+            vectors = r.alpha, r.offset, r.gain
+        now = self.counter, self.schedule.rates, self.objective.state.starts
+        own = Variables(*now, *vectors, state.soft, state.scales, state.floor, state.moments)
         with torch.no_grad():
-            self._call(update, *now, *rounding, state.soft, *scales, state.moments)
+            self._call(update, own, new_starts, grad_soft, grad_scales)
         return loss.detach()
 
-    def _loss(self) -> tuple[Tensor, Tensor]:
-        block, plan, objective, present = (
-            self.segment.block,
-            self.plan,
-            self.objective,
-            self.present,
-        )
-        now = StepInputs(
-            self.soft, self.scales, self.counter, self.schedule.keys, present.samples, present.data
-        )
+    def _loss(self) -> Loss:
+        block, plan, objective = self.segment.block, self.plan, self.objective
+        keys, present = self.schedule.keys, self.present
+        now = StepInputs(self.soft, self.scales, self.counter, keys, present.samples, present.data)
         if objective.rest is None:
-            found: tuple[Tensor, Tensor] = self._call(batch_loss, block, plan, now, present.state)
+            found: Loss = self._call(step.batch_loss, block, plan, now, present.state)
             return found
         # The rest of the model differs from block to block, so it is not part of what is compiled.
-        output, batch = self._call(batch_output, block, plan, now)
+        output, batch = self._call(step.batch_output, block, plan, now)
         starts, divergence = objective.state.starts, objective.divergence
         return prediction_loss(plan.part_weights, output, batch, starts, objective.rest, divergence)
 
@@ -101,24 +86,24 @@ class FlatStep(StepEngine):
 
 
 class AllSamples:
-    """The samples lie on the device: a step picks its own.
+    """Source of batches where all samples lie on the device: a step picks its own.
 
-    ``samples`` (steps, B) are the numbers of each step's; None where ``data`` is the step's batch.
-    ``state`` is what the loss rests on beside it.
+    ``samples`` (steps, B) are the numbers of each step's samples in ``data``; None if ``data`` is
+    the step's batch. ``state`` goes to the loss.
     """
 
     def __init__(self, samples: Tensor | None, data: Batch, state: LossState) -> None:
         self.samples, self.data, self.state = samples, data, state
 
     def load(self, number: int) -> None:
-        """Make ready for step ``number``."""
+        """Prepare step ``number``."""
 
 
 class FedSamples(AllSamples):
-    """The samples lie in host memory: each step's come to the same buffers on the device.
+    """Source where samples lie in host memory: each batch is copied to fixed buffers on the device.
 
     Two pinned staging areas take turns, so the host gathers a batch while the device still works on
-    the one before. ``order`` (steps, B) are the samples of each batch, in host memory.
+    the one before. ``order`` (steps, B) holds the samples of each batch, in host memory.
     """
 
     def __init__(
@@ -130,9 +115,8 @@ class FedSamples(AllSamples):
             return torch.empty((order.shape[1], *source.shape[1:]), dtype=source.dtype, **where)
 
         super().__init__(None, sources.map(lambda source: rows(source, device=device)), state)
-        self._staging = [
-            [rows(source, pin_memory=self._cuda) for source in self._sources] for _ in range(2)
-        ]
+        pinned = {"pin_memory": self._cuda}
+        self._staging = [[rows(one, **pinned) for one in self._sources] for _ in range(2)]
         self._copied: list[torch.cuda.Event | None] = [None, None]
 
     def load(self, number: int) -> None:
@@ -141,9 +125,8 @@ class FedSamples(AllSamples):
         event = self._copied[slot]
         if event is not None:
             event.synchronize()
-        for source, staging, buffer in zip(
-            self._sources, self._staging[slot], self.data.tensors, strict=True
-        ):
+        places = zip(self._sources, self._staging[slot], self.data.tensors, strict=True)
+        for source, staging, buffer in places:
             torch.index_select(source, 0, self._order[number], out=staging)
             buffer.copy_(staging, non_blocking=True)
         if self._cuda:
@@ -152,9 +135,10 @@ class FedSamples(AllSamples):
 
 
 class OneSample(AllSamples):
-    """The samples have varying shapes: a step reads one.
+    """Source of samples of varying shapes: a step reads one.
 
-    For a compiled step what varies is marked, so that it is compiled once and not once a shape.
+    For a compiled step the dimensions that vary are marked, so that it is compiled once and not
+    once per shape.
     """
 
     def __init__(
@@ -164,13 +148,10 @@ class OneSample(AllSamples):
         super().__init__(None, *objective.sample(order[0], mixed))
         self._varying: list[list[int]] = []
         if traced:
-            shapes = {tuple(objective.tape.full[number].shape): number for number in order}
-            self._varying = _varying_dims(
-                objective.sample(number, mixed) for number in shapes.values()
-            )
+            every = {tuple(objective.tape.full[number].shape): number for number in order}.values()
+            self._varying = _varying_dims(objective.sample(number, mixed) for number in every)
 
     def load(self, number: int) -> None:
-        """See :class:`AllSamples`."""
         self.data, self.state = self._objective.sample(self._order[number], self._mixed)
         if not self._varying:
             return
@@ -184,7 +165,7 @@ def _tensors_of(data: Batch, state: LossState) -> list[Tensor]:
 
 
 def _varying_dims(samples: Iterable[tuple[Batch, LossState]]) -> list[list[int]]:
-    """For each tensor of a sample, its dimensions that differ between samples."""
+    """Return, for each tensor of a sample, the dimensions that differ between samples."""
     shapes = [[tuple(tensor.shape) for tensor in _tensors_of(*sample)] for sample in samples]
     return [
         [dim for dim, sizes in enumerate(zip(*own, strict=True)) if len(set(sizes)) > 1]
@@ -203,20 +184,21 @@ class CompiledStep(FlatStep):
         except TorchDynamoException as error:
             first = str(error).strip().splitlines()[0]
             raise EngineError(
-                f"{self.segment.label}: the step cannot be compiled ({first}): use the engine 'fused', which compiles nothing."
+                f"{self.segment.label}: the step cannot be compiled ({first}): "
+                "use the step engine 'fused', which compiles nothing."
             ) from error
 
 
 class GraphStep(CompiledStep):
-    """The compiled step as one CUDA graph: a replay per step, whatever the number of kernels.
+    """The compiled step as one CUDA graph: one replay per step, whatever the number of kernels.
 
-    The first :data:`WARM_UP` steps run one by one. Everything a step reads or writes keeps its
-    address; Fisher passes between replays change the objective's tensors in place.
+    The first :data:`WARM_UP` steps run one by one. Every tensor that a step reads or writes keeps
+    its address; Fisher passes between replays change the objective's tensors in place.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.capture: Capture = capture_cuda_graph
+        self.capture = capture_cuda_graph
         self._warm = 0
         self._replay: Callable[[], None] | None = None
         self._result: Tensor | None = None
@@ -233,48 +215,47 @@ class GraphStep(CompiledStep):
         return self._result
 
 
-def capture_cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Capture ``step`` without running it; return what replays it, and the tensor of its result."""
+def capture_cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Capture ``function`` without running it; return its replay, and the tensor of its result."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        result = step()
+        result = function()
     return graph.replay, result
 
 
 class SaveAsWritten(CustomPartitionerFn):
-    """Keep for the backward pass what the operations themselves save.
+    """Keep for the backward pass the tensors that the operations themselves save.
 
-    PyTorch's default saves the fewest bytes: boolean masks (slow on CPUs) and inputs from which
+    PyTorch's default saves the fewest bytes: boolean masks (slow on CPUs), and inputs from which
     costly functions (GELU) are then computed again.
     """
 
     def __call__(self, gm: Any, joint_inputs: Any, **kwargs: Any) -> Any:
-        from torch._functorch.partitioners import (
-            default_partition,  # imports networkx: only to compile
-        )
+        # Imported here, since it imports networkx, and only compiling needs it.
+        from torch._functorch.partitioners import default_partition
 
         kwargs.pop("compiler", None)
         return default_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> str:
-        """Key of the cache on disk."""
+        """Return the key of the cache on disk."""
         return "fimaq-save-as-written"
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any], device_type: str, threads: int) -> Callable[..., Any]:
-    """``function`` compiled for a kind of device; on CPUs the code is made for a number of threads."""
+    """Compile ``function`` for a kind of device; CPU code is made for a number of threads."""
     options: dict[str, Any] = {}
     if device_type == "cpu":
-        # The number of threads is compiled in; as an option it is part of the key of the disk cache.
-        # Masks of many cheap integer operations shall fuse into what uses them, not be stored.
+        # The number of threads is compiled in; as an option it is part of the disk cache's key.
+        # The thresholds let masks of many cheap integer operations fuse into their users.
         options = {
             "cpp.threads": threads,
             "realize_opcount_threshold": 200,
             "realize_reads_threshold": 12,
             "custom_partitioner_fn": SaveAsWritten(),
         }
-    # A Swin has a dozen structures of blocks, more than PyTorch's limit, beyond which it is an error.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAKES)
+    # A Swin has a dozen structures of blocks; PyTorch's own limit is 8, beyond which it fails.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, STRUCTURES)
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)

@@ -10,25 +10,28 @@ from fimaq_core.chain import Kept
 from fimaq_core.fisher import losses
 from fimaq_core.fisher.divergence import Measure, kl_divergence
 
+#: The loss (a scalar), and the start values of its parts from now on (parts,).
+Loss = tuple[Tensor, Tensor]
+
 
 class Batch(NamedTuple):
-    """What the steps read of the samples: of all, (n, ...), or of one batch, (B, ...)."""
+    """Tensors that the steps read: of all samples, (n, ...), or of one batch, (B, ...)."""
 
     full: Tensor  # the block's inputs in the full-precision model
-    #: the same with everything before quantized; None where inputs are not mixed
+    #: the block's inputs behind the quantized prefix; None where inputs are not mixed
     prefix: Tensor | None
-    target: Tensor  # its full-precision outputs
-    #: (n, N) what weighs each sample's errors; None for losses without
-    weights: Tensor | None = None
+    target: Tensor  # the block's full-precision outputs
+    weights: Tensor | None = None  # (n, N) weights of each sample's errors, if the loss has some
     #: full-precision outputs of the whole model, for losses that compare predictions
     reference: Tensor | None = None
     side: Tensor | None = None  # the chain's side, for these losses
-    kept: Kept = ()  # what the segments before keep, for these losses
+    kept: Kept = ()  # what earlier segments keep, for these losses
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """``function`` of every tensor."""
+        """Apply ``function`` to every tensor."""
         single = [None if part is None else function(part) for part in self[:6]]
-        return Batch(*single, tuple(function(part) for part in self.kept))  # type: ignore[arg-type, call-arg]
+        kept = tuple(function(part) for part in self.kept)
+        return Batch(*single, kept)  # type: ignore[arg-type, call-arg]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -37,9 +40,9 @@ class Batch(NamedTuple):
 
 
 class LossState(NamedTuple):
-    """What a loss rests on beside the batch. Passes change the tensors in place."""
+    """Tensors that a loss needs beside the batch. Passes change them in place."""
 
-    starts: Tensor  # (parts,) what the parts are divided by; 0 where none has been taken yet
+    starts: Tensor  # (parts,) start values, which the parts are divided by; 0 if not known yet
     #: (k, N) mean absolute gradients, zero for passes to come; ``least_squares``: (1, N), u
     gradients: Tensor | None = None
     #: (N,) mean of the passes done; ``least_squares``: h, ``perturb_mean``: the Hessian
@@ -49,11 +52,11 @@ class LossState(NamedTuple):
 
 def block_loss(
     kind: str, weights: tuple[float, ...], output: Tensor, batch: Batch, state: LossState
-) -> tuple[Tensor, Tensor]:
-    """Loss of a batch (a scalar), and the starts to go on with (parts,).
+) -> Loss:
+    """Return the loss of a batch (a scalar), and the start values from now on (parts,).
 
     ``kind`` is a loss, ``head`` (KL of the classes, not divided by its start) or ``head_relative``;
-    ``weights`` are those of its parts.
+    ``weights`` are those of its parts; ``output`` (B, ...) is the quantized block's.
     """
     if kind == "head":
         return kl_divergence(output, batch.target), state.starts
@@ -70,26 +73,25 @@ def prediction_loss(
     starts: Tensor,
     rest: Callable[[Tensor, Tensor | None, Kept], Tensor],
     divergence: Measure,
-) -> tuple[Tensor, Tensor]:
-    """Squared error of the block plus the divergence of the model's prediction.
+) -> Loss:
+    """Return the block's squared error plus the divergence of the prediction, and the start values.
 
     PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). Its code adds the two as they are, with
-    weights made for their sizes in convolutional networks; here each is divided by its start, so
-    that neither is lost in the other. ``rest`` goes on to the model's output in full precision.
+    weights for their sizes in convolutional networks. Here each is divided by its start value, so
+    that both count. ``rest`` runs the model behind the block in full precision.
     """
     assert batch.reference is not None
     delta = (output - batch.target).flatten(1)
-    # At 8 bits it is about 1e-8, less than float32's logarithms are off: a start could be negative.
-    far = divergence(
-        rest(output, batch.side, batch.kept).double(), batch.reference.double()
-    ).float()
+    prediction = rest(output, batch.side, batch.kept)
+    # In float64: at 8 bits it is about 1e-8, and with float32's logarithms it could be negative.
+    far = divergence(prediction.double(), batch.reference.double()).float()
     return _over_starts([losses.squared_error(delta), far], weights, starts)
 
 
 def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Tensor]:
     if kind in losses.PLAIN:
         return [losses.PLAIN[kind](delta)]
-    # The objective has made what its kind of loss needs.
+    # The objective has made the tensors of its kind of loss.
     weights: Any = batch.weights
     diagonal: Any = state.diagonal
     gradients: Any = state.gradients
@@ -106,10 +108,8 @@ def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Ten
     return [losses.low_rank_loss(delta, gradients, root), losses.diagonal_loss(delta, diagonal)]
 
 
-def _over_starts(
-    parts: list[Tensor], weights: tuple[float, ...], starts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the parts over their starts, and these, by default the parts' values."""
+def _over_starts(parts: list[Tensor], weights: tuple[float, ...], starts: Tensor) -> Loss:
+    """Return the weighted sum of parts over start values, and these; they default to the parts."""
     values = torch.stack(parts)
     now = values.detach()
     # A start of exactly zero (a block where nothing is quantized) must not turn into NaN.

@@ -1,10 +1,10 @@
 """MLP reconstruction (APHQ-ViT: Wu et al., CVPR 2025, arXiv:2504.02508): ReLU in place of GELU.
 
-A stage of its own before calibration. Each MLP with ReLU is trained by itself, on full-precision
-inputs of the model with GELU, to give what it gave with GELU: its output error is weighted by the
-average perturbation Hessian there, plus twice the same error with fc2's input clamped to a quantile
-of its positive values. (The released code lists the norm before the MLP among what is trained; its
-loss does not depend on it.)
+A stage of its own before calibration. Each MLP with ReLU is trained alone, on full-precision inputs
+of the model with GELU, to give the outputs that it gave with GELU. The average perturbation Hessian
+at its output weights the output error; twice the same error is added with fc2's input clamped to a
+quantile of its positive values. (The released code lists the norm before the MLP among the trained
+parameters; its loss does not depend on it.)
 """
 
 import copy
@@ -16,21 +16,23 @@ from torch import Tensor, nn
 
 from fimaq_core.calibration.thinning import spread
 from fimaq_core.chain import BlockChain, MlpPart, Segment
+from fimaq_core.checkpoint import Pieces
 from fimaq_core.errors import ModelError, NumericsError
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.fisher.passes import perturbation_hessian
+from fimaq_core.fisher.passes import Tail, perturbation_hessian
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import arithmetic
-from fimaq_core.progress import OnProgress, Progress, losses_to, silent
+from fimaq_core.progress import Progress, Tick, losses_to
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.schedule import block_generator, draw_batches
-from fimaq_core.reconstruction.tape import Collected, Placement, Storage, Tape
+from fimaq_core.reconstruction.tape import Collected, Tape, start_walk
+from fimaq_core.resources import Resources
 from fimaq_core.samples import Samples
 
 #: Weight of the term whose hidden values are clamped, as released.
 _CLAMPED_WEIGHT = 2.0
-#: Hidden values that the clamping quantile is taken of, at most: those of the first images; where
-#: sizes vary, of all.
+#: Most hidden values that the clamping quantile is taken of: those of the first images, or of all
+#: images if sizes vary.
 _VALUES = 2**24
 
 
@@ -38,16 +40,16 @@ _VALUES = 2**24
 class _Lesson:
     """Training data of an MLP."""
 
-    #: (n, ...) of the MLP
-    inputs: Samples
-    targets: Samples
-    #: of one sample's shape, for all; where shapes vary each sample's; None without
+    label: str  # name of the MLP in the original model
+    inputs: Samples  # (n, ...) inputs of the MLP
+    targets: Samples  # (n, ...) outputs with GELU
+    #: Hessian of one sample's shape for all samples; if shapes vary one per sample; None without
     hessian: Samples | None
     limit: float  # the clamping value
 
 
 def mlps(segments: Iterable[Segment]) -> nn.ModuleList:
-    """All MLPs of ``segments`` (a chain, or several) in order: what an MLP reconstruction changes."""
+    """Return all MLPs of ``segments`` (of one or more chains) in order."""
     return nn.ModuleList(
         segment.block.get_submodule(part.name) for segment in segments for part in segment.mlps
     )
@@ -61,16 +63,15 @@ def use_relu(segments: Iterable[Segment]) -> None:
     """
     segments = list(segments)
     if not len(mlps(segments)):
-        raise ModelError(
-            "The model has no MLP that its family names, so there is nothing for MLP reconstruction."
-        )
+        raise ModelError("MLP reconstruction finds nothing: the model's family names no MLP.")
     for segment in segments:
         for part in segment.mlps:
             mlp = segment.block.get_submodule(part.name)
             activation = mlp.get_submodule(part.act)
             if not isinstance(activation, part.gelu):
                 raise ModelError(
-                    f"{segment.label}.{part.name}: MLP reconstruction replaces GELU, not {type(activation).__name__}."
+                    f"{segment.label}.{part.name}: MLP reconstruction replaces GELU, "
+                    f"not {type(activation).__name__}."
                 )
             mlp.set_submodule(part.act, nn.ReLU())
 
@@ -81,80 +82,64 @@ def reconstruct_mlps(
     recipe: Recipe,
     divergence: Divergence,
     *,
-    on_progress: OnProgress = silent,
-    placement: Placement = "device",
-    batch_size: int = 32,
-    restore: Callable[[int, nn.Module], bool] = lambda index, mlp: False,
-    save: Callable[[int, nn.Module], None] = lambda index, mlp: None,
+    resources: Resources = Resources(),
+    pieces: Pieces = Pieces(),
 ) -> BlockChain:
-    """Reconstruct every MLP of an uncalibrated chain, in place; return a copy of what it was.
+    """Reconstruct every MLP of an uncalibrated chain, in place.
 
-    Args:
-        recipe: the ``mlp_*`` settings, temperature and seed.
-        restore, save: called for each MLP, with its number.
-        chain, images, divergence, on_progress, placement, batch_size: as in
-            :func:`fimaq_core.reconstruction.reconstruct.reconstruct`.
+    Finished MLPs in ``pieces`` are loaded. Other arguments are as in
+    :func:`fimaq_core.reconstruction.reconstruct.reconstruct`.
+
+    Returns:
+        A copy of the chain with GELU, the teacher.
 
     Raises:
-        ModelError: no MLP with GELU.
+        ModelError: there is no MLP with GELU.
         RecipeError: fewer images than a batch.
         NumericsError: a loss is NaN or infinite.
+        CheckpointError: a finished MLP belongs to another run or is damaged.
     """
-    samples, device = Samples.of(images), next(chain.parameters()).device
+    samples = Samples.of(images)
     samples.check_batch(recipe.mlp_batch, "mlp_batch")
     teacher = copy.deepcopy(chain)
     use_relu(chain)
     for one in (chain, teacher):
         set_quantized(one, False)
-    reference = divergence.reference(
-        samples.map(lambda part: teacher(part.to(device)).float(), batch_size)
-    )
-    storage = Storage(placement, device, pinned=not samples.varying)
-    tape = Tape(
-        teacher,
-        samples,
-        storage,
-        with_prefix=False,
-        batch_size=batch_size,
-        frozen_dtype=recipe.frozen_dtype,
-    )
-    begin, number = Progress("reconstruct MLPs", 0, len(mlps(chain)) * recipe.mlp_steps), 0
+    tape, reference = start_walk(teacher, samples, recipe, divergence, resources, with_prefix=False)
+    steps, advice = recipe.mlp_steps, f"lower mlp_lr (now {recipe.mlp_lr})"
+    begin, number = Progress("reconstruct MLPs", 0, len(mlps(chain)) * steps), 0
     for index, segment in enumerate(teacher):
         for part in segment.mlps:
             mlp = chain.segment(index).block.get_submodule(part.name)
-            if not restore(number, mlp):
-                begin = replace(
-                    begin, done=number * recipe.mlp_steps, block=f"{segment.label}.{part.name}"
-                )
-                on_progress(begin)
+            if pieces.load(number, mlp) is None:
+                begin = replace(begin, done=number * steps, block=f"{segment.label}.{part.name}")
+                resources.on_progress(begin)
                 lesson = _prepare(tape, part, recipe, reference, divergence)
-                advice = f"lower mlp_lr (now {recipe.mlp_lr})"
-                tick = losses_to(on_progress, begin, recipe.mlp_steps, "the MLP's loss", advice)
-                _train(mlp, part, lesson, recipe, begin.block, tick)
-                save(number, mlp)
+                tick = losses_to(resources.on_progress, begin, steps, "the MLP's loss", advice)
+                _train(mlp, part, lesson, recipe, tick)
+                pieces.save(number, mlp)
                 del lesson  # before the next one is made
             number += 1
         if index + 1 < len(teacher):
             tape.advance()
-    on_progress(Progress(begin.stage, begin.total, begin.total))
+    resources.on_progress(Progress(begin.stage, begin.total, begin.total))
     return teacher
 
 
 def _prepare(
     tape: Tape, part: MlpPart, recipe: Recipe, reference: Samples, divergence: Divergence
 ) -> _Lesson:
-    """One sweep over the images with the present block of the tape."""
+    """Make the training data of an MLP in one sweep over the images."""
     device, full, segment = tape.storage.device, tape.full, tape.teacher.segment(tape.index)
     mlp, where = segment.block.get_submodule(part.name), f"{segment.label}.{part.name}"
     inputs, targets, hessians = (Collected(tape.storage, full) for _ in range(3))
     total: Tensor | None = None
     hidden: list[Tensor] = []
     seen: dict[str, Tensor] = {}
+    fc2 = mlp.get_submodule(part.fc2)
     handles = [
         mlp.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out)),
-        mlp.get_submodule(part.fc2).register_forward_pre_hook(
-            lambda module, args: seen.update(hidden=args[0])
-        ),
+        fc2.register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0])),
     ]
     for rows in full.slices(divergence.batch or tape.batch_size):
         x = full[rows].to(device)
@@ -170,9 +155,9 @@ def _prepare(
         elif sum(one.numel() for one in hidden) < _VALUES:
             hidden.append(values.flatten())
         if recipe.mlp_loss == "perturb_mean":
-            rest = _rest_behind(tape, mlp, x, rows)
-            to, epsilon = reference[rows].to(device), recipe.perturbation
-            own = perturbation_hessian(rest, output, to, divergence, epsilon, recipe.frozen_dtype)
+            run, to = _rest_behind(tape, mlp, x, rows), reference[rows].to(device)
+            tail = Tail(run, to, divergence, recipe.frozen_dtype)
+            own = perturbation_hessian(tail, output, recipe.perturbation)
             if full.varying:
                 hessians.put(rows, _scaled(own, own.mean(), where))
             else:
@@ -180,33 +165,28 @@ def _prepare(
     for handle in handles:
         handle.remove()
     hessian = None
-    if recipe.mlp_loss == "perturb_mean":
-        hessian = (
-            hessians.samples
-            if total is None
-            else Samples(_scaled(total, total.square().mean().sqrt(), where))
-        )
+    if total is not None:
+        hessian = Samples(_scaled(total, total.square().mean().sqrt(), where))
+    elif recipe.mlp_loss == "perturb_mean":
+        hessian = hessians.samples
     limit = positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile)
-    return _Lesson(inputs.samples, targets.samples, hessian, limit)
+    return _Lesson(where, inputs.samples, targets.samples, hessian, limit)
 
 
 def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
-    """``hessian`` over its size. Raises NumericsError."""
+    """Return ``hessian`` over its size. Raises NumericsError."""
+    problem = f"{where}: the perturbation Hessian is "
     if not torch.isfinite(size):
-        raise NumericsError(
-            f"{where}: the perturbation Hessian is not finite: check the images and the weights."
-        )
+        raise NumericsError(f"{problem}not finite: check the images and the weights.")
     if not size > 0:
-        raise NumericsError(f"{where}: the perturbation Hessian is zero; use mlp_loss mse.")
+        raise NumericsError(f"{problem}zero; use mlp_loss mse.")
     return hessian / size
 
 
 def _rest_behind(tape: Tape, mlp: nn.Module, x: Tensor, rows: slice) -> Callable[[Tensor], Tensor]:
-    """From the output of an MLP in the present block to the model's, for the block's input ``x``."""
-    block, beside = (
-        tape.teacher.segment(tape.index).block,
-        tape.beside.rows(rows, tape.storage.device),
-    )
+    """Return the model as a function of the output of an MLP, for inputs ``x`` of its block."""
+    block = tape.teacher.segment(tape.index).block
+    beside = tape.beside.rows(rows, tape.storage.device)
 
     def rest(output: Tensor) -> Tensor:
         handle = mlp.register_forward_hook(lambda module, args, out: output)
@@ -219,7 +199,7 @@ def _rest_behind(tape: Tape, mlp: nn.Module, x: Tensor, rows: slice) -> Callable
 
 
 def positive_quantile(values: Tensor, share: float) -> float:
-    """The value that ``share`` of the positive ``values`` (n,) do not exceed; 0 if none is positive."""
+    """Return the quantile of the positive ``values`` (n,) at ``share``; 0 if none is positive."""
     positive = values[values > 0]
     if not len(positive):
         return 0.0
@@ -230,36 +210,25 @@ def positive_quantile(values: Tensor, share: float) -> float:
 def mlp_loss(
     mlp: nn.Module, part: MlpPart, x: Tensor, target: Tensor, hessian: Tensor | None, limit: float
 ) -> Tensor:
-    """``mean(H (z - t)²) + 2 mean(H (z' - t)²)``, z' the output with hidden values clamped.
+    """Return ``mean(H (z - t)²) + 2 mean(H (z' - t)²)``, z' the output with hidden values clamped.
 
-    t are outputs with GELU (B, ...); H has one sample's shape, None for ones; ``limit`` bounds the
+    t (B, ...) are outputs with GELU; H has one sample's shape, None for ones; ``limit`` bounds the
     clamped hidden values.
     """
     fc2 = mlp.get_submodule(part.fc2)
     hidden = mlp.get_submodule(part.act)(mlp.get_submodule(part.fc1)(x))
-    errors = (fc2(hidden) - target).square() + _CLAMPED_WEIGHT * (
-        fc2(hidden.clamp(max=limit)) - target
-    ).square()
+    clamped = (fc2(hidden.clamp(max=limit)) - target).square()
+    errors = (fc2(hidden) - target).square() + _CLAMPED_WEIGHT * clamped
     loss: Tensor = (errors if hessian is None else errors * hessian).mean()
     return loss
 
 
-def _train(
-    mlp: nn.Module,
-    part: MlpPart,
-    lesson: _Lesson,
-    recipe: Recipe,
-    label: str,
-    tick: Callable[[int, Tensor], None],
-) -> None:
+def _train(mlp: nn.Module, part: MlpPart, lesson: _Lesson, recipe: Recipe, tick: Tick) -> None:
     device = next(mlp.parameters()).device
-    wanted = [
-        p
-        for name in (part.fc1, part.fc2)
-        for p in (mlp.get_submodule(name).weight, mlp.get_submodule(name).bias)
-    ]
-    parameters = [p for p in wanted if isinstance(p, nn.Parameter)]
-    pick = _picker(lesson, recipe, label, device)
+    layers = [mlp.get_submodule(name) for name in (part.fc1, part.fc2)]
+    wanted = [value for layer in layers for value in (layer.weight, layer.bias)]
+    parameters = [value for value in wanted if isinstance(value, nn.Parameter)]
+    pick = _picker(lesson, recipe, device)
     optimizer = torch.optim.Adam(parameters, lr=recipe.mlp_lr, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.mlp_steps)
     for parameter in parameters:
@@ -279,24 +248,25 @@ def _train(
 
 
 def _picker(
-    lesson: _Lesson, recipe: Recipe, label: str, device: torch.device
+    lesson: _Lesson, recipe: Recipe, device: torch.device
 ) -> Callable[[int], tuple[Tensor, Tensor, Tensor | None]]:
-    """Gives inputs, targets and Hessian of step ``number`` (from 0): a random batch, or one sample."""
-    inputs, hessian = lesson.inputs, lesson.hessian
-    drawn: Tensor | None = None
-    if not inputs.varying:
-        generator = block_generator(recipe.seed, f"{label}/mlp")
-        drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator).to(
-            inputs.device
-        )
+    """Return a function of the step (from 0) that gives inputs, targets and Hessian.
 
-    def pick(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        def chosen(samples: Samples) -> Tensor:
-            found = samples[number % len(inputs)] if drawn is None else samples.whole[drawn[number]]
-            return found.to(device, non_blocking=True)
+    A step takes a random batch, or one sample if shapes vary.
+    """
+    inputs, targets, hessian = lesson.inputs, lesson.targets, lesson.hessian
+    varying, drawn = inputs.varying, torch.zeros(0)
+    if not varying:
+        generator = block_generator(recipe.seed, f"{lesson.label}/mlp")
+        drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator)
+        drawn = drawn.to(inputs.device)
 
-        shared = hessian if hessian is None or drawn is None else hessian.whole
-        own = chosen(shared) if isinstance(shared, Samples) else shared
-        return chosen(inputs), chosen(lesson.targets), own
+    def pick(samples: Samples, number: int) -> Tensor:
+        found = samples[number % len(inputs)] if varying else samples.whole[drawn[number]]
+        return found.to(device, non_blocking=True)
 
-    return pick
+    def lesson_of(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        own = hessian if hessian is None else pick(hessian, number) if varying else hessian.whole
+        return pick(inputs, number), pick(targets, number), own
+
+    return lesson_of

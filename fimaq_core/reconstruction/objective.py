@@ -1,4 +1,4 @@
-"""The objective of one block: what its loss rests on, and the passes that make it."""
+"""The objective of one block: the tensors that its loss needs, and the passes that make them."""
 
 import logging
 from collections.abc import Callable
@@ -22,24 +22,24 @@ logger = logging.getLogger(__name__)
 
 DPLR = ("fisher_lr", "fisher_diag", "fisher_dplr")
 PERTURB = ("perturb", "perturb_mean")
-#: Losses that take a pass with the block quantized while it trains.
+#: Losses that take Fisher passes of the quantized block while it trains.
 UPDATED = (*DPLR, "least_squares")
-#: Losses that weigh squared errors one by one.
+#: Losses with a weight for each squared error.
 DIAGONAL = ("fisher_brecq", "fisher_diag", "fisher_dplr", "least_squares", *PERTURB)
 
 
 class Objective:
-    """What the losses of a block have in common, whatever the samples.
+    """Common part of the objectives of a block, for samples of equal and of varying shapes.
 
     The head's loss is ``KL(softmax(fp) || softmax(q))``, not divided (with a perturbation Hessian
-    twice that over its start, as APHQ-ViT's code has it); a neck's is the squared error. Each part
-    of every other loss is divided by its value at the first step, or at the first step after the
-    last Fisher pass; Fisher losses start at 2, others at 1.
+    twice the KL over its start value, as in APHQ-ViT's code). A neck's loss is the squared error.
+    Each part of every other loss is divided by its value at the first step, or at the first step
+    after the last Fisher pass; Fisher losses start at 2, others at 1.
 
     Args:
-        tape: at the block, its target computed.
-        reference: (n, ...) what the divergence compares the whole model's outputs with.
-        notes: receives sentences about anything that did not go as the recipe says.
+        tape: the chain's tape at the block, the target computed.
+        reference: (n, ...) rows that the divergence compares the model's outputs with.
+        notes: list that receives a sentence about everything that did not go as the recipe says.
 
     Raises:
         NumericsError: the perturbation Hessian is NaN or infinite.
@@ -54,19 +54,19 @@ class Objective:
         divergence: Divergence,
         notes: list[str],
     ) -> None:
-        self.chain, self.tape, self.recipe = chain, tape, recipe
-        self.reference, self.divergence, self.notes = Samples.of(reference), divergence, notes
+        self.tape, self.recipe, self.reference = tape, recipe, Samples.of(reference)
+        self.divergence, self.notes = divergence, notes
         segment = chain.segment(tape.index)
         self.label, self.kind = segment.label, recipe.loss  # kind: name of the loss
         if segment.kind == "head":
             self.kind = "head_relative" if recipe.loss in PERTURB else "head"
         elif segment.kind == "neck":
             self.kind = "mse"
-        #: (n, N) what weighs each sample's errors, where the tape lies; None for losses without
+        #: (n, N) weights of each sample's errors, where the tape lies; None for losses without
         self.weights: Samples | None = None
-        self.passes = 0  # Fisher passes done
+        self.passes = 0  # number of Fisher passes done
         self.update_steps = self._fisher_steps()  # steps (from 0) before which a Fisher pass runs
-        #: what the loss rests on, whatever the batch
+        #: tensors that the loss needs beside the batch
         self.state = LossState(torch.zeros(len(self.part_weights()), device=tape.storage.device))
         self._make_room()
         if self.kind == "fisher_brecq":
@@ -76,12 +76,12 @@ class Objective:
 
     @property
     def target(self) -> Samples:
-        """Full-precision outputs of the block."""
+        """Full-precision outputs of the block, (n, ...)."""
         assert self.tape.target is not None
         return self.tape.target
 
     def part_weights(self) -> tuple[float, ...]:
-        """Weight of each part of the loss."""
+        """Return the weight of each part of the loss."""
         if self.kind == "fisher_dplr":
             return self.recipe.fisher_p1, self.recipe.fisher_p2
         if self.kind == "prediction":
@@ -90,38 +90,36 @@ class Objective:
 
     @property
     def rest(self) -> Callable[[Tensor, Tensor | None, Kept], Tensor] | None:
-        """From the block's output to the model's in full precision, if the loss needs it."""
-        return (
-            partial(self.tape.teacher.rest, self.tape.index) if self.kind == "prediction" else None
-        )
+        """The full-precision model behind the block, if the loss needs it."""
+        if self.kind != "prediction":
+            return None
+        return partial(self.tape.teacher.rest, self.tape.index)
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """Take a Fisher pass. ``forward`` runs the block on a batch, quantized as it is now."""
         raise NotImplementedError
 
     def mean_weight(self) -> float | None:
-        """Mean of the diagonal Fisher weight in the loss as it is now; None for losses without."""
+        """Return the mean of the loss's diagonal Fisher weight; None for losses without one."""
         raise NotImplementedError
 
     def _make_room(self) -> None:
-        """Make what the passes fill."""
+        """Make the tensors that the passes fill."""
         raise NotImplementedError
 
     def _weight(self, rows: slice, values: Tensor, squared: bool) -> Tensor | None:
-        """What a pass's values at a batch's outputs put into ``weights``, (B, N), if anything."""
+        """Return the weights (B, N) that a pass's values at a batch's outputs give, if any."""
         raise NotImplementedError
 
     def _sweep(self, beside: Beside) -> Sweep:
-        """A sweep over what a batch can hold, unless the divergence says what belongs together."""
+        """Return a sweep in the tape's batches, or in the batches that the divergence compares."""
         tape, divergence = self.tape, self.divergence
-        size = divergence.batch or tape.batch_size
-        device, dtype = tape.storage.device, self.recipe.frozen_dtype
-        return Sweep(
-            tape.teacher, tape.index, self.reference, divergence, device, size, dtype, beside
-        )
+        size, dtype = divergence.batch or tape.batch_size, self.recipe.frozen_dtype
+        place = tape.storage.device, size, dtype, beside
+        return Sweep(tape.teacher, tape.index, self.reference, divergence, *place)
 
     def _squared_gradient_pass(self) -> None:
-        """BRECQ's pass: prefix quantized, block and rest in full precision, a gradient per sample."""
+        """Take BRECQ's pass: the prefix quantized, block and rest in full precision."""
         tape = self.tape
         set_quantized(tape.teacher.segment(tape.index).block, False)
         prefix = tape.full if tape.prefix is None else tape.prefix
@@ -137,13 +135,11 @@ class Objective:
             self._fall_back("the gradient is zero (nothing before it is quantized)")
 
     def _perturbation_pass(self) -> None:
-        """APHQ-ViT's pass, everything in full precision: a Hessian per sample, or their mean."""
-        tape, target = self.tape, self.target
-        found, largest = (
-            Collected(tape.storage, target),
-            torch.zeros((), device=tape.storage.device),
-        )
-        for rows, hessian in self._sweep(tape.beside).hessians(target, self.recipe.perturbation):
+        """Take APHQ-ViT's pass in full precision: one Hessian per sample, or their mean."""
+        tape, found = self.tape, Collected(self.tape.storage, self.target)
+        largest = torch.zeros((), device=tape.storage.device)
+        sweep = self._sweep(tape.beside)
+        for rows, hessian in sweep.hessians(self.target, self.recipe.perturbation):
             largest = torch.maximum(largest, hessian.max())
             weight = self._weight(rows, hessian, squared=False)
             if weight is not None:
@@ -151,7 +147,8 @@ class Objective:
         self.passes += 1
         if not torch.isfinite(largest):
             raise NumericsError(
-                f"{self.label}: the perturbation Hessian is {float(largest)}: check the images and the weights."
+                f"{self.label}: the perturbation Hessian is {float(largest)}: "
+                "check the images and the weights."
             )
         if self.kind == "perturb":
             self.weights = found.samples
@@ -172,29 +169,35 @@ class Objective:
         self._note(f"{self.label}: {reason}; squared error used instead")
         self.kind, self.weights = "mse", None
 
+    def _note_damping(self, images: str = "") -> None:
+        passes = f"{self.passes} Fisher passes"
+        self._note(f"{self.label}: D Dᵀ of {passes} was near singular{images} and has been damped")
+
     def _note(self, sentence: str) -> None:
         logger.warning(sentence)
         self.notes.append(sentence)
 
 
 class BlockObjective(Objective):
-    """Loss of the present block of a tape whose samples have equal shapes.
+    """Objective of a block whose samples have equal shapes.
 
     All state is in tensors of fixed shape that change in place, so a compiled or captured step sees
-    the changes; only a Fisher pass reads a number back from the device.
+    the changes. Only a Fisher pass reads a number back from the device.
     """
 
     def _make_room(self) -> None:
-        device, size, k = self.tape.storage.device, self.target[0].numel(), self.recipe.fisher_k
+        device, size, kind = self.tape.storage.device, self.target[0].numel(), self.kind
+        k, diagonal = (
+            self.recipe.fisher_k if kind in DPLR else 1,
+            kind in (*UPDATED, "perturb_mean"),
+        )
         self._errors: list[Tensor] = []
-        gradients = diagonal = root = None
-        if self.kind in DPLR:
-            gradients, root = torch.zeros(k, size, device=device), torch.zeros(k, k, device=device)
-        if self.kind == "least_squares":
-            gradients = torch.zeros(1, size, device=device)
-        if self.kind in (*UPDATED, "perturb_mean"):
-            diagonal = torch.zeros(size, device=device)
-        self.state = LossState(self.state.starts, gradients, diagonal, root)
+        self.state = LossState(
+            self.state.starts,
+            gradients=torch.zeros(k, size, device=device) if kind in UPDATED else None,
+            diagonal=torch.zeros(size, device=device) if diagonal else None,
+            root=torch.zeros(k, k, device=device) if kind in DPLR else None,
+        )
 
     def _weight(self, rows: slice, values: Tensor, squared: bool) -> Tensor | None:
         if self.kind != "perturb_mean":
@@ -204,7 +207,7 @@ class BlockObjective(Objective):
         return None
 
     def batch(self, mixed: bool) -> Batch:
-        """What the steps read, all samples; ``mixed``: with the quantized prefix."""
+        """Return the tensors that the steps read, of all samples; ``mixed``: with the prefix."""
         tape = self.tape
         prefix = tape.prefix.whole if mixed and tape.prefix is not None else None
         weights = None if self.weights is None else self.weights.whole
@@ -215,7 +218,6 @@ class BlockObjective(Objective):
         return batch._replace(reference=self.reference.whole, side=side, kept=kept)
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
-        """See :class:`Objective`."""
         state = self.state
         assert state.gradients is not None
         assert state.diagonal is not None
@@ -235,17 +237,13 @@ class BlockObjective(Objective):
             root, damped = losses.inverse_gram_root(torch.stack(self._errors))
             state.root[: self.passes, : self.passes].copy_(root)
             if damped:
-                self._note(
-                    f"{self.label}: D Dᵀ of {self.passes} Fisher passes was near singular and has been damped"
-                )
+                self._note_damping()
 
     def mean_weight(self) -> float | None:
-        """See :class:`Objective`: of squared gradients, of absolute ones or of a Hessian."""
+        """See :class:`Objective`; the mean of squared or absolute gradients, or of a Hessian."""
         if self.weights is not None:
             return mean_of(self.weights, self.tape.batch_size, squared=self.kind == "fisher_brecq")
         diagonal = self.state.diagonal
-        return (
-            None
-            if diagonal is None or self.kind not in DIAGONAL
-            else float(diagonal.mean(dtype=torch.float64))
-        )
+        if diagonal is None or self.kind not in DIAGONAL:
+            return None
+        return float(diagonal.mean(dtype=torch.float64))

@@ -1,9 +1,10 @@
 """The objective of a block for samples of varying shapes: Fisher information kept per sample.
 
-Our variant of FIMA-Q (Wu et al., CVPR 2025, arXiv:2506.11543) for detectors, whose released code has
-none; APHQ-ViT's code for detectors (Wu et al., CVPR 2025, arXiv:2504.02508) keeps its Hessians so
-too. Absolute gradients g and errors d, and Hessians, are a sample's own, each scaled to mean 1 over
-its N values; the low-rank part is divided by N, so that a large image counts no more than a small one.
+Our variant of FIMA-Q (Wu et al., CVPR 2025, arXiv:2506.11543) for detectors, for which no code is
+released; APHQ-ViT's code for detectors (Wu et al., CVPR 2025, arXiv:2504.02508) keeps its Hessians
+in the same way. Each sample has its own absolute gradients g, errors d and Hessian, each scaled to
+mean 1 over the sample's N values. The low-rank part is divided by N, so that a large image counts
+no more than a small one.
 """
 
 from collections.abc import Callable
@@ -12,27 +13,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fimaq_core.chain import BlockChain
 from fimaq_core.fisher import losses
-from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.loss import Batch, LossState
-from fimaq_core.reconstruction.objective import DIAGONAL, UPDATED, BlockObjective, Objective
-from fimaq_core.reconstruction.tape import Tape
+from fimaq_core.reconstruction.objective import DIAGONAL, UPDATED, Objective
 from fimaq_core.samples import Samples
 
 
 class _Own(NamedTuple):
-    """A sample's own part of :class:`.loss.LossState`, where the tape lies; its root is over √N."""
+    """One sample's part of :class:`.loss.LossState`, where the tape lies; its root is over √N."""
 
     gradients: Tensor
     diagonal: Tensor
     root: Tensor
-    errors: Tensor | None  # (k, N) absolute errors, where the loss has use for them
+    errors: Tensor | None  # (k, N) absolute errors, if the loss needs them
 
 
 class SampleObjective(Objective):
-    """Loss of the present block of a tape whose samples have varying shapes.
+    """Objective of a block whose samples have varying shapes.
 
     Memory, where the tape lies: a loss with k Fisher passes keeps 2 k + 1 times the block's outputs
     (``fisher_diag`` and ``fisher_lr`` k + 1 times), one with Hessians once.
@@ -49,18 +46,20 @@ class SampleObjective(Objective):
             errors = storage.empty(shape, torch.float32) if self.kind == "fisher_dplr" else None
             gradients = storage.empty(shape, torch.float32).zero_()
             diagonal = storage.empty(shape[1:], torch.float32)
-            self._own.append(
-                _Own(gradients, diagonal, torch.zeros(k, k, device=storage.device), errors)
-            )
+            root = torch.zeros(k, k, device=storage.device)
+            self._own.append(_Own(gradients, diagonal, root, errors))
 
     def _weight(self, rows: slice, values: Tensor, squared: bool) -> Tensor | None:
-        """A sample's gradient scaled to mean square 1, or its Hessian to mean 1, (1, N)."""
+        """Return a sample's gradient scaled to mean square 1, or its Hessian to mean 1, (1, N)."""
         mean = (values.square() if squared else values).mean()
         self._size += mean
         return _over(values, mean.sqrt() if squared else mean).view(1, -1)
 
     def sample(self, index: int, mixed: bool) -> tuple[Batch, LossState]:
-        """What a step reads of one sample, on the computing device; ``mixed``: with the prefix."""
+        """Return the tensors that a step reads of one sample, on the computing device.
+
+        ``mixed``: with the quantized prefix.
+        """
         tape, device = self.tape, self.tape.storage.device
 
         def there(samples: Samples) -> Tensor:
@@ -74,21 +73,14 @@ class SampleObjective(Objective):
             batch = batch._replace(reference=there(self.reference), side=side, kept=kept)
         if not self._own:
             return batch, self.state
-        gradients, diagonal, root = (
-            part.to(device, non_blocking=True) for part in self._own[index][:3]
-        )
-        return batch, LossState(self.state.starts, gradients, diagonal, root)
+        own = (part.to(device, non_blocking=True) for part in self._own[index][:3])
+        return batch, LossState(self.state.starts, *own)
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
-        """See :class:`Objective`."""
-        damped = 0
-        for rows, output, gradient in self._sweep(self.tape.beside).gradients(
-            self.tape.full, forward
-        ):
-            own, delta = (
-                self._own[rows.start],
-                (output - self.target[rows].to(output.device)).flatten(),
-            )
+        damped, sweep = 0, self._sweep(self.tape.beside)
+        for rows, output, gradient in sweep.gradients(self.tape.full, forward):
+            own = self._own[rows.start]
+            delta = (output - self.target[rows].to(output.device)).flatten()
             if self.kind == "least_squares":
                 self._fit(own, gradient.flatten(), delta)
             else:
@@ -96,19 +88,16 @@ class SampleObjective(Objective):
         self.passes += 1
         self.state.starts.zero_()
         if damped:
-            passes = f"{self.passes} Fisher passes"
-            self._note(
-                f"{self.label}: D Dᵀ of {passes} was near singular for {damped} images and has been damped"
-            )
+            self._note_damping(f" for {damped} images")
 
     def mean_weight(self) -> float | None:
-        """See :class:`Objective`: the mean over samples and passes, before each is scaled to mean 1."""
+        """See :class:`Objective`; the mean over samples and passes, before each is scaled."""
         if self.kind not in DIAGONAL or not self.passes:
             return None
         return float(self._size) / (len(self.target) * self.passes)
 
     def _stack(self, own: _Own, gradient: Tensor, error: Tensor) -> bool:
-        """Add a pass to a sample's own; return whether D Dᵀ had to be damped."""
+        """Add a pass to a sample's tensors; return True if D Dᵀ had to be damped."""
         row, so_far = self.passes, self.passes + 1
         self._size += gradient.mean()
         own.gradients[row].copy_(_over(gradient, gradient.mean()))
@@ -121,7 +110,7 @@ class SampleObjective(Objective):
         return damped
 
     def _fit(self, own: _Own, gradient: Tensor, delta: Tensor) -> None:
-        """LS-ViT's fit to the pair of one sample, scaled so that h has mean 1 / N."""
+        """Fit LS-ViT's h and u to one sample's pair (g, Δ), scaled so that h has mean 1 / N."""
         g, d = gradient.double(), delta.double()
         tiny = torch.finfo(torch.float64).tiny
         diagonal = (g * d / d.square().clamp(min=tiny)).clamp(min=0)
@@ -134,18 +123,5 @@ class SampleObjective(Objective):
 
 
 def _over(values: Tensor, size: Tensor) -> Tensor:
-    """``values`` over their size; zeros stay zeros."""
+    """Return ``values`` over their size; zeros stay zeros."""
     return values / torch.where(size > 0, size, torch.ones_like(size))
-
-
-def make_objective(
-    chain: BlockChain,
-    tape: Tape,
-    recipe: Recipe,
-    reference: Samples,
-    divergence: Divergence,
-    notes: list[str],
-) -> Objective:
-    """The objective for the tape's samples; arguments as of :class:`Objective`."""
-    kind = SampleObjective if tape.full.varying else BlockObjective
-    return kind(chain, tape, recipe, reference, divergence, notes)

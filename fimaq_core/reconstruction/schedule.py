@@ -1,7 +1,7 @@
-"""All of a block's optimisation that depends on the step's number, as tables made beforehand.
+"""Everything in a block's optimisation that depends on the step's number, as tables made before.
 
-A step reads its row by a counter that lives on the device, so no step waits for a Python number and
-the same compiled or captured step serves all of them.
+A step reads its row by a counter on the device. So no step waits for a Python number, and one
+compiled or captured step serves all steps.
 """
 
 import functools
@@ -13,57 +13,59 @@ from torch import Tensor
 
 from fimaq_core.quantizers.dropping import draw_keys
 from fimaq_core.recipe import Recipe
+from fimaq_core.samples import Samples
 
 #: Adam's constants, PyTorch's defaults.
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-#: Numbers drawn at a time while batches are drawn.
+#: Random numbers drawn at a time while batches are drawn.
 _DRAWS = 2**22
 
 
 def block_generator(seed: int, label: str) -> torch.Generator:
-    """CPU random generator of one block, by seed and name only: resuming needs no saved state."""
+    """Return a CPU random generator that depends on seed and label only.
+
+    So resuming needs no saved state.
+    """
     digest = hashlib.sha256(f"{seed}/{label}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tables with a row per step."""
+    """Tables with one row per step."""
 
     #: (steps, 5) float32: weight and exponent β of the rounding regulariser, Adam's step sizes
     #: (learning rate over its first bias correction) of α and of the scales, and the inverse root
     #: of Adam's second bias correction
     rates: Tensor
-    #: (steps, B) int64, the batch's samples: drawn without repetition, or one after another
-    samples: Tensor
+    samples: Tensor  # (steps, B) int64, numbers of the batch's samples
     keys: Tensor  # (steps, streams, 2) int32, keys of the random masks
 
     @classmethod
     def build(
-        cls,
-        recipe: Recipe,
-        images: int,
-        streams: int,
-        generator: torch.Generator,
-        device: torch.device,
-        in_order: bool = False,
+        cls, recipe: Recipe, samples: Samples, streams: int, generator: torch.Generator
     ) -> "Schedule":
-        """Make the tables of a block for a number of images and of random masks a step (streams).
+        """Make the tables of a block with ``streams`` random masks per step, on the CPU.
 
-        The generator is on the CPU, so that every device sees the same. ``in_order`` takes the
-        images one by one, again and again (as released for detectors).
+        The generator is on the CPU too, so every device sees the same numbers. Batches have no
+        repetition. Samples of varying shapes are taken one by one, again and again (as released for
+        detectors).
         """
-        samples = (
-            torch.arange(recipe.steps)[:, None] % images
-            if in_order
-            else draw_batches(recipe.steps, min(recipe.batch_size, images), images, generator)
-        )
+        count = len(samples)
+        if samples.varying:
+            rows = torch.arange(recipe.steps)[:, None] % count
+        else:
+            rows = draw_batches(recipe.steps, min(recipe.batch_size, count), count, generator)
         keys = draw_keys(recipe.steps * streams, generator).view(recipe.steps, streams, 2)
-        return cls(_rates(recipe).to(device), samples.to(device), keys.to(device))
+        return cls(_rates(recipe), rows, keys)
+
+    def to(self, device: torch.device) -> "Schedule":
+        """Return the tables on ``device``."""
+        return Schedule(self.rates.to(device), self.samples.to(device), self.keys.to(device))
 
 
 def draw_batches(steps: int, size: int, images: int, generator: torch.Generator) -> Tensor:
-    """(steps, size) numbers below ``images``, rows without repetition, subsets equally likely."""
+    """Draw (steps, size) numbers below ``images``: rows without repetition, all equally likely."""
     rows = max(_DRAWS // images, 1)
     out = []
     for start in range(0, steps, rows):
@@ -73,7 +75,7 @@ def draw_batches(steps: int, size: int, images: int, generator: torch.Generator)
 
 
 def regulariser_exponent(recipe: Recipe, number: int) -> float | None:
-    """β of the rounding regulariser at step ``number`` (from 0), None while it is off."""
+    """Return β of the rounding regulariser at step ``number`` (from 0), None while it is off."""
     count, steps = number + 1, recipe.steps
     warmup = recipe.round_warmup * steps
     if count < warmup or recipe.round_weight == 0:
@@ -84,7 +86,7 @@ def regulariser_exponent(recipe: Recipe, number: int) -> float | None:
 
 @functools.lru_cache(maxsize=4)
 def cosine_rates(start: float, steps: int) -> tuple[float, ...]:
-    """Learning rates of PyTorch's cosine schedule to zero."""
+    """Return the learning rates of PyTorch's cosine schedule to zero."""
     optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=start)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     rates = []

@@ -1,11 +1,10 @@
-"""What an optimisation of a block learns, as two flat vectors, and how they reach the layers."""
+"""Variables of a block's optimisation, as two flat vectors, and how they reach the layers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from fimaq_core.chain import Segment
 from fimaq_core.layers import WeightLayer, quant_layers
@@ -15,30 +14,36 @@ from fimaq_core.quantizers.rounding import RoundingProblem, split_as
 
 #: Lower bound of a learned activation scale, as a share of its calibrated value.
 SCALE_FLOOR = 0.01
-#: The share below which a scale counts as driven to that bound: the last, small steps may lift it.
+#: Share below which a scale counts as driven to that bound: the last, small steps may lift it.
 NEAR_FLOOR = 0.02
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which parameters of a block the flat vectors stand for: names and shapes in order.
+    """Names and shapes of the parameters in the flat vectors, in order.
 
     Blocks of the same structure have equal layouts, so they share what has been compiled.
     """
 
-    weights: tuple[tuple[str, tuple[int, ...]], ...]  # of weights that are rounded
-    scales: tuple[tuple[str, tuple[int, ...]], ...]  # of activation scales
+    weights: tuple[tuple[str, tuple[int, ...]], ...]  # weights that are rounded
+    scales: tuple[tuple[str, tuple[int, ...]], ...]  # activation scales
     #: names of the activation quantizers' keys; their masks are streams 1, 2, ... (0 mixes the
     #: block's input)
     keys: tuple[str, ...]
 
     @property
     def streams(self) -> int:
-        """Random masks a step."""
+        """Number of random masks per step."""
         return 1 + len(self.keys)
 
     def tensors(self, soft: Tensor, scales: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        """The block's tensors by name, of soft weights (n,), scales (m,), keys (streams, 2)."""
+        """Return the block's tensors by name, for ``torch.func.functional_call``.
+
+        Args:
+            soft: (n,) soft weights.
+            scales: (m,) activation scales.
+            keys: (streams, 2) keys of the random masks.
+        """
         found = {name: keys[number + 1] for number, name in enumerate(self.keys)}
         for flat, entries in ((soft, self.weights), (scales, self.scales)):
             pieces = split_as(flat, [shape for _, shape in entries])
@@ -47,28 +52,21 @@ class Layout:
 
 
 class BlockState:
-    """The variables of one block's optimisation, beside the block itself."""
+    """The variables of one block's optimisation, kept beside the block."""
 
     def __init__(self, segment: Segment, learn_scales: bool) -> None:
-        device = next(segment.block.parameters()).device
-        rounded = list(rounded_layers(segment.block))
-        activations = active_quantizers(segment)
-        #: the layers whose rounding is learned
-        self.layers: list[WeightLayer] = [layer for _, layer in rounded]
+        rounded, activations = list(rounded_layers(segment.block)), active_quantizers(segment)
+        self.layers = [layer for _, layer in rounded]  # layers whose rounding is learned
         self.quantizers = [quantizer for _, quantizer in activations]  # the activation quantizers
-        #: where they belong
         self.layout = Layout(
-            tuple((_join(name, "weight"), tuple(layer.weight.shape)) for name, layer in rounded),
-            tuple(
-                (_join(name, "scale"), tuple(quantizer.scale.shape))
-                for name, quantizer in activations
-            ),
+            tuple((_join(name, "weight"), tuple(one.weight.shape)) for name, one in rounded),
+            tuple((_join(name, "scale"), tuple(one.scale.shape)) for name, one in activations),
             tuple(_join(name, "key") for name, _ in activations),
         )
         #: the rounding problem, or None if no weight is quantized
         self.rounding: RoundingProblem | None = None
-        #: (n,) present soft weights, in step with ``rounding.alpha``
-        self.soft = torch.zeros(0, device=device)
+        #: (n,) current soft weights, in step with ``rounding.alpha``
+        self.soft = torch.zeros(0, device=next(segment.block.parameters()).device)
         if self.layers:
             quantizers = [layer.weight_quantizer for layer in self.layers]
             self.rounding = RoundingProblem.build(
@@ -78,33 +76,29 @@ class BlockState:
                 [one.levels for one in quantizers],
             )
             self.soft = self.rounding.soft()
-        #: (m,) present activation scales
-        self.scales = torch.cat(
-            [self.soft[:0], *(quantizer.scale.detach().flatten() for quantizer in self.quantizers)]
-        )
-        #: (m,) lower bounds of the scales: :data:`SCALE_FLOOR` of the calibrated values
+        scales = [quantizer.scale.detach().flatten() for quantizer in self.quantizers]
+        self.scales = torch.cat([self.soft[:0], *scales])  # (m,) current activation scales
+        #: (m,) lower bounds of the scales: :data:`SCALE_FLOOR` times the calibrated values
         self.floor = SCALE_FLOOR * self.scales
-        #: whether the scales are learned
         self.learn_scales = learn_scales and self.scales.numel() > 0
+        variables = self.soft, self.soft, self.scales, self.scales
         #: Adam's first and second moments, of α and of the scales
-        self.moments = [
-            torch.zeros_like(like) for like in (self.soft, self.soft, self.scales, self.scales)
-        ]
+        self.moments = [torch.zeros_like(variable) for variable in variables]
 
     def scales_near_floor(self) -> int:
-        """Number of learned scales that are now below :data:`NEAR_FLOOR` of the calibrated value."""
+        """Return the number of learned scales below :data:`NEAR_FLOOR` of the calibrated value."""
         near = NEAR_FLOOR / SCALE_FLOOR * self.floor
         return int((self.scales < near).sum()) if self.learn_scales else 0
 
     def attach(self, form: Form, probability: float) -> None:
-        """Set the layers up: weights are given soft, quantizers compute in ``form``."""
+        """Prepare the layers: weights are given soft, quantizers compute in ``form``."""
         for layer in self.layers:
             layer.soft = True
         for quantizer in self.quantizers:
             quantizer.learning, quantizer.keep_probability = form, probability
 
     def detach(self) -> None:
-        """Leave optimisation; scales go to their quantizers."""
+        """End the optimisation; scales go to their quantizers."""
         for layer in self.layers:
             layer.soft = False
         scales = split_as(self.scales, [quantizer.scale.shape for quantizer in self.quantizers])
@@ -113,16 +107,8 @@ class BlockState:
             quantizer.set_scale(scale)
 
 
-def run_block(
-    block: torch.nn.Module, layout: Layout, soft: Tensor, scales: Tensor, keys: Tensor, x: Tensor
-) -> Tensor:
-    """Output of a block with variables in place of its own, see :meth:`Layout.tensors`."""
-    out: Tensor = functional_call(block, layout.tensors(soft, scales, keys), (x,))
-    return out
-
-
 def active_quantizers(segment: Segment) -> list[tuple[str, ActivationQuantizer]]:
-    """Names (within the block) and activation quantizers of a segment's block that are not off."""
+    """Return names (within the block) and activation quantizers of a block that are not off."""
     return [
         (name, part)
         for name, part in segment.block.named_modules()
@@ -131,8 +117,8 @@ def active_quantizers(segment: Segment) -> list[tuple[str, ActivationQuantizer]]
     ]
 
 
-def rounded_layers(block: torch.nn.Module) -> Iterator[tuple[str, WeightLayer]]:
-    """Names and layers of a block whose weights are quantized."""
+def rounded_layers(block: nn.Module) -> Iterator[tuple[str, WeightLayer]]:
+    """Yield names and layers of a block whose weights are quantized."""
     for name, layer in quant_layers(block):
         if isinstance(layer, WeightLayer) and not layer.weight_quantizer.off:
             yield name, layer

@@ -1,41 +1,43 @@
-"""The tape: inputs and outputs of the present block over all samples, each computed once.
+"""The tape: inputs and outputs of the current block over all samples, each computed once.
 
-Block i's output is block i + 1's input, so the walk costs two forwards a block (full precision and
-quantized) whatever the depth. Memory: at most five tensors of samples x block output (input and
+Block i's output is block i + 1's input, so the walk costs two forwards per block (full precision
+and quantized) whatever the depth. Memory: at most five tensors of samples x block output (input and
 output in full precision, the quantized prefix's input, and the next two while advancing), and twice
-what segments keep, on the device, in host memory or memory-mapped.
+the tensors that segments keep: on the device, in host memory or memory-mapped.
 """
 
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fimaq_core.chain import Beside, BlockChain
+from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import Arithmetic, arithmetic
+from fimaq_core.recipe import Recipe
+from fimaq_core.resources import Placement, Resources
 from fimaq_core.samples import Samples
 
-Placement = Literal["device", "host", "disk"]
+#: A module, or a function of a batch and its rows.
+BatchFunction = nn.Module | Callable[[Tensor, slice], Tensor]
 
 
 class Storage:
     """Makes the tape's tensors: on the ``device`` (fastest), in ``host`` memory, or on ``disk``.
 
-    Disk means memory-mapped temporary files. ``pinned`` host memory serves few large tensors; of
-    many small ones each is rounded up to a power of two.
+    Disk means memory-mapped temporary files. ``pinned`` host memory suits few large tensors; each
+    of many small ones would be rounded up to a power of two.
     """
 
     def __init__(self, placement: Placement, device: torch.device, pinned: bool = True) -> None:
         self.placement, self.device = placement, device
         self.pinned = pinned and device.type == "cuda"
-        self._folder = (
-            tempfile.TemporaryDirectory(prefix="fimaq-tape-") if placement == "disk" else None
-        )
+        on_disk = placement == "disk"
+        self._folder = tempfile.TemporaryDirectory(prefix="fimaq-tape-") if on_disk else None
         self._count = 0
 
     @property
@@ -44,7 +46,7 @@ class Storage:
         return self.device if self.placement == "device" else torch.device("cpu")
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor in this place."""
+        """Make an uninitialised tensor."""
         if self.placement == "device":
             return torch.empty(shape, dtype=dtype, device=self.device)
         if self._folder is None:
@@ -52,7 +54,7 @@ class Storage:
         self._count += 1
         path = Path(self._folder.name) / f"{self._count}.bin"
         size = int(torch.Size(shape).numel())
-        # Else a full disk would show as a signal that ends the process, once the tensor is written.
+        # Reserved now: otherwise a full disk would end the process by a signal while it writes.
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, max(size * dtype.itemsize, 1))
@@ -78,26 +80,26 @@ class Collected:
 
     @property
     def samples(self) -> Samples:
-        """All of them, ready to be read."""
+        """All samples, ready to be read."""
         if self._storage.device.type == "cuda" and self._storage.placement != "device":
             torch.cuda.synchronize(self._storage.device)
         return Samples(self._tensors if self._like.varying else self._tensors[0])
 
 
 def squared_sum(values: Tensor) -> Tensor:
-    """Σ values², a float64 scalar."""
+    """Return Σ values², a float64 scalar."""
     # In pieces: in float64 a batch of maps would take as much memory as the block that made it.
     parts = torch.split(values.flatten(), 2**22)
     return torch.stack([part.double().square_().sum() for part in parts]).sum()
 
 
 def over(error: float, size: float) -> float:
-    """``error / size``: 0 where there is no error; infinite or NaN where nothing else fits."""
+    """Return ``error / size``; 0 without an error, infinite for an error over a size of 0."""
     return 0.0 if error == 0 else (error / size if size else float("inf"))
 
 
 def mean_of(samples: Samples, batch_size: int, squared: bool = False) -> float:
-    """The mean of all values of ``samples`` (n, N), or of their squares."""
+    """Return the mean of all values of ``samples`` (n, N), or of their squares."""
     total, count = 0.0, 0
     for part in samples.batches(batch_size):
         total += float(squared_sum(part) if squared else part.sum(1).double().sum())
@@ -108,13 +110,25 @@ def mean_of(samples: Samples, batch_size: int, squared: bool = False) -> float:
 class Tape:
     """Position of a walk over a chain, which is quantized block by block.
 
+    Example::
+
+        tape = Tape(chain, images, Storage("device", device), with_prefix=True)
+        tape.compute_target()  # then optimise block 0
+        tape.advance()
+
     Args:
-        images: (n, ...) inputs of the chain; where their shapes vary, so do those of all that is
-            here.
-        with_prefix: whether the quantized prefix's outputs are wanted.
-        batch_size: samples a forward pass.
-        frozen_dtype: arithmetic of full-precision parts.
+        images: (n, ...) inputs of ``chain``; if their shapes vary, all samples here do.
+        with_prefix: True to compute the outputs of the quantized prefix too.
+        batch_size, frozen_dtype: samples per forward pass; arithmetic of full-precision parts.
         teacher: the full-precision model, of the same segments; by default ``chain`` itself.
+
+    Attributes:
+        index: number of the current block.
+        beside, beside_prefix: tensors that travel beside ``full`` and ``prefix``.
+        full: (n, ...) the block's inputs in the full-precision model.
+        prefix: (n, ...) the block's inputs behind the quantized prefix; None without prefix.
+        target: (n, ...) the block's full-precision outputs; None until :meth:`compute_target`.
+        outputs: (n, ...) its quantized outputs behind the prefix; None until :meth:`measure`.
     """
 
     def __init__(
@@ -128,31 +142,18 @@ class Tape:
         frozen_dtype: Arithmetic = "float32",
         teacher: BlockChain | None = None,
     ) -> None:
-        self.chain, self.storage, self.batch_size, self.frozen_dtype = (
-            chain,
-            storage,
-            batch_size,
-            frozen_dtype,
-        )
-        #: the full-precision model; ``chain``, or what it was before its MLPs were changed
-        self.teacher = chain if teacher is None else teacher
-        self.index = 0  # number of the present block
-        samples, device = Samples.of(images), storage.device
-        project = self.teacher.side
-        side = (
-            None
-            if project is None
-            else samples.map(lambda part: project(part.to(device)), batch_size)
-        )
-        self.beside = self.beside_prefix = Beside(side)  # beside ``full``, and beside ``prefix``
-        #: (n, ...) the present block's inputs in the full-precision model
+        self.chain, self.teacher = chain, chain if teacher is None else teacher
+        self.storage, self.batch_size, self.frozen_dtype = storage, batch_size, frozen_dtype
+        self.index = 0
+        samples, device, project = Samples.of(images), storage.device, self.teacher.side
+        side = None
+        if project is not None:
+            side = samples.map(lambda part: project(part.to(device)), batch_size)
+        self.beside = self.beside_prefix = Beside(side)
         self.full = self._enter(self.teacher, samples, self.beside)
         # Nothing is quantized before the first block.
-        #: the same with everything before quantized; None where nobody wants it
         self.prefix: Samples | None = self.full if with_prefix else None
-        #: (n, ...) the present block's full-precision outputs; None until :meth:`compute_target`
         self.target: Samples | None = None
-        #: (n, ...) its quantized outputs behind the prefix; None until :meth:`measure` keeps them
         self.outputs: Samples | None = None
 
     @property
@@ -164,7 +165,7 @@ class Tape:
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     def compute_target(self) -> Samples:
-        """Run the present block in full precision, once; its layers are switched to it."""
+        """Run the current block in full precision, once; its layers stay in full precision."""
         if self.target is None:
             block = self.teacher.segment(self.index).block
             set_quantized(block, False)
@@ -173,10 +174,10 @@ class Tape:
 
     @torch.no_grad()
     def measure(self, keep: bool = True) -> float:
-        """Run the present block, which must be finished, behind the quantized prefix.
+        """Run the current block, which must be finished, behind the quantized prefix.
 
-        Returns ``||q - f||² / ||f||²`` over all samples, q its outputs and f its target; ``keep``
-        says whether :meth:`advance` needs the outputs.
+        Returns ``||q - f||² / ||f||²`` over all samples, q the block's outputs and f its target.
+        ``keep`` stores the outputs for :meth:`advance`.
         """
         assert self.prefix is not None
         target, block = self.compute_target(), self.chain.segment(self.index).block
@@ -194,7 +195,7 @@ class Tape:
         return over(float(error), float(size))
 
     def advance(self) -> None:
-        """Go to the next block. The present one must be finished: it is left in its quantized form."""
+        """Go to the next block. The current one must be finished; it is left quantized."""
         target = self.compute_target()
         block = self.chain.segment(self.index).block
         outputs, self.outputs = self.outputs, None
@@ -203,20 +204,18 @@ class Tape:
             if outputs is None:
                 outputs = self._map(block, self.prefix, "float32")
         self.beside = self._keeping(self.teacher, target, self.beside)
-        self.beside_prefix = (
-            self.beside
-            if outputs is None
-            else self._keeping(self.chain, outputs, self.beside_prefix)
-        )
+        if outputs is None:
+            self.beside_prefix = self.beside
+        else:
+            self.beside_prefix = self._keeping(self.chain, outputs, self.beside_prefix)
         self.index += 1
         self.full = self._enter(self.teacher, target, self.beside)
-        self.prefix = (
-            None if outputs is None else self._enter(self.chain, outputs, self.beside_prefix)
-        )
-        self.target = None
+        self.prefix = self.target = None
+        if outputs is not None:
+            self.prefix = self._enter(self.chain, outputs, self.beside_prefix)
 
     def _enter(self, chain: BlockChain, source: Samples, beside: Beside) -> Samples:
-        """Inputs of the present block of ``chain`` from the outputs of the one before."""
+        """Return inputs of the current block of ``chain`` from outputs of the block before."""
         segment = chain.segment(self.index)
         if not (segment.takes_side or segment.takes_kept):
             return self._map(segment.before, source)
@@ -224,41 +223,62 @@ class Tape:
         return self._map(lambda x, rows: segment.enter(x, *beside.rows(rows, device)), source)
 
     def _keeping(self, chain: BlockChain, outputs: Samples, beside: Beside) -> Beside:
-        """What travels beside the next block's input."""
+        """Return the tensors that travel beside the next block's input."""
         keep = chain.segment(self.index).keep
-        return (
-            beside
-            if keep is None
-            else Beside(beside.side, (*beside.kept, self._map(keep, outputs)))
-        )
+        if keep is None:
+            return beside
+        return Beside(beside.side, (*beside.kept, self._map(keep, outputs)))
 
     @torch.no_grad()
     def _run(
-        self,
-        function: nn.Module | Callable[[Tensor, slice], Tensor],
-        source: Samples,
-        dtype: Arithmetic,
+        self, function: BatchFunction, source: Samples, dtype: Arithmetic
     ) -> Iterator[tuple[slice, Tensor]]:
-        """``function`` of all samples batch by batch: a module, or what also takes the rows."""
+        """Yield rows and ``function`` of them, batch by batch."""
         device = self.storage.device
         for rows in source.slices(self.batch_size):
             part = source[rows].to(device, non_blocking=True)
+            args = (part,) if isinstance(function, nn.Module) else (part, rows)
             with arithmetic(dtype, device):
-                out: Tensor = (
-                    function(part) if isinstance(function, nn.Module) else function(part, rows)
-                ).float()
+                out: Tensor = function(*args).float()
             yield rows, out
 
     def _map(
-        self,
-        function: nn.Module | Callable[[Tensor, slice], Tensor],
-        source: Samples,
-        dtype: Arithmetic | None = None,
+        self, function: BatchFunction, source: Samples, dtype: Arithmetic | None = None
     ) -> Samples:
-        """``function`` of all samples, as in :meth:`_run`, in the storage."""
+        """Return ``function`` of all samples, in the storage."""
         if isinstance(function, nn.Identity) and source.device == self.storage.home:
             return source
         kept = Collected(self.storage, source)
         for rows, out in self._run(function, source, dtype or self.frozen_dtype):
             kept.put(rows, out)
         return kept.samples
+
+
+def start_walk(
+    chain: BlockChain,
+    images: Samples,
+    recipe: Recipe,
+    divergence: Divergence,
+    resources: Resources,
+    *,
+    with_prefix: bool,
+    teacher: BlockChain | None = None,
+) -> tuple[Tape, Samples]:
+    """Return a tape at the first block, and the divergence's reference of the teacher's outputs.
+
+    Teacher and chain must be in full precision; other arguments as of :class:`Tape`.
+    """
+    device, model = next(chain.parameters()).device, chain if teacher is None else teacher
+    reference = divergence.reference(
+        images.map(lambda part: model(part.to(device)).float(), resources.batch_size)
+    )
+    tape = Tape(
+        chain,
+        images,
+        Storage(resources.placement, device, pinned=not images.varying),
+        with_prefix=with_prefix,
+        batch_size=resources.batch_size,
+        frozen_dtype=recipe.frozen_dtype,
+        teacher=teacher,
+    )
+    return tape, reference

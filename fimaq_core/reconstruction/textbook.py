@@ -1,6 +1,6 @@
 """The step by its definition: plain operations, autograd, PyTorch's optimizers.
 
-It is slow, and what the fast steps must equal.
+It is slow; the fast steps must agree with it.
 """
 
 from typing import Any
@@ -20,19 +20,15 @@ from fimaq_core.reconstruction.step import StepEngine
 
 
 class TextbookStep(StepEngine):
-    """One tensor of rounding variables per layer and one of scales per quantizer."""
+    """The step with one tensor of rounding variables per layer and one of scales per quantizer."""
 
     form = "textbook"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        state, recipe = self.state, self.recipe
-        self.alphas: list[Tensor] = []
-        if state.rounding is not None:
-            self.alphas = [
-                alpha.clone().requires_grad_(True)
-                for alpha in state.rounding.split(state.rounding.alpha)
-            ]
+        state, recipe, rounding = self.state, self.recipe, self.state.rounding
+        alphas = [] if rounding is None else rounding.split(rounding.alpha)
+        self.alphas = [alpha.clone().requires_grad_(True) for alpha in alphas]
         shapes = [quantizer.scale.shape for quantizer in state.quantizers]
         scales, self.floors = split_as(state.scales, shapes), split_as(state.floor, shapes)
         self.scales = [scale.clone().requires_grad_(state.learn_scales) for scale in scales]
@@ -47,22 +43,19 @@ class TextbookStep(StepEngine):
             )
 
     def run(self, number: int) -> Tensor:
-        """See :class:`StepEngine`."""
         objective, recipe, weights = self.objective, self.recipe, self.objective.part_weights()
         roundings = [(1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1) for alpha in self.alphas]
         keys = self.schedule.keys[number]
-        batch, state = self._present(self.schedule.samples[number])
+        batch, state = self._batch(self.schedule.samples[number])
+        tensors, x = self._tensors(roundings, keys), self._input(batch, keys)
         with autocast(recipe.step_dtype, self.state.soft.device):
-            output = functional_call(
-                self.segment.block, self._tensors(roundings, keys), (self._input(batch, keys),)
-            )
+            output = functional_call(self.segment.block, tensors, (x,))
         output, rest = output.float(), objective.rest
         if rest is None:
             loss, starts = block_loss(objective.kind, weights, output, batch, state)
         else:
-            loss, starts = prediction_loss(
-                weights, output, batch, state.starts, rest, objective.divergence
-            )
+            divergence = objective.divergence
+            loss, starts = prediction_loss(weights, output, batch, state.starts, rest, divergence)
         state.starts.copy_(starts)
         total, beta = loss, regulariser_exponent(recipe, number)
         if beta is not None:
@@ -85,21 +78,16 @@ class TextbookStep(StepEngine):
         layout = self.state.layout
         found = {name: keys[number + 1] for number, name in enumerate(layout.keys)}
         found |= {name: scale for (name, _), scale in zip(layout.scales, self.scales, strict=True)}
-        for (name, shape), layer, h in zip(
-            layout.weights, self.state.layers, roundings, strict=True
-        ):
-            quantizer = layer.weight_quantizer
-            codes = (
-                torch.floor(layer.weight.flatten(1) / quantizer.scale)
-                + h.flatten(1)
-                + quantizer.zero_point
-            )
-            codes = codes.clamp(0, quantizer.levels - 1)
-            found[name] = (quantizer.scale * (codes - quantizer.zero_point)).view(shape)
+        weights = zip(layout.weights, self.state.layers, roundings, strict=True)
+        for (name, shape), layer, h in weights:
+            scale, zero = layer.weight_quantizer.scale, layer.weight_quantizer.zero_point
+            codes = torch.floor(layer.weight.flatten(1) / scale) + h.flatten(1) + zero
+            codes = codes.clamp(0, layer.weight_quantizer.levels - 1)
+            found[name] = (scale * (codes - zero)).view(shape)
         return found
 
-    def _present(self, samples: Tensor) -> tuple[Batch, LossState]:
-        """The batch, and what its loss rests on."""
+    def _batch(self, samples: Tensor) -> tuple[Batch, LossState]:
+        """Return the batch of ``samples`` (B,), and the state that its loss needs."""
         objective = self.objective
         if isinstance(objective, SampleObjective):
             return objective.sample(int(samples[0]), self.mix > 0)
@@ -111,12 +99,10 @@ class TextbookStep(StepEngine):
     def _input(self, batch: Batch, keys: Tensor) -> Tensor:
         if batch.prefix is None or self.mix >= 256:
             return batch.full if batch.prefix is None else batch.prefix
-        return torch.where(
-            eager_mask(batch.full, keys[0], self.mix, torch.bool), batch.prefix, batch.full
-        )
+        mask = eager_mask(batch.full, keys[0], self.mix, torch.bool)
+        return torch.where(mask, batch.prefix, batch.full)
 
     def finish(self) -> None:
-        """See :class:`StepEngine`."""
         state, rounding = self.state, self.state.rounding
         if rounding is not None:
             rounding.alpha.copy_(torch.cat([alpha.detach().flatten() for alpha in self.alphas]))

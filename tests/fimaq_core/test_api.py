@@ -47,7 +47,7 @@ FEW: dict[str, Any] = {
 
 
 class Block(nn.Module):
-    """A transformer block written by hand; ``attention`` says how its attention is computed."""
+    """A transformer block written by hand; ``attention`` selects the form of its attention."""
 
     def __init__(self, width: int, attention: str) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
 
 
 def parts(model: nn.Module) -> dict[str, Any]:
-    """The arguments that say what is what in a module of one's own; none for timm's."""
+    """Arguments that name the parts of a custom module; none for timm's models."""
     if isinstance(model, TorchvisionTransformer):
         return {"blocks": model.encoder.layers, "head": model.heads}
     if isinstance(model, Encoder):
@@ -465,7 +465,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[FimaqError], str]] = {
         ModelError,
         r"no model family knows.*blocks= and head=",
     ),
-    "half": (lambda: quantize(net(), images(8), head=nn.Linear(2, 2)), ModelError, r"go together"),
+    "half": (
+        lambda: quantize(net(), images(8), head=nn.Linear(2, 2)),
+        ModelError,
+        "Give both blocks= and",
+    ),
     "foreign": (
         lambda: quantize(net(), images(8), blocks=net().blocks, head=nn.Linear(2, 2)),
         ModelError,

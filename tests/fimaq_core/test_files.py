@@ -1,4 +1,4 @@
-"""Files are there whole or not at all: full disks, read-only folders and broken-off writes leave the old one."""
+"""Files are complete or untouched: full disks, read-only folders and interrupted writes."""
 
 import errno
 import os

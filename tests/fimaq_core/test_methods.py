@@ -1,4 +1,4 @@
-"""Every method runs on every family at few and at mixed bits, is saved and loaded, and goes on after a stop, bit for bit."""
+"""Every method runs on every family at all bits, is saved, loaded and resumed, bit for bit."""
 
 import copy
 import functools
@@ -41,7 +41,8 @@ WITH_MLPS = [name for name, changes in METHODS.items() if changes.get("reconstru
 def recipe_of(method: str, **changes: object) -> Recipe:
     """A recipe for tenths of a second."""
     few: dict[str, object] = {
-        "calibration_images": 16, "range_images": 4, "steps": 2, "fisher_k": 1, "mlp_steps": 2, "mlp_batch": 8, "mlp_lr": 1e-3,
+        "calibration_images": 16, "range_images": 4, "steps": 2, "fisher_k": 1, "mlp_steps": 2,
+        "mlp_batch": 8, "mlp_lr": 1e-3,
     }  # fmt: skip
     return quick(method, **few, **changes)
 
@@ -59,7 +60,7 @@ def model(family: str) -> nn.Module:
 
 @functools.cache
 def full_precision(family: str) -> tuple[Tensor, Tensor]:
-    """Images, and what the model itself gives for them."""
+    """Images, and the model's own outputs for them."""
     probe = images(6, FAMILIES[family][1], seed=8)
     with torch.no_grad():
         return probe, model(family)(probe)
@@ -68,7 +69,7 @@ def full_precision(family: str) -> tuple[Tensor, Tensor]:
 def quantized(family: str, recipe: Recipe) -> BlockChain:
     chain, x = fresh(family, recipe)
     log = quantize_chain(chain, x, recipe, KL, Resources(batch_size=16))
-    # Where all of a block is off there is nothing to learn.
+    # A block whose quantizers are all off has nothing to learn.
     learning = [
         s.label for s in chain if active_quantizers(s) or any(True for _ in rounded_layers(s.block))
     ]
@@ -92,7 +93,7 @@ def bits_of(chain: BlockChain) -> dict[str, int]:
 
 
 def expected_bits(chain: BlockChain, recipe: Recipe) -> dict[str, int]:
-    """What the recipe says they are, from the names of layers."""
+    """Bits by the recipe, from the names of layers."""
     found: dict[str, int] = {}
     last = [segment.kind for segment in chain].index("head")
     for name, layer in quant_layers(chain):
@@ -132,7 +133,7 @@ def check_weights(chain: BlockChain, bits: int) -> None:
 
 
 def check_activations(chain: BlockChain, x: Tensor) -> None:
-    """What comes out of every activation quantizer lies on as many points as it has codes."""
+    """Check that outputs of activation quantizers have as many values as there are codes."""
     seen: list[str] = []
 
     def check(
@@ -170,7 +171,7 @@ def check_activations(chain: BlockChain, x: Tensor) -> None:
 
 
 def check_saved(chain: BlockChain, family: str, recipe: Recipe, folder: Path) -> None:
-    """A new chain that loads what is saved gives the same bits, quantized and in full precision."""
+    """A new chain with the saved state gives the same bits, quantized and in full precision."""
     mark, path = fingerprint(recipe), folder / "final.safetensors"
     save_checkpoint(path, chain.state_dict(), mark, {"stage": "reconstructed"})
     loaded, _ = fresh(family, recipe)
@@ -293,7 +294,7 @@ class Broken(Exception):
 def run(
     recipe: Recipe, folder: Path | None, stop: tuple[str, str] | None = None
 ) -> tuple[BlockChain, list[tuple[str, str]]]:
-    """A whole run of a ViT of two blocks with checkpoints; ``stop`` names the stage and block at whose start it breaks off.
+    """A whole run of a ViT of two blocks with checkpoints; it may stop at a stage and block.
 
     Returns the chain, and what was worked on: stages with blocks.
     """
@@ -361,7 +362,7 @@ def test_a_stopped_mlp_reconstruction_goes_on_to_the_same_bits(method: str, tmp_
 def run_mlps(
     recipe: Recipe, folder: Path | None, stop: str | None = None
 ) -> tuple[BlockChain, list[str]]:
-    """The MLP reconstruction of a ViT of two blocks; ``stop`` names the MLP at whose start it breaks off.
+    """The MLP reconstruction of a ViT of two blocks; it may stop at the start of an MLP.
 
     Returns the chain, and which MLPs were trained.
     """

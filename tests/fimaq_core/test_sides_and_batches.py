@@ -1,4 +1,4 @@
-"""Chains with a side that travels along, and divergences that compare samples of a batch with each other."""
+"""Chains with a side, and divergences that compare samples of a batch with each other."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def captions(count: int) -> Tensor:
 
 
 def by_hand(chain: BlockChain, ids: Tensor) -> Tensor:
-    """What the chain computes, caption by caption."""
+    """Outputs of the chain, caption by caption."""
     first, second, last = chain
     rows = []
     for one in ids:
@@ -216,15 +216,15 @@ def test_the_mlps_hessian_keeps_to_the_batches(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(mlp_module, "perturbation_hessian", noting)
     recipe = quick("aphq", mlp_steps=1, mlp_batch=4, calibration_images=10)
-    quantize_mlps = mlp_module.reconstruct_mlps
-    quantize_mlps(
-        text_chain(recipe), captions(10), recipe, Measured(together, batch=4), batch_size=3
+    divergence, resources = Measured(together, batch=4), Resources(batch_size=3)
+    mlp_module.reconstruct_mlps(
+        text_chain(recipe), captions(10), recipe, divergence, resources=resources
     )
     assert sizes == [4, 4, 2] * 2
 
 
 def test_a_divergence_may_ask_for_more_than_outputs() -> None:
-    """What ``reference`` adds to the outputs of each sample arrives with that sample."""
+    """Columns that ``reference`` adds to a sample's outputs arrive with that sample."""
     rows: list[Tensor] = []
     ids = captions(24)
 

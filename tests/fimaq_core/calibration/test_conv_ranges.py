@@ -1,4 +1,4 @@
-"""Ranges of convolutions by their own errors against brute force; lists of inputs; which rows a search sees."""
+"""Ranges of convolutions by own errors against brute force; lists of inputs; selected rows."""
 
 from collections.abc import Callable
 
@@ -51,7 +51,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def errors(rows: Tensor, candidates: list[tuple[float, float]], levels: int) -> Tensor:
-    """Own squared errors (candidates,) of one row of values: the nearest of all points, value by value."""
+    """Own squared errors (candidates,) of one row: the nearest of all points, value by value."""
     found = []
     for scale, zero in candidates:
         points = (torch.arange(levels, dtype=torch.float64) - zero) * scale

@@ -1,4 +1,4 @@
-"""The progressive search against fine grids and against a plain loop of the same steps with direct errors."""
+"""The progressive search against fine grids and a plain loop of its steps with direct errors."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def loop(
     spacing: float,
     floor: float,
 ) -> tuple[float, float]:
-    """The search of one group in plain Python, 16 kept and 6 steps: the least error of the start, and of all seen."""
+    """Search one group in plain Python: the least error of the start, and of all candidates."""
     found = sorted((error(*pair), number, pair) for number, pair in enumerate(start))
     first = least = found[0][0]
     for _ in range(5):
@@ -57,7 +57,7 @@ def check(
     found: tuple[float, float],
     floor: float,
 ) -> None:
-    """Compare what was found for one group, whose sorted values are ``rows``, with the loop's least direct error."""
+    """Compare the result for one group with sorted values ``rows`` with the loop's least error."""
     start = grid_candidates(rows[None], levels, 128, floor)
     pairs = list(zip(start.scale[:, 0].tolist(), start.zero_point[:, 0].tolist(), strict=True))
     first, least = loop(direct, pairs, 8, pairs[1][0] - pairs[0][0], floor)
@@ -96,7 +96,7 @@ def test_convex_errors_are_followed_to_the_last_spacing(new: int) -> None:
 
 
 def test_the_best_of_the_start_is_not_lost() -> None:
-    # Only the start's own scales are good, and no refinement meets them again: with an even number none stays in place.
+    # Only the start's own scales are good; with an even number no refinement meets them again.
     start = Candidates(
         torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]),
         torch.tensor([[0.0, 5.0], [1.0, 6.0], [2.0, 7.0]]),
@@ -115,7 +115,7 @@ def test_a_middle_step_is_remembered() -> None:
     def errors(candidates: Candidates, _: int) -> Tensor:
         return torch.where(candidates.scale == 0.5, 0.0, candidates.scale.double() + 1)
 
-    # The first refinement of 1 with spacing 1 is (0.5, 1.5); later ones move on to smaller scales, which are worse.
+    # The first refinement of 1 with spacing 1 is (0.5, 1.5); later ones go to worse scales.
     scale, _ = progressive(
         errors, Candidates(torch.ones(1, 1), torch.zeros(1, 1)), 1, 2, 4, torch.ones(1)
     )
@@ -164,8 +164,8 @@ def test_rows_equal_the_loop(levels: int, own: bool) -> None:
     x = heavy(200, 12) * torch.linspace(0.2, 3, 12) + 1
     x_hat = fake_quantize(x, torch.tensor(0.7), torch.tensor(8.0), 16)
     weight = heavy(5, 12)
-    moments = (None, None) if own else input_moments(x, x_hat, weight)
-    scale, zero = progressive_rows(weight, *moments, levels, 128)
+    moments = None if own else input_moments(x, x_hat, weight)
+    scale, zero = progressive_rows(weight, levels, 128, moments)
     assert scale.shape == zero.shape == (5,)
     for row in range(5):
         w = weight[row].double()
@@ -191,15 +191,15 @@ def test_rows_equal_the_loop(levels: int, own: bool) -> None:
 def test_rows_by_own_error_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight = heavy(7, 30)
-    whole = progressive_rows(weight, None, None, 8, 128)
+    whole = progressive_rows(weight, 8, 128)
     monkeypatch.setattr("fimaq_core.calibration.own_error._TABLE", 3 * 128 * 8)
-    for mine, expected in zip(progressive_rows(weight, None, None, 8, 128), whole, strict=True):
+    for mine, expected in zip(progressive_rows(weight, 8, 128), whole, strict=True):
         assert torch.equal(mine, expected)
 
 
 def test_a_row_of_zeros_has_a_range() -> None:
     weight = torch.stack([torch.zeros(20), torch.linspace(-1, 1, 20)])
-    scale, zero = progressive_rows(weight, None, None, 8, 128)
+    scale, zero = progressive_rows(weight, 8, 128)
     assert (scale > 0).all()
     assert torch.equal(fake_quantize(weight, scale[:, None], zero[:, None], 8)[0], weight[0])
 

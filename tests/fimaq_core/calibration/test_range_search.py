@@ -1,4 +1,4 @@
-"""Range searches against brute force: own error, output error of weights, of inputs and of attention operands."""
+"""Range searches against brute force: own error; output error of weights, inputs and operands."""
 
 import pytest
 import torch
@@ -13,16 +13,17 @@ from fimaq_core.calibration.candidates import (
     quantiles,
 )
 from fimaq_core.calibration.conv_ranges import calibrate_conv
-from fimaq_core.calibration.layer_ranges import calibrate_linear, calibrate_matmul
+from fimaq_core.calibration.linear_ranges import calibrate_linear
 from fimaq_core.calibration.output_error import Product, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error, own_errors
+from fimaq_core.calibration.product_ranges import calibrate_matmul
 from fimaq_core.calibration.shared_codes import shared_errors
-from fimaq_core.calibration.weight_error import best_rows, input_moments, weight_errors
+from fimaq_core.calibration.weight_error import Rows, best_rows, input_moments, weight_errors
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
 from fimaq_core.quantizers.affine import fake_quantize
 from fimaq_core.recipe import Recipe, make_recipe
 
-#: A fast search may pick another candidate only if its direct error is this close to the best one's.
+#: A fast search may pick another candidate only if its direct error is this close to the best.
 CLOSE = 1 + 1e-5
 
 
@@ -142,17 +143,16 @@ def test_weight_errors_equal_direct_output_errors(kind: str, bits: int, input_bi
     weight = KINDS[kind](10, 24)
     levels = 2**bits
     candidates = grid_candidates(weight.sort(dim=1).values, levels, 64)
-    found = weight_errors(weight, candidates, levels, *input_moments(x, x_hat, weight))
+    rows = Rows(weight, levels, *input_moments(x, x_hat, weight))
+    found = weight_errors(rows, candidates)
     direct = output_errors(weight, x, x_hat, candidates, levels)
-    # The fast form leaves out what is the same for all candidates of a row.
+    # The fast form leaves out a constant per row.
     offset = ((x_hat.double() - x.double()) @ weight.double().t()).square().sum(0)
     assert torch.allclose(found + offset, direct, rtol=1e-6)
     chosen = direct.gather(0, found.argmin(0)[None])[0]
     assert (chosen <= direct.amin(0) * CLOSE).all()
     for guess in (0, 63):
-        index = best_rows(
-            weight, candidates, levels, *input_moments(x, x_hat, weight), torch.full((10,), guess)
-        )
+        index = best_rows(rows, candidates, torch.full((10,), guess))
         assert (direct.gather(0, index[None])[0] <= direct.amin(0) * (1 + 1e-6)).all()
 
 
@@ -174,16 +174,15 @@ def test_moments_of_whole_codes(levels: int, rows: int) -> None:
 
 
 def test_weight_search_with_dead_channels_and_rows() -> None:
-    """Inputs without any signal leave the moments singular, and rows of zeros have no range to choose."""
+    """Inputs without signal leave the moments singular; rows of zeros have no range to choose."""
     torch.manual_seed(0)
     x = torch.randn(9, 24)
     x[:, ::3] = 0
     weight = heavy(6, 24)
     weight[2] = 0
     candidates = grid_candidates(weight.sort(dim=1).values, 8, 64)
-    index = best_rows(
-        weight, candidates, 8, *input_moments(x, x, weight), torch.zeros(6, dtype=torch.long)
-    )
+    rows = Rows(weight, 8, *input_moments(x, x, weight))
+    index = best_rows(rows, candidates, torch.zeros(6, dtype=torch.long))
     direct = output_errors(weight, x, x, candidates, 8)
     assert (direct.gather(0, index[None])[0] <= direct.amin(0) * (1 + 1e-6)).all()
 
@@ -273,7 +272,7 @@ def test_best_operand_equals_brute_force(
 
 
 def test_best_operand_looks_at_every_image() -> None:
-    """The last of many images alone decides: dropping candidates by partial sums must not lose the best."""
+    """Dropping candidates by partial sums keeps the best, even if only the last image decides."""
     torch.manual_seed(0)
     x = torch.rand(32, 8, 6) * 0.01
     x[-1] = torch.rand(8, 6) * 100

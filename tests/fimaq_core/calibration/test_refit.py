@@ -1,4 +1,4 @@
-"""Ridge refit and refined rounding against regressions on explicit matrices and a slow version of one row."""
+"""Ridge refit and refined rounding against explicit regressions and a slow version of one row."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fimaq_core.calibration.candidates import minmax
-from fimaq_core.calibration.refit import InputMoments, refine_rounding, refit_moments, ridge_refit
+from fimaq_core.calibration.refit import (
+    Grid,
+    InputMoments,
+    refine_rounding,
+    refit_moments,
+    ridge_refit,
+)
 from fimaq_core.errors import NumericsError
 from fimaq_core.quantizers.affine import fake_quantize
 
@@ -170,7 +176,7 @@ def slow_row(
     ridge: float,
     flips: int,
 ) -> tuple[list[int], float | None, int]:
-    """One row by loops over its elements and tokens; returns codes, bias and how many flips were kept."""
+    """Refine one row by loops over elements and tokens; return codes, bias and kept flips."""
     current, codes, kept = row.copy(), {}, 0
     free = list(range(len(row)))
 
@@ -234,7 +240,7 @@ def test_rounding_equals_a_slow_version(
     weight, bias = parameters(12, width, biased)
     scale, zero = grid(weight, levels, share)
     codes, new_bias = refine_rounding(
-        weight, bias, scale, zero, levels, refit_moments(x, x_hat), 2.0, flips
+        weight, bias, Grid(scale, zero, levels), refit_moments(x, x_hat), 2.0, flips
     )
     assert codes.dtype == torch.float32
     a, old, kept = extended(x_hat, biased), joint(weight, bias), 0
@@ -254,7 +260,7 @@ def test_rounding_equals_a_slow_version(
 def first_half_errors(
     weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, moments: InputMoments
 ) -> Tensor:
-    """What flips of the first half lower, (rows,)."""
+    """The objective that flips of the first half lower, (rows,)."""
     half = (weight.shape[1] + 1) // 2  # the bias counts
     delta = ((codes.double() - zero) * scale.double() - weight.double())[:, :half]
     return ((delta @ moments.square[:half, :half]) * delta).sum(1)
@@ -268,7 +274,7 @@ def test_flips_lower_the_error_until_none_is_left(levels: int) -> None:
     scale, zero = grid(weight, levels)
     path = []
     for flips in range(25):
-        codes, _ = refine_rounding(weight, bias, scale, zero, levels, moments, 1.0, flips)
+        codes, _ = refine_rounding(weight, bias, Grid(scale, zero, levels), moments, 1.0, flips)
         path.append(first_half_errors(weight, codes, scale, zero, moments))
     table = torch.stack(path)
     fell = table[1:] < table[:-1]
@@ -294,7 +300,9 @@ def test_both_steps_lower_the_output_error(biased: bool, bits: int) -> None:
 
     def refined(weight: Tensor, bias: Tensor | None, flips: int) -> float:
         scale, zero = grid(weight, levels)
-        codes, new_bias = refine_rounding(weight, bias, scale, zero, levels, moments, 1.0, flips)
+        codes, new_bias = refine_rounding(
+            weight, bias, Grid(scale, zero, levels), moments, 1.0, flips
+        )
         assert ((codes >= 0) & (codes <= levels - 1) & (codes == codes.round())).all()
         return error((codes - zero) * scale, new_bias)
 
@@ -310,13 +318,13 @@ def test_both_steps_lower_the_output_error(biased: bool, bits: int) -> None:
 
 
 def test_zero_flips_round_to_nearest_and_compensate() -> None:
-    """Two columns: the first is rounded; the second and the bias follow from the regression, in one step each."""
+    """Two columns: the first is rounded; the regression gives the second and the bias."""
     torch.manual_seed(5)
     _, x_hat = inputs(80, 2)
     weight, bias = parameters(7, 2, True)
     scale, zero = grid(weight, 4)
     codes, new_bias = refine_rounding(
-        weight, bias, scale, zero, 4, refit_moments(x_hat, x_hat), 0.5, 0
+        weight, bias, Grid(scale, zero, 4), refit_moments(x_hat, x_hat), 0.5, 0
     )
     a, current = torch.from_numpy(extended(x_hat, True)), torch.from_numpy(joint(weight, bias))
     for column in (0, 1):
@@ -341,7 +349,7 @@ def test_values_outside_the_grid_stay_at_its_ends() -> None:
         [9.0, -9.0, 7.6, -8.6, 20.0, -20.0]
     )  # the first half; the grid is -8 to 7
     codes, _ = refine_rounding(
-        weight, None, torch.ones(5, 1), torch.full((5, 1), 8.0), 16, moments, 1.0
+        weight, None, Grid(torch.ones(5, 1), torch.full((5, 1), 8.0), 16), moments, 1.0
     )
     assert codes[:, :6].tolist() == [[15.0, 0.0, 15.0, 0.0, 15.0, 0.0]] * 5
     assert codes.min() >= 0
@@ -354,7 +362,7 @@ def test_weights_on_the_grid_are_left_alone() -> None:
     scale, zero = torch.full((6, 1), 0.37), torch.full((6, 1), 8.0)
     bias = torch.randn(6)
     codes, new_bias = refine_rounding(
-        weight, bias, scale, zero, 16, refit_moments(*inputs(50, 10)), 0.1
+        weight, bias, Grid(scale, zero, 16), refit_moments(*inputs(50, 10)), 0.1
     )
     assert torch.equal((codes - zero) * scale, weight)
     assert new_bias is not None
@@ -385,10 +393,10 @@ def test_a_singular_regression_asks_for_a_ridge(spoil: object, seed: int) -> Non
     with pytest.raises(NumericsError, match="raise the ridge"):
         ridge_refit(weight, bias, moments, 0.0)
     with pytest.raises(NumericsError, match="raise the ridge"):
-        refine_rounding(weight, bias, scale, zero, 8, moments, 0.0)
+        refine_rounding(weight, bias, Grid(scale, zero, 8), moments, 0.0)
     for part in (
         *ridge_refit(weight, bias, moments, 0.1),
-        *refine_rounding(weight, bias, scale, zero, 8, moments, 0.1),
+        *refine_rounding(weight, bias, Grid(scale, zero, 8), moments, 0.1),
     ):
         assert part is not None
         assert part.isfinite().all()

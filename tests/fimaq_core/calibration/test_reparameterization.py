@@ -1,4 +1,4 @@
-"""LayerNorm reparameterisation leaves the float function alone, also where windows are padded behind the norm."""
+"""LayerNorm reparameterisation keeps the float function, also with padding behind the norm."""
 
 import copy
 from typing import Any
@@ -58,7 +58,7 @@ def test_missing_biases_are_made() -> None:
 
 
 def test_common_range_serves_every_channel_as_its_own() -> None:
-    """After the move, one range quantizes each channel as its own range did (but for the rounded zero point)."""
+    """Afterwards one range quantizes each channel as its own range did (up to the zero point)."""
     torch.manual_seed(1)
     norm, linear = nn.LayerNorm(6), nn.Linear(6, 4)
     x = norm(torch.randn(400, 6)).detach() * torch.tensor([0.1, 1, 2, 5, 10, 20]) + torch.arange(6)
@@ -137,7 +137,7 @@ def test_real_blocks_of_timm() -> None:
     "converted", [False, True], ids=["as built", "moved to another type and back"]
 )
 def test_pad_values_follow_the_norm(monkeypatch: pytest.MonkeyPatch, converted: bool) -> None:
-    """The pad value of every Swin block becomes -b; also after the model was moved, which replaces its buffers."""
+    """The pad value of every Swin block becomes -b; also after a move, which replaces buffers."""
     shifts: list[Tensor] = []
 
     def record(norm: nn.LayerNorm, *args: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from fimaq_core.calibration import similar_ranges
 from fimaq_core.calibration.candidates import Candidates
 from fimaq_core.calibration.similar_ranges import RangeErrors, uniform_points
 from fimaq_core.calibration.special_ranges import _adalog_points, _logarithm
-from fimaq_core.calibration.weight_error import best_weight_errors, input_moments
+from fimaq_core.calibration.weight_error import Rows, best_weight_errors, input_moments
 from fimaq_core.quantizers.affine import fake_quantize
 from fimaq_core.quantizers.logarithm import GELU_SHIFT, adalog_fake_quantize, adalog_tables
 
@@ -31,7 +31,7 @@ def near(scale: float, distance: float) -> tuple[Tensor, Tensor]:
 
 
 def check(found: Tensor, expected: Tensor, width: int) -> None:
-    """All that is finite is right, and what is infinite is not among the best."""
+    """Check that finite errors are right, and that infinite ones are not among the best."""
     assert found.dtype == torch.float64
     finite = found.isfinite()
     assert int(finite.sum()) >= width
@@ -118,8 +118,8 @@ def test_weight_errors_equal_direct_ones(distance: float, width: int) -> None:
     candidates = Candidates(
         torch.stack([scale for scale, _ in pairs], 1), torch.stack([zero for _, zero in pairs], 1)
     )
-    square, linear = input_moments(x, x_hat, weight)
-    found = best_weight_errors(weight, candidates, LEVELS, square, linear, width)
+    rows = Rows(weight, LEVELS, *input_moments(x, x_hat, weight))
+    found = best_weight_errors(rows, candidates, width)
     constant = ((x_hat - x).double() @ weight.double().t()).square().sum(0)
     for row in range(6):
         quantized = [

@@ -1,4 +1,4 @@
-"""Calibration of layers by percentiles (RepQ-ViT), with special quantizers, by error reduction (ERQ) and progressively."""
+"""Calibration of layers: percentiles (RepQ-ViT), special quantizers, ERQ, progressive search."""
 
 import copy
 import functools
@@ -16,26 +16,21 @@ from torch.nn import functional as F
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, ascending, grid_candidates
-from fimaq_core.calibration.layer_ranges import (
-    calibrate_linear,
-    calibrate_matmul,
-    progressive_operand,
-    progressive_weight,
+from fimaq_core.calibration.linear_ranges import calibrate_linear, progressive_weight
+from fimaq_core.calibration.percentile_ranges import (
+    conv_percentiles,
+    linear_percentiles,
+    percentile_range,
 )
-from fimaq_core.calibration.percentile_ranges import conv_percentiles, linear_percentiles
+from fimaq_core.calibration.product_ranges import calibrate_matmul, search_operand
 from fimaq_core.calibration.refit import (
+    Grid,
     reduce_conv_error,
     reduce_linear_error,
     refine_rounding,
     refit_moments,
     ridge_refit,
 )
-from fimaq_core.calibration.special_layers import (
-    _search_heads,
-    calibrate_after_gelu,
-    calibrate_after_softmax,
-)
-from fimaq_core.calibration.special_ranges import percentile_range
 from fimaq_core.chain import BlockChain
 from fimaq_core.fisher.divergence import ClassifierDivergence, kl_divergence
 from fimaq_core.layers import (
@@ -101,7 +96,7 @@ def numbers(x: Tensor) -> Array:
 def float_inputs(
     model: nn.Module, recipe: Recipe, x: Tensor
 ) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor], Tensor]:
-    """Inputs of every quantizable layer in full precision, the layers' weights, and the model's outputs."""
+    """Full-precision inputs and weights of every quantizable layer, and the model's outputs."""
     chain, seen = chain_of(model, recipe), {}
     for name, layer in quant_layers(chain):
         layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args))
@@ -352,7 +347,7 @@ def test_a_layer_behind_a_gelu_equals_a_slow_calibration(
     recipe = make_recipe(
         "adalog", {"range_search": search, "range_candidates": 32, "range_rounds": 1}
     )
-    calibrate_after_gelu(layer, x, recipe)
+    calibrate_linear(layer, x, recipe)
     x_hat, hat = slow_after_gelu(kind, layer, x, 2**bits, recipe)
     flat = x.flatten(0, -2)
     # Candidates of all but equal errors may be chosen differently.
@@ -383,7 +378,7 @@ def test_behind_a_gelu_no_search_ends_above_its_start(kind: Kind, search: str, r
         first.input_quantizer.set_scale(
             torch.tensor([top / (2 ** (bits - 1) - 0.5) if kind == "twin" else top + GELU_SHIFT])
         )
-        calibrate_after_gelu(layer, x, recipe)
+        calibrate_linear(layer, x, recipe)
         assert linear_error(layer, x) <= linear_error(first, x) * (1 + 1e-6)
 
 
@@ -412,7 +407,7 @@ def test_a_product_behind_a_softmax_equals_a_slow_calibration(
     recipe = make_recipe(
         "adalog", {"range_search": search, "range_candidates": 64, "range_rounds": 1}
     )
-    calibrate_after_softmax(layer, a, b, recipe)
+    calibrate_matmul(layer, a, b, recipe)
     levels, heads = 2 ** bits[0], range(b.shape[1])
     start = torch.stack(
         [affine(b[:, head], grid_of(b[:, head], levels, 64)[-2], levels) for head in heads], 1
@@ -451,7 +446,7 @@ def test_behind_a_softmax_no_search_ends_above_its_start(
         )
         first = copy.deepcopy(layer)
         first.a_quantizer.set_scale(torch.ones(1, 1, 1, 1))
-        calibrate_after_softmax(layer, a, b, recipe)
+        calibrate_matmul(layer, a, b, recipe)
         candidates = grid_candidates(ascending(b.transpose(0, 1).flatten(1)), 2**bits, 64)
         first.b_quantizer.set_range(
             candidates.scale[-2].view(1, -1, 1, 1), candidates.zero_point[-2].view(1, -1, 1, 1)
@@ -467,7 +462,7 @@ def test_behind_a_softmax_no_search_ends_above_its_start(
 
 @pytest.mark.parametrize("bits", [(4, 4), (3, 4), (8, 8)])
 def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) -> None:
-    """Weights with inputs as they are, right operands with softmax outputs as they are; and whole linear layers."""
+    """Weights for fixed inputs, right operands for fixed softmax outputs, and whole layers."""
     grid = make_recipe("fimaq", {"range_candidates": 64, "range_rounds": 1})
     fine = make_recipe("adalog", {"range_candidates": 64, "range_rounds": 1})
     better = 0
@@ -486,7 +481,7 @@ def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) 
             least += min(
                 error(x_hat, affine(row.double(), pair, levels), flat, row) for pair in pairs
             )
-        progressive_weight(layer, flat, fine)
+        progressive_weight(layer, flat, 64)
         assert linear_error(layer, x) <= least * (1 + 1e-9)
         better += linear_error(layer, x) < least * 0.999
         calibrate_linear(layer, x, grid)
@@ -494,19 +489,19 @@ def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) 
         assert linear_error(whole, x) < linear_error(layer, x)
 
         product, a, b = after_softmax("log2", bits[0], bits[1], seed)
-        calibrate_after_softmax(product, a, b, grid)
+        calibrate_matmul(product, a, b, grid)
         a_hat = product.a_quantizer(a)
-        operands = product.b_quantizer, b.mT, a.mT, a_hat.mT, 64
-        _search_heads(*operands)
+        operands = product.b_quantizer, b.mT, a.mT, a_hat.mT
+        search_operand(*operands, grid)
         on_grid = product_error(product, a, b)
-        progressive_operand(*operands)
+        search_operand(*operands, fine)
         assert product_error(product, a, b) <= on_grid * (1 + 1e-6)
         better += product_error(product, a, b) < on_grid * 0.999
     assert better >= 5
 
 
 def test_more_rounds_of_a_uniform_product_do_not_lose_what_was_won() -> None:
-    """Progressively with three rounds, AdaLog's own setting, against the released search of bounds."""
+    """Three progressive rounds, AdaLog's own setting, against the released search of bounds."""
     for seed in range(2):
         torch.manual_seed(seed)
         a, b = torch.randn(3, 2, 8, 10), torch.randn(3, 2, 10, 8) * (1 + torch.rand(1, 2, 10, 1))
@@ -563,7 +558,7 @@ def test_error_reduction_of_a_linear_layer_is_refit_and_refined_rounding(
     weight, bias = ridge_refit(layer.weight, layer.bias, moments, 0.1 if len(shape) == 1 else 3.0)
     scale, zero = percentile_range(ascending(weight), levels, MIN_WEIGHT_SCALE)
     codes, bias = refine_rounding(
-        weight, bias, scale[:, None], zero[:, None], levels, moments, 3.0, 20
+        weight, bias, Grid(scale[:, None], zero[:, None], levels), moments, 3.0, 20
     )
     assert torch.equal(layer.weight_quantizer.scale[:, 0], scale)
     assert torch.equal(layer.weight_quantizer.zero_point[:, 0], zero)
@@ -614,7 +609,7 @@ def test_error_reduction_of_a_convolution_rounds_alone() -> None:
     patches = F.unfold(x, 4, stride=4).transpose(1, 2).reshape(-1, 48)
     scale, zero = layer.weight_quantizer.scale, layer.weight_quantizer.zero_point
     codes, expected = refine_rounding(
-        weight.flatten(1), bias, scale, zero, 8, refit_moments(patches, patches), 30.0, 20
+        weight.flatten(1), bias, Grid(scale, zero, 8), refit_moments(patches, patches), 30.0, 20
     )
     assert torch.equal(layer.weight_quantizer.codes, codes.to(torch.uint8))
     assert expected is not None
@@ -642,7 +637,7 @@ def held_out() -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def divergence(method: str, **changes: Any) -> float:
-    """KL of the quantized demo ViT's classes to full precision, mean over seeds; nothing is reconstructed."""
+    """KL of the calibrated demo ViT's classes to full precision, mean over seeds."""
     found = []
     x, reference = held_out()
     for seed in (1, 2):
@@ -660,7 +655,7 @@ def divergence(method: str, **changes: Any) -> float:
 
 
 def test_special_softmax_quantizers_of_4_bits_beat_the_uniform_one_on_a_trained_model() -> None:
-    """Everything else in full precision: beside 4-bit weights and activations the difference is of the seeds' size."""
+    """With all else in full precision: at 4 bits the difference is of the size between seeds."""
     alone: dict[str, object] = {"w_bits": OFF, "a_bits": OFF, "s_bits": 4}
     uniform = divergence("repq", softmax_quantizer="uniform", **alone)
     assert divergence("repq", softmax_quantizer="logsqrt2", **alone) < 0.7 * uniform

@@ -1,4 +1,4 @@
-"""Searches of percentile, logarithmic and twin ranges against a loop over their candidates with direct errors in float64."""
+"""Percentile, logarithmic and twin ranges against loops over candidates with direct errors."""
 
 import math
 from collections.abc import Callable
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fimaq_core.calibration import special_ranges
+from fimaq_core.calibration import percentile_ranges, special_ranges
+from fimaq_core.calibration.percentile_ranges import percentile_log_scale, percentile_range
 from fimaq_core.calibration.special_ranges import (
-    percentile_log_scale,
-    percentile_range,
     product_errors,
     search_adalog_gelu,
     search_adalog_softmax,
@@ -35,13 +34,14 @@ CLOSE = 1 + 1e-5
 
 @pytest.fixture(autouse=True, params=[None, 150], ids=["one piece", "pieces"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each search once with temporaries that hold everything, once with ones that hold a few rows."""
+    """Run each search once with temporaries for everything, once with temporaries of few rows."""
     if request.param is not None:
-        monkeypatch.setattr(special_ranges, "block_elements", lambda _: request.param)
+        for module in (percentile_ranges, special_ranges):
+            monkeypatch.setattr(module, "block_elements", lambda _: request.param)
 
 
 def attention(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A softmax's output (2 images, 3 heads, 7 x 9) and the other operand, quantized and in full precision."""
+    """A softmax's output (2 images, 3 heads, 7 x 9); the other operand, quantized and not."""
     torch.manual_seed(seed)
     a, b = (torch.randn(2, 3, 7, 9) * 3).softmax(-1), torch.randn(2, 3, 9, 5)
     return a, b + 0.05 * torch.randn_like(b), b
@@ -78,7 +78,7 @@ def gelu_scales(x: Tensor, count: int) -> list[float]:
 def test_percentile_range_equals_the_loop(levels: int, size: int) -> None:
     torch.manual_seed(levels)
     rows = torch.randn(3, size)
-    # Outliers that are worth their range: 20 of them lie within the 0.9999 quantile, 2 of them within the 0.99999 quantile.
+    # Outliers worth their range: 20 lie within the 0.9999 quantile, 2 within the 0.99999 quantile.
     rows[1, :20], rows[2, :2] = 60.0, 300.0
     scale, zero = percentile_range(rows.sort(1).values, levels)
     choices = []

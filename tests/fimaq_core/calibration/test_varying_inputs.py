@@ -1,4 +1,4 @@
-"""Calibration on samples of varying shapes: what reaches each layer, what is thinned, and against calibration on one tensor."""
+"""Calibration on samples of varying shapes: inputs of each layer, thinning, and one tensor."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[Tensor, ...]]]:
-    """What calibration gives the search of each layer, by segment and name."""
+    """Inputs that calibration gives the search of each layer, by segment and name."""
     seen: dict[str, tuple[Tensor, ...]] = {}
     original = calibrate_module._calibrate_layer
 
@@ -54,7 +54,7 @@ def ranges(chain: BlockChain) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", ["fimaq", "rtn", "repq", "erq", "adalog", "ptq4vit"])
 def test_images_of_one_size_give_what_one_tensor_gives(method: str) -> None:
-    """Nothing is thinned; the order of sums is another, so that a search may take a candidate just as good."""
+    """Without thinning only the order of sums differs, so an equally good candidate may win."""
     recipe, x = quick(method, w_bits=4, a_bits=4), images(8, 40)
     dense, ragged = chain_of(swin(40), recipe), chain_of(swin(40), recipe)
     calibrate(dense, x, recipe, batch_size=3)
@@ -110,7 +110,7 @@ def test_every_layer_sees_what_the_float_model_shows_it(monkeypatch: pytest.Monk
             assert len(inputs) == len(x)
             for found, (own,) in zip(inputs, calls, strict=True):
                 assert torch.equal(found.flatten(2), own.flatten(2))
-    # The neck's input is what the blocks before have kept, of each image.
+    # The neck's input consists of the kept outputs of the blocks before it, per image.
     assert {found.shape[1] for found in seen["neck.0"]} == {2 * WIDTH}
 
 
@@ -137,7 +137,7 @@ def test_layers_see_their_share_of_every_image(monkeypatch: pytest.MonkeyPatch) 
     for found, own in zip(seen["predict.conv"], whole["predict.conv"], strict=True):
         assert found.shape == (1, WIDTH, 3, 1)
         assert torch.equal(found[0, :, :, 0], own[0, :, :, 0][:, spread(own.shape[2], 3)])
-    # A neck of twice the channels leaves half the positions; the patch embedding's images stay whole.
+    # A neck of twice the channels leaves half the positions; the patch embedding's images stay.
     assert {found.shape for found in seen["neck.0"]} == {(1, 2 * WIDTH, 1, 1)}
     assert all(
         torch.equal(*pair) for pair in zip(seen["embed.proj"], whole["embed.proj"], strict=True)
@@ -150,7 +150,8 @@ def test_wide_inputs_leave_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "VALUES", 5 * 12 * 16)
     with watched(monkeypatch) as seen:
         calibrate(pyramid(recipe), x, recipe)
-    # Images have 24, 24, 16, 48 and 24 positions, windows two of them; a row of fc2 has 16 values, one of fc1 8, a window 16.
+    # Images have 24, 24, 16, 48 and 24 positions, windows two of them; a row of fc2 has 16 values,
+    # one of fc1 8, a window 16.
     assert seen["blocks.0.mlp.fc2"][0].flatten(0, 1).shape == (5 * 12, 16)
     assert seen["blocks.0.mlp.fc1"][0].flatten(0, 1).shape == (4 * 24 + 16, 8)
     assert len(seen["blocks.0.product"][0]) == len(seen["blocks.0.product"][1]) == 4 * 12 + 8
@@ -182,7 +183,7 @@ def test_min_max_ranges_are_of_all_values(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Upward(nn.Module):
-    """One convolution called on two levels, a transposed one, and a linear layer on what it gives."""
+    """One convolution called on two levels, a transposed one, and a linear layer behind it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,7 +281,7 @@ def test_not_a_number_is_named_though_it_would_be_thinned_away(
 
 
 def test_segments_that_are_off_are_walked_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backbone alone, or neck alone: the others get no range and are asked for no input, the quantized ones get theirs."""
+    """Backbone alone or neck alone: only the quantized layers get ranges and need inputs."""
     recipe, x = quick("rtn"), varied()
     full = pyramid(recipe)
     calibrate(full, x, recipe)

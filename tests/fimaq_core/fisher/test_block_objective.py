@@ -48,13 +48,13 @@ def make(
 
 
 def before_step(objective: BlockObjective, number: int) -> None:
-    """What a step begins with: a pass where one is due."""
+    """Take a Fisher pass if the step begins with one."""
     if number in objective.update_steps:
-        objective.update(objective.chain.segment(objective.tape.index).block)
+        objective.update(objective.tape.chain.segment(objective.tape.index).block)
 
 
 def value_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLES) -> Tensor:
-    """Loss of the samples' output; what it starts at is kept as a step keeps it."""
+    """Loss of the samples' output; its start values are kept, as by a step."""
     batch = objective.batch(mixed=False).map(lambda part: part[samples])
     weights, state, rest = objective.part_weights(), objective.state, objective.rest
     if rest is None:
@@ -70,7 +70,7 @@ def value_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLE
 @torch.no_grad()
 def loss(objective: BlockObjective, tape: Tape, noise: float = 0.0) -> float:
     """Loss of the first samples; ``noise`` changes the output."""
-    output = objective.chain.segment(tape.index).block(tape.full.whole[SAMPLES])
+    output = objective.tape.chain.segment(tape.index).block(tape.full.whole[SAMPLES])
     return float(
         value_of(
             objective,
@@ -144,7 +144,7 @@ def test_starts_are_taken_anew_after_each_pass(
     for step in range(9):
         before_step(objective, step)
         if step in due:
-            # Another output at every pass: only a start taken anew gives the same value again.
+            # Another output at every pass: only a new start value gives the same loss again.
             assert loss(objective, tape, noise=0.1 * step) == pytest.approx(start, rel=1e-5)
         assert loss(objective, tape, noise=2.0) > 1.5 * start
     assert objective.passes == 3
@@ -153,7 +153,8 @@ def test_starts_are_taken_anew_after_each_pass(
 @pytest.mark.parametrize(
     ("name", "start"),
     [
-        ("mse", 1.0), ("mae", 1.0), ("fisher_brecq", 1.0), ("prediction", 1.0), ("perturb", 2.0), ("perturb_mean", 2.0),
+        ("mse", 1.0), ("mae", 1.0), ("fisher_brecq", 1.0), ("prediction", 1.0), ("perturb", 2.0),
+        ("perturb_mean", 2.0),
         ("least_squares", 2.0),
     ],
 )  # fmt: skip
@@ -171,7 +172,8 @@ def test_other_losses_keep_their_start(name: str, start: float) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "mse", "mae", "fisher_diag", "fisher_lr", "fisher_dplr", "fisher_brecq", "perturb", "perturb_mean", "least_squares",
+        "mse", "mae", "fisher_diag", "fisher_lr", "fisher_dplr", "fisher_brecq", "perturb",
+        "perturb_mean", "least_squares",
         "prediction",
     ],
 )  # fmt: skip
@@ -182,7 +184,7 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
     loss(objective, tape)
     found = loss(objective, tape, noise=0.5)
     assert tape.target is not None
-    chain, kind = objective.chain, name
+    chain, kind = objective.tape.chain, name
     with torch.no_grad():
         output = chain.segment(tape.index).block(tape.full.whole[SAMPLES])
     noisy = output + 0.5 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
@@ -270,7 +272,7 @@ def test_brecq_falls_back_at_the_first_block_and_says_so() -> None:
 
 @pytest.mark.parametrize("name", ["fisher_dplr", "fisher_diag", "fisher_lr"])
 def test_passes_fill_the_state_in_place(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Rows of G in order, their mean, and the root of the passes done; all where they were, whatever reads them."""
+    """Rows of G in order, their mean, and the root of the passes done; tensors stay in place."""
     objective, tape = make(quick(loss=name, fisher_k=3, fisher_mode="qf"))
     torch.manual_seed(0)
     width = tape.full[0].numel()
@@ -322,7 +324,7 @@ def test_a_start_of_zero_becomes_one() -> None:
 
 
 def test_starts_have_no_gradient() -> None:
-    """A part's gradient is that of the part over a constant, at the step that takes the start too."""
+    """A part's gradient is that of the part over a constant, also at the step that sets it."""
     output, target = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
     value, starts = block_loss(
         "mse", (1.0,), output, Batch(target, None, target), LossState(torch.zeros(1))
@@ -360,7 +362,7 @@ def test_head_uses_the_plain_divergence() -> None:
     before_step(objective, 0)
     assert objective.passes == 0
     with torch.no_grad():
-        output = objective.chain.segment(3).block(tape.full.whole[SAMPLES])
+        output = objective.tape.chain.segment(3).block(tape.full.whole[SAMPLES])
     assert tape.target is not None
     p, q = tape.target.whole[SAMPLES].double().softmax(-1), output.double().softmax(-1)
     expected = float((p * (p / q).log()).sum(-1).mean())
@@ -372,7 +374,7 @@ def test_head_uses_the_plain_divergence() -> None:
 def test_least_squares_takes_one_pass_before_the_first_step(
     monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """Whatever k and mode; h and u go where they are, and later steps do not change them."""
+    """One pass for any k and mode; h and u keep their place, and later steps keep them."""
     objective, tape = make(quick(loss="least_squares", fisher_k=4, fisher_mode=mode, steps=9))
     assert objective.update_steps == {0}
     assert objective.passes == 0
@@ -397,7 +399,7 @@ def test_least_squares_takes_one_pass_before_the_first_step(
 
 
 def perturbed_gradients(objective: BlockObjective, tape: Tape, epsilon: float) -> Tensor:
-    """``|g(z + ε) - g(z - ε)|`` at the block's full-precision output, batch by batch as the tape has them: (n, N)."""
+    """``|g(z + ε) - g(z - ε)|`` at the block's full-precision output, by the tape's batches."""
     assert tape.target is not None
     found = []
     for z, reference in zip(
@@ -409,7 +411,7 @@ def perturbed_gradients(objective: BlockObjective, tape: Tape, epsilon: float) -
         for shifted in (z + epsilon, z - epsilon):
             leaf = shifted.requires_grad_(True)
             value = kl_divergence(
-                objective.chain.tail(tape.index + 1, leaf), reference, 20.0
+                objective.tape.chain.tail(tape.index + 1, leaf), reference, 20.0
             ) * len(z)
             sides.append(torch.autograd.grad(value, leaf)[0])
         found.append((sides[0] - sides[1]).abs().flatten(1))
@@ -433,7 +435,7 @@ def test_perturbation_hessian_of_each_sample_lies_where_the_tape_lies(
     assert objective.passes == 1
     assert objective.update_steps == frozenset()
     assert objective.state.diagonal is None
-    set_quantized(objective.chain, False)
+    set_quantized(objective.tape.chain, False)
     expected = perturbed_gradients(objective, tape, epsilon)
     assert expected.shape == (16, tape.full[0].numel())
     assert int((expected > 0).any(1).sum()) > 12  # rounding alone, which a sample may be spared
@@ -503,7 +505,7 @@ def test_with_a_perturbation_hessian_the_head_has_twice_the_divergence_over_its_
     assert tape.target is not None
     target, generator = tape.target.whole[SAMPLES], torch.Generator().manual_seed(0)
     with torch.no_grad():
-        output = objective.chain.segment(3).block(tape.full.whole[SAMPLES])
+        output = objective.tape.chain.segment(3).block(tape.full.whole[SAMPLES])
     noisy = output + 0.5 * torch.randn(output.shape, generator=generator)
     assert loss(objective, tape) == pytest.approx(2.0, rel=1e-5)
     expected = 2 * float(
@@ -517,8 +519,8 @@ def test_with_a_perturbation_hessian_the_head_has_twice_the_divergence_over_its_
 def whole_model_terms(
     objective: BlockObjective, tape: Tape, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Squared error and divergence of the model with this block alone quantized, and their gradients at its output."""
-    chain, block, kept = objective.chain, objective.chain.segment(tape.index).block, []
+    """Squared error and divergence with this block alone quantized, and their gradients."""
+    chain, block, kept = objective.tape.chain, objective.tape.chain.segment(tape.index).block, []
     set_quantized(chain, False)
     with torch.no_grad():
         reference = chain(x)
@@ -547,7 +549,7 @@ def whole_model_terms(
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_prediction_loss_goes_through_the_rest_in_full_precision(share: float) -> None:
-    """Value and gradient; earlier and later blocks have other starts, so a loss after the start is looked at."""
+    """Value and gradient after the start, with other start values in other blocks."""
     objective, tape = make(quick(loss="prediction", prediction_share=share, w_bits=3, a_bits=3))
     assert objective.passes == 0
     assert objective.part_weights() == pytest.approx((1 - share, share))
@@ -556,7 +558,7 @@ def test_prediction_loss_goes_through_the_rest_in_full_precision(share: float) -
     starts = torch.tensor([0.5 * float(error), 0.25 * float(divergence)])
     objective.state.starts.copy_(starts)
     output = (
-        objective.chain.segment(tape.index)
+        objective.tape.chain.segment(tape.index)
         .block(tape.full.whole[SAMPLES])
         .detach()
         .requires_grad_(True)
@@ -570,11 +572,13 @@ def test_prediction_loss_goes_through_the_rest_in_full_precision(share: float) -
 
 
 def test_a_divergence_smaller_than_rounding_errors_of_float32_has_its_own_start() -> None:
-    """At 8 bits the patch embedding moves the prediction so little that KL in float32 is noise, and may be negative."""
+    """At 8 bits the patch embedding hardly moves the prediction: KL in float32 would be noise."""
     objective, tape = make(quick(loss="prediction", w_bits=8, a_bits=8), index=0)
     loss(objective, tape)
     with torch.no_grad():
-        logits = objective.chain.tail(1, objective.chain.segment(0).block(tape.full.whole[SAMPLES]))
+        logits = objective.tape.chain.tail(
+            1, objective.tape.chain.segment(0).block(tape.full.whole[SAMPLES])
+        )
     reference = objective.reference.whole[SAMPLES]
     exact = float(kl_divergence(logits.double(), reference.double(), 20.0))
     assert 0 < exact < 1e-6
@@ -587,7 +591,7 @@ def test_prediction_share_of_zero_is_the_squared_error_and_of_one_the_divergence
         objective, tape = make(quick(loss=name, prediction_share=share))
         values = [loss(objective, tape, noise) for noise in (0.0, 0.2, 0.5)]
         output = (
-            objective.chain.segment(tape.index)
+            objective.tape.chain.segment(tape.index)
             .block(tape.full.whole[SAMPLES])
             .detach()
             .requires_grad_(True)
@@ -606,6 +610,6 @@ def test_prediction_share_of_zero_is_the_squared_error_and_of_one_the_divergence
         [a + b for a, b in zip(none, alone, strict=True)], rel=1e-5
     )
     assert alone[2] > 1.2
-    # A shift of all channels is taken away by the norms behind the block: the divergence does not push there.
+    # The norms behind the block remove a shift of all channels: the divergence ignores it.
     assert float(alone_slope.mean(-1).abs().max()) < 1e-4 * float(alone_slope.abs().max())
     assert float(plain_slope.mean(-1).abs().max()) > 1e-2 * float(plain_slope.abs().max())

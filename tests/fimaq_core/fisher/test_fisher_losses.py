@@ -107,7 +107,7 @@ def test_losses_can_be_differentiated(name: str) -> None:
 
 
 def test_passes_to_come_add_nothing() -> None:
-    """Zero rows of G and zeros in the root stand for them, as in an objective before its last pass."""
+    """Zero rows of G and zeros in the root stand for passes to come."""
     delta, gradients, errors = example()
     root = losses.inverse_gram_root(errors)[0].double()
     later_gradients, later_root = (

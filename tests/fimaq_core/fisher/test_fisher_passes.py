@@ -1,4 +1,4 @@
-"""What a Fisher pass returns: F·Δ to first order, and means that do not depend on the batches."""
+"""Results of a Fisher pass: F·Δ to first order, and means that do not depend on the batches."""
 
 import itertools
 from dataclasses import replace
@@ -38,7 +38,7 @@ def fisher(z: Tensor, weight: Tensor, bias: Tensor, temperature: float) -> Tenso
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_gradient_is_the_fisher_matrix_times_the_error(temperature: float) -> None:
-    """To first order: halving Δ quarters what is left."""
+    """The gradient is F·Δ to first order: half of Δ leaves a quarter of the difference."""
     chain, weight, bias = softmax_classifier()
     z = torch.randn(40, 9, dtype=torch.float64)
     direction = torch.randn(40, 9, dtype=torch.float64)
@@ -75,7 +75,7 @@ def test_one_pass_gives_mean_absolute_gradient_and_error() -> None:
 
 
 def prepared() -> tuple[BlockChain, Tensor, Tensor, Tensor]:
-    """A calibrated ViT whose second block alone is quantized; its input, full-precision output and the model's."""
+    """A ViT with only block 2 quantized; its input, full-precision output, and the model's."""
     chain, x = chain_of(vit(3), quick()), images(33)
     calibrate(chain, x, quick())
     set_quantized(chain, False)

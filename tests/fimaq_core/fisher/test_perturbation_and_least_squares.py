@@ -1,5 +1,6 @@
-"""Perturbation Hessian and least-squares fit against closed forms, and their losses against loops."""
+"""Perturbation Hessian and least-squares fit against closed forms; their losses against loops."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.fisher import losses
-from fimaq_core.fisher.divergence import Divergence, kl_divergence
-from fimaq_core.fisher.passes import Sweep, least_squares_hessian, perturbation_hessian
+from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence, kl_divergence
+from fimaq_core.fisher.passes import Sweep, Tail, least_squares_hessian, perturbation_hessian
 from fimaq_core.samples import Samples
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def test_of_a_quadratic_it_is_twice_epsilon_times_the_row_sums(
     )  # indefinite: the absolute value matters
     assert (hessian.sum(1) < 0).any()
     z, r = normal(5, 3, 4, seed=1), normal(5, 3, 4, seed=2)
-    found = perturbation_hessian(itself, z, r, quadratic(hessian), epsilon)
+    found = perturbation_hessian(Tail(itself, r, quadratic(hessian)), z, epsilon)
     assert found.shape == z.shape
     expected = 2 * epsilon * hessian.sum(1).abs().view(3, 4).expand(5, 3, 4)
     assert torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.max()))
@@ -58,27 +59,23 @@ def test_of_a_quadratic_it_is_twice_epsilon_times_the_row_sums(
 def test_of_a_diagonal_quadratic_it_is_twice_epsilon_times_the_diagonal() -> None:
     diagonal = normal(7).square()
     found = perturbation_hessian(
-        itself, normal(4, 7, seed=1), normal(4, 7, seed=2), quadratic(diagonal.diag()), 0.125
+        Tail(itself, normal(4, 7, seed=2), quadratic(diagonal.diag())), normal(4, 7, seed=1), 0.125
     )
     assert torch.allclose(found, (0.25 * diagonal).expand(4, 7), rtol=1e-12)
 
 
 def test_each_sample_has_its_own_hessian_whatever_the_batch() -> None:
-    """Behind a cube the Hessian at z is diagonal: of ½ (z³ - r)² it is 15 z⁴ - 6 r z, of which ± ε takes the mean slope."""
+    """Behind a cube the Hessian at z is diagonal: of ½ (z³ - r)² it is 15 z⁴ - 6 r z.
+
+    The perturbation ± ε takes the mean slope.
+    """
     z, r = normal(6, 5, seed=1), normal(6, 5, seed=2)
-    whole = perturbation_hessian(
-        lambda x: x**3, z, r, quadratic(torch.eye(5, dtype=torch.float64)), 1e-4
-    )
-    alone = [
-        perturbation_hessian(
-            lambda x: x**3,
-            z[i : i + 1],
-            r[i : i + 1],
-            quadratic(torch.eye(5, dtype=torch.float64)),
-            1e-4,
-        )
-        for i in range(6)
-    ]
+    half_square = quadratic(torch.eye(5, dtype=torch.float64))
+
+    def at(rows: slice) -> Tensor:
+        return perturbation_hessian(Tail(lambda x: x**3, r[rows], half_square), z[rows], 1e-4)
+
+    whole, alone = at(slice(None)), [at(slice(i, i + 1)) for i in range(6)]
     assert torch.allclose(whole, torch.cat(alone), rtol=1e-9, atol=1e-15)
     exact = 2e-4 * (15 * z**4 - 6 * r * z).abs()
     assert torch.allclose(whole, exact, rtol=1e-5, atol=1e-8)
@@ -88,9 +85,8 @@ def test_each_sample_has_its_own_hessian_whatever_the_batch() -> None:
 def test_it_leaves_the_output_alone() -> None:
     z = normal(3, 4)
     before = z.clone()
-    perturbation_hessian(
-        itself, z, normal(3, 4, seed=1), quadratic(torch.eye(4, dtype=torch.float64)), 0.5
-    )
+    half_square = quadratic(torch.eye(4, dtype=torch.float64))
+    perturbation_hessian(Tail(itself, normal(3, 4, seed=1), half_square), z, 0.5)
     assert torch.equal(z, before)
     assert not z.requires_grad
 
@@ -108,7 +104,7 @@ def hessian_times(
 
 @torch.no_grad()
 def pre_norm_vit() -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
-    """What is behind the first block of a ViT, the block's outputs, and a reference that is not the model's own."""
+    """The model behind a ViT's first block, the block's outputs, and another reference."""
     chain, x = chain_of(vit(3), quick()).double(), images(4).double()
     z = chain.segment(1)(chain.segment(0)(x))
     return lambda output: chain.tail(2, output), z, chain(x) + normal(4, 10)
@@ -125,7 +121,7 @@ def without_norms() -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
 
 
 def test_a_shift_of_all_channels_is_a_null_direction_behind_layer_norms() -> None:
-    """Exactly: H 1 is zero to rounding in a pre-norm transformer, so there the difference of gradients is rounding alone."""
+    """H 1 is zero in a pre-norm transformer, so the difference of gradients is only rounding."""
     rest, z, reference = pre_norm_vit()
     ones, direction = torch.ones_like(z), normal(*z.shape, seed=5)
     size = float(hessian_times(rest, z, reference, direction).abs().max())
@@ -136,9 +132,9 @@ def test_a_shift_of_all_channels_is_a_null_direction_behind_layer_norms() -> Non
     token[:, 3], channel[:, :, 3] = 1, 1
     assert float(hessian_times(rest, z, reference, token).abs().max()) < 1e-12 * size
     assert float(hessian_times(rest, z, reference, channel).abs().max()) > 0.01 * size
-    # Hence the size of ε does not matter, as it would for a quadratic: 2 ε |H 1| would grow by a million.
+    # So the size of ε does not matter; for a quadratic, 2 ε |H 1| would grow by a million.
     small, large = (
-        perturbation_hessian(rest, z, reference, lambda a, b: kl_divergence(a, b, 2.0), epsilon)
+        perturbation_hessian(Tail(rest, reference, ClassifierDivergence(2.0)), z, epsilon)
         for epsilon in (1e-8, 1e-2)
     )
     assert 0 < float(large.mean()) < 100 * float(small.mean()) < 1e-10 * size
@@ -150,7 +146,7 @@ def test_without_layer_norms_it_is_no_null_direction() -> None:
     size = float(hessian_times(rest, z, reference, direction).abs().max())
     exact = hessian_times(rest, z, reference, ones).abs()
     assert float(exact.max()) > 0.1 * size
-    found = perturbation_hessian(rest, z, reference, lambda a, b: kl_divergence(a, b, 2.0), 1e-5)
+    found = perturbation_hessian(Tail(rest, reference, ClassifierDivergence(2.0)), z, 1e-5)
     assert torch.allclose(found, 2e-5 * exact, rtol=1e-4, atol=1e-7 * float(exact.max()))
 
 
@@ -158,7 +154,7 @@ def test_without_layer_norms_it_is_no_null_direction() -> None:
 
 
 def fit(delta: Tensor, gradient: Tensor, batch: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """h and u where image b has output error ``delta[b]`` and gradient ``gradient[b]``, (n, N) each, as float64."""
+    """h and u of images b with errors ``delta[b]``, gradients ``gradient[b]``, (n, N), float64."""
     chain = BlockChain(
         [Segment("block", "block", nn.Identity()), Segment("head", "head", nn.Identity())]
     )
@@ -236,7 +232,7 @@ def test_a_known_direction_is_found_but_for_its_sign(sign: int) -> None:
 
 
 def test_images_whose_errors_differ_in_sign_shrink_the_direction() -> None:
-    """The fit takes the positive root for each image: with s = uᵀΔ what is left of u is Σ s|s| / Σ s²."""
+    """The fit takes the positive root for each image: with s = uᵀΔ, Σ s|s| / Σ s² of u is left."""
     direction, delta = normal(6, seed=2), normal(10, 6, seed=3)
     s = delta @ direction
     assert (s > 0).any()
@@ -306,9 +302,9 @@ def test_least_squares_loss_equals_a_loop() -> None:
 def test_diagonal_loss_of_one_hessian_or_of_one_a_sample(own: bool) -> None:
     delta = normal(4, 7)
     diagonal = normal(4, 7, seed=1).abs() if own else normal(7, seed=1).abs()
-    total = sum(
-        delta[b, n].item() ** 2 * (diagonal[b, n] if own else diagonal[n]).item() for b in range(4) for n in range(7)
-    )  # fmt: skip
+    total = 0.0
+    for b, n in itertools.product(range(4), range(7)):
+        total += delta[b, n].item() ** 2 * (diagonal[b, n] if own else diagonal[n]).item()
     assert float(losses.diagonal_loss(delta, diagonal)) == pytest.approx(total / 28, rel=1e-12)
 
 

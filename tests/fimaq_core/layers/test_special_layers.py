@@ -281,7 +281,7 @@ def trainer(engine: Engine, recipe: Recipe) -> BlockTrainer:
     tape.advance()
     tape.compute_target()
     objective = BlockObjective(chain, tape, recipe, reference, ClassifierDivergence(20.0), [])
-    return BlockTrainer(chain.segment(1), tape, objective, recipe, recipe.seed, engine)
+    return BlockTrainer(chain.segment(1), objective, engine)
 
 
 @pytest.mark.parametrize("method", ["qdrop", "brecq"])

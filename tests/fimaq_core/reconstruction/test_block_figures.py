@@ -1,4 +1,4 @@
-"""Figures of reconstructed blocks: against a direct computation, without a trace in the results, kept by checkpoints."""
+"""Figures of reconstructed blocks: computed directly, harmless to results, kept by checkpoints."""
 
 import copy
 import functools
@@ -46,7 +46,7 @@ ONE_BY_ONE: dict[str, Any] = {
 
 @torch.no_grad()
 def block_outputs(chain: BlockChain, x: Tensor) -> dict[str, Tensor]:
-    """What every block gives, by a plain forward of the whole model."""
+    """Outputs of every block, by a plain forward of the whole model."""
     found: dict[str, Tensor] = {}
     handles = [
         segment.block.register_forward_hook(
@@ -143,7 +143,7 @@ def test_measuring_changes_no_bit(case: str, monkeypatch: pytest.MonkeyPatch) ->
     measured = run()
     with monkeypatch.context() as patch:
         patch.setattr(Tape, "measure", lambda self, keep=True: 0.0)
-        # As it was before there were figures: the quantized model's outputs where something needs them.
+        # As before there were figures: the quantized outputs only if something needs them.
         with_prefix = recipe.prefix_prob > 0 or recipe.loss == "fisher_brecq"
         original = Tape.__init__
         patch.setattr(
@@ -173,9 +173,9 @@ def test_fisher_means_are_of_the_weights_in_the_loss(
     loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, made = quick(loss=loss), []
-    original = reconstruct_module.make_objective
+    original = reconstruct_module.BlockObjective
     monkeypatch.setattr(
-        reconstruct_module, "make_objective", lambda *args: made.append(original(*args)) or made[-1]
+        reconstruct_module, "BlockObjective", lambda *args: made.append(original(*args)) or made[-1]
     )
     chain = chain_of(vit(), recipe)
     log = quantize_chain(chain, images(24), recipe, KL, Resources(batch_size=7))
@@ -189,7 +189,7 @@ def test_fisher_means_are_of_the_weights_in_the_loss(
                 (weights.square() if loss == "fisher_brecq" else weights).double().mean()
             )
     assert log.fisher == pytest.approx(expected)
-    # The head's loss compares classes; with nothing quantized before it, the first block has no squared gradient.
+    # The head's loss compares classes; the first block has no squared gradient.
     named = ["patch_embed", "blocks.0", "blocks.1"][loss == "fisher_brecq" :]
     assert list(log.fisher) == (named if loss in WEIGHTED else [])
     assert all(value > 0 for value in log.fisher.values())
@@ -294,7 +294,7 @@ def test_a_resumed_run_has_the_figures_of_the_undisturbed_one(tmp_path: Path) ->
 def rewrite_facts(
     path: Path, chain: BlockChain, recipe: Recipe, change: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Write the checkpoint of a block anew, with other facts."""
+    """Replace the facts in the checkpoint of a block."""
     index = int(path.stem[-3:])
     facts = load_checkpoint(path, chain.segment(index).block, mark(recipe))
     change(facts)

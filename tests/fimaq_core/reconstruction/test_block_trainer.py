@@ -1,4 +1,4 @@
-"""One block's optimisation: tables of its steps, batches, input mixing, and what a step's gradient is."""
+"""One block's optimisation: tables of its steps, batches, input mixing, a step's gradient."""
 
 import itertools
 import math
@@ -31,6 +31,7 @@ from fimaq_core.reconstruction.schedule import (
 from fimaq_core.reconstruction.step import _adam, mixed, update
 from fimaq_core.reconstruction.tape import Storage, Tape
 from fimaq_core.reconstruction.textbook import TextbookStep
+from fimaq_core.samples import Samples
 
 CPU = torch.device("cpu")
 ENGINES: tuple[Engine, ...] = ("eager", "fused")
@@ -48,11 +49,12 @@ def trainer(recipe: Recipe, index: int = 2, engine: Engine = "fused") -> tuple[B
         tape.advance()
     tape.compute_target()
     objective = BlockObjective(chain, tape, recipe, reference, ClassifierDivergence(20.0), [])
-    return BlockTrainer(chain.segment(index), tape, objective, recipe, recipe.seed, engine), tape
+    return BlockTrainer(chain.segment(index), objective, engine), tape
 
 
 def schedule(recipe: Recipe, seed: int = 0) -> Schedule:
-    return Schedule.build(recipe, 24, 5, torch.Generator().manual_seed(seed), CPU)
+    samples = Samples(torch.empty(24, 1))
+    return Schedule.build(recipe, samples, 5, torch.Generator().manual_seed(seed))
 
 
 def test_regulariser_is_off_and_then_falls_linearly() -> None:
@@ -89,7 +91,7 @@ def test_scale_rate_falls_by_a_cosine_to_zero_and_that_of_alpha_stays() -> None:
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_update_equals_the_optimizer(cosine: bool) -> None:
-    """PyTorch's Adam, and its cosine schedule for the scales, over the first steps and in the later course."""
+    """PyTorch's Adam, and its cosine schedule for the scales, over the first and later steps."""
     recipe = quick("qdrop", steps=60, lr_alpha=0.02, lr_scale=1e-2)
     generator = torch.Generator().manual_seed(1)
     variable = torch.randn(500, generator=generator)
@@ -100,7 +102,7 @@ def test_update_equals_the_optimizer(cosine: bool) -> None:
     strength = 10.0 ** torch.randint(-9, 3, (500,), generator=generator)
     for row in schedule(recipe).rates:
         reference.grad = torch.randn(500, generator=generator) * strength
-        _adam(variable, reference.grad, *moments, row[3 if cosine else 2], row[4])
+        _adam(variable, reference.grad, moments, row[3 if cosine else 2], row[4])
         adam.step()
         if cosine:
             scheduler.step()
@@ -213,7 +215,7 @@ def test_first_block_has_nothing_to_mix(engine: Engine) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", ["float32", "tf32"])
 def test_tf32_is_allowed_in_steps_alone(engine: Engine, dtype: str) -> None:
-    """A Fisher pass's frozen parts have a setting of their own, and what was set outside comes back."""
+    """A Fisher pass's frozen parts have their own setting; the outer setting comes back."""
     made, _ = trainer(quick("fimaq", step_dtype=dtype, fisher_k=1), engine=engine)
     allowed: list[bool] = []
     made.segment.block.register_forward_pre_hook(
@@ -243,9 +245,9 @@ def gradients_of_step(
     def look(function: Callable[..., Any], *args: Any) -> Any:
         if function is not update:
             return call(function, *args)
-        counter, rates, _, _, grad_soft, alpha, *rest = args
-        weight, beta = rates[counter[0], :2]
-        found.extend((alpha_gradient(alpha, rest[1], grad_soft, weight, beta), rest[3]))
+        own, _, grad_soft, grad_scales = args
+        weight, beta = own.rates[own.counter[0], :2]
+        found.extend((alpha_gradient(own.alpha, own.gain, grad_soft, weight, beta), grad_scales))
         return None
 
     monkeypatch.setattr(step, "_call", look)
@@ -257,7 +259,7 @@ def gradients_of_step(
 @pytest.mark.parametrize("number", [0, 90])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradient_of_a_step(number: int, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block loss plus, once it is on, 0.01 of the regulariser; found again from the plain definition."""
+    """Block loss plus, once it is on, 0.01 of the regulariser, by the plain definition."""
     recipe = quick(
         "qdrop",
         steps=100,

@@ -1,4 +1,4 @@
-"""Stopping and going on at any stage gives the bits of the undisturbed run; foreign and damaged files are refused."""
+"""A resumed run gives the bits of the undisturbed run; foreign and damaged files are refused."""
 
 import json
 import struct
@@ -55,7 +55,7 @@ def run(
     size: int,
     stop_in: str | None = None,
 ) -> tuple[BlockChain, ReconstructionLog]:
-    """A whole run with checkpoints; ``stop_in`` names the block in whose middle it is broken off."""
+    """A whole run with checkpoints; ``stop_in`` names the block in which it is interrupted."""
 
     def on_progress(progress: Progress) -> None:
         if stop_in is not None and progress.stage == "reconstruct" and progress.block == stop_in:
@@ -118,7 +118,9 @@ def test_blocks_of_another_engine_are_named(tmp_path: Path) -> None:
         labels = list(log.last_loss)
         notes[turn] = [note for note in log.notes if "engine" in note]
     assert notes[0] == notes[1] == []
-    assert notes[2] == [f"{label}: reconstructed earlier by the engine 'fused'" for label in labels]
+    assert notes[2] == [
+        f"{label}: reconstructed earlier by the step engine 'fused'" for label in labels
+    ]
 
 
 def test_finished_blocks_are_not_done_twice(
@@ -137,7 +139,7 @@ def test_finished_blocks_are_not_done_twice(
 
 @pytest.mark.parametrize("name", ["vit", "swin", "no biases"])
 def test_saved_and_loaded_at_every_stage(name: str, tmp_path: Path) -> None:
-    """Calibrated, each block, and the finished model: the same logits bit for bit from a new model."""
+    """Calibrated, each block, and the finished model: the same logits from a new model."""
     build: Callable[[], nn.Module] = {
         "vit": vit,
         "swin": lambda: swin(40),

@@ -1,4 +1,4 @@
-"""Learned activation scales stay positive, whatever the rate: on every engine, with every quantizer."""
+"""Learned activation scales stay positive at any rate, on every engine and quantizer."""
 
 import copy
 from pathlib import Path
@@ -23,6 +23,7 @@ from fimaq_core.reconstruction.engines import Engine
 from fimaq_core.reconstruction.flat import GraphStep
 from fimaq_core.reconstruction.reconstruct import expand_per_token, reconstruct
 from fimaq_core.reconstruction.state import NEAR_FLOOR, SCALE_FLOOR, active_quantizers
+from fimaq_core.resources import Resources
 from fimaq_core.store import Part
 
 KL = ClassifierDivergence(20.0)
@@ -59,7 +60,7 @@ def at_floor(course: Course) -> Tensor:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_scales_stop_at_their_lower_bound_on_every_engine(quantizer: str) -> None:
-    """After one step that takes scales far below zero, the engines agree on which are at the bound, and on all values."""
+    """After a step far below zero, the engines agree on scales at the bound, and on all values."""
     recipe = quick("fimaq", lr_scale=TOO_FAST, **QUANTIZERS[quantizer])
     expected = follow(made("eager", recipe), 1)
     assert 0.1 < float(at_floor(expected).double().mean()) < 0.9
@@ -122,7 +123,7 @@ def test_a_run_with_too_large_a_rate_finishes_and_says_so(quantizer: str) -> Non
     before = copy.deepcopy(chain)
     expand_per_token(before, x[:1])
     first = scales_of(before)
-    log = reconstruct(chain, x, recipe, KL, batch_size=8)
+    log = reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8))
     last = scales_of(chain)
     assert all(bool((last[name] >= SCALE_FLOOR * first[name]).all()) for name in first)
     count = sum(int((last[name] < NEAR_FLOOR * first[name]).sum()) for name in first)
@@ -137,7 +138,7 @@ def test_a_run_without_scales_at_the_bound_says_nothing() -> None:
     recipe, x = quick("qdrop"), images(24, 40)
     chain = chain_of(swin(40), recipe)
     calibrate(chain, x, recipe)
-    log = reconstruct(chain, x, recipe, KL, batch_size=8)
+    log = reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8))
     assert log.near_floor == {}
     assert log.sentences() == log.notes
 

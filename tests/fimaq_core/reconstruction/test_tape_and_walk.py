@@ -1,4 +1,4 @@
-"""The walk over a chain: how often blocks run, what the tape holds, and that the same settings give the same bits."""
+"""The walk over a chain: how often blocks run, the tape's content, reproducible bits."""
 
 import copy
 from collections import Counter
@@ -21,6 +21,7 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
 from fimaq_core.reconstruction import reconstruct as reconstruct_module
 from fimaq_core.reconstruction import step as step_module
+from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.reconstruct import expand_per_token, reconstruct
 from fimaq_core.reconstruction.tape import Storage, Tape
 from fimaq_core.store import Resources
@@ -53,7 +54,7 @@ def same_state(a: BlockChain, b: BlockChain) -> bool:
 def count_block_forwards(
     monkeypatch: pytest.MonkeyPatch, depth: int, recipe: Recipe
 ) -> dict[str, Counter[str]]:
-    """Forwards of each segment's block over calibration and reconstruction: training, walk, Fisher passes."""
+    """Count forwards of each segment's block: in training, the walk and Fisher passes."""
     counts: dict[str, Counter[str]] = {"train": Counter(), "walk": Counter(), "fisher": Counter()}
     phase = ["walk"]
 
@@ -86,7 +87,7 @@ def count_block_forwards(
 def test_block_forwards_grow_linearly_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = quick(steps=6, fisher_k=2)
     batches = 3
-    # Calibration, the look at the tokens' number, the model's outputs, and the block in both forms: for the head's error too.
+    # Calibration, the number of tokens, the model's outputs, and the block in both forms.
     walk = 1 + 1 + batches + batches + batches
     totals, fisher = {}, {}
     for depth in (4, 8):
@@ -95,7 +96,7 @@ def test_block_forwards_grow_linearly_with_depth(monkeypatch: pytest.MonkeyPatch
         assert counts["train"] == dict.fromkeys(labels, recipe.steps)
         assert counts["walk"] == dict.fromkeys(labels, walk)
         totals[depth] = counts["train"].total() + counts["walk"].total()
-        # Before block i come the passes of the i blocks before it; each block but the head runs its own too.
+        # Before block i come the passes of the i blocks before it; each but the head has its own.
         assert counts["fisher"] == {
             label: recipe.fisher_k * batches * (number + (label != "head"))
             for number, label in enumerate(labels)
@@ -113,7 +114,7 @@ def test_methods_without_fisher_information_make_no_tail_passes(
 ) -> None:
     counts = count_block_forwards(monkeypatch, 2, quick("brecq"))
     assert counts["fisher"].total() == 0
-    # Without per-token scales there is no look at the tokens. The quantized prefix runs for the errors' sake alone.
+    # Without per-token scales nothing counts tokens. The prefix runs only for the errors.
     assert counts["walk"]["blocks.0"] == 1 + 3 + 3 + 3
 
 
@@ -132,22 +133,23 @@ def test_tape_equals_whole_model_passes(monkeypatch: pytest.MonkeyPatch, name: s
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     original = reconstruct_module.optimise_block
 
-    def look(segment: Segment, tape: Tape, *args: Any) -> Tensor:
+    def look(segment: Segment, objective: BlockObjective, *args: Any) -> Tensor:
+        tape = objective.tape
         assert tape.prefix is not None
         assert tape.target is not None
         seen.append((tape.full.whole.clone(), tape.prefix.whole.clone(), tape.target.whole.clone()))
-        return original(segment, tape, *args)
+        return original(segment, objective, *args)
 
     monkeypatch.setattr(reconstruct_module, "optimise_block", look)
     chain = chain_of(build(), recipe)
     with torch.no_grad():
         expected_output = chain(x)
     calibrate(chain, x, recipe)
-    reconstruct(chain, x, recipe, KL, batch_size=7)
+    reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=7))
     assert len(seen) == len(chain)
 
     def block_inputs(quantized_before: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and outputs of all blocks in one pass of the whole model with its first blocks quantized."""
+        """Inputs and outputs of all blocks in one pass with the model's first blocks quantized."""
         inputs, outputs, handles = [], [], []
 
         def keep(_: object, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -238,7 +240,7 @@ def test_weights_or_activations_alone(bits: tuple[int, int]) -> None:
 
 
 def test_scales_per_token() -> None:
-    """One scale a token position for linear inputs; a head and row of a, a head and column of b for products."""
+    """One scale per token position for linear inputs; per head and row (a) or column (b)."""
     recipe = quick()
     cases: list[tuple[Callable[[], nn.Module], int, dict[str, Any]]] = [
         (vit, 32, {"mlp": (17,), "attention": 17, "head width": 16}),
@@ -271,13 +273,13 @@ def test_scales_per_token() -> None:
 
 
 def test_learned_values_are_what_the_method_may_change() -> None:
-    """Reconstruction decides codes and activation scales; float weights, zero points and weight scales stay."""
+    """Reconstruction decides codes and activation scales; all other tensors stay."""
     recipe = quick(steps=12)
     chain, x = chain_of(vit(2), recipe), images(24)
     calibrate(chain, x, recipe)
     expand_per_token(chain, x[:1])
     before = {name: value.clone() for name, value in chain.state_dict().items()}
-    reconstruct(chain, x, recipe, KL, batch_size=8)
+    reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8))
     finish(chain)
     flipped = 0
     for name, value in chain.state_dict().items():
@@ -312,7 +314,7 @@ def test_baselines_keep_one_scale_a_tensor() -> None:
 
 
 class MaskWatch:
-    """Notes threshold and key of every mask that the fused form draws, and whether a Fisher pass asked for it."""
+    """Note threshold and key of every mask of the fused form, and True for Fisher passes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[tuple[int, tuple[int, ...]]] = []
@@ -373,18 +375,20 @@ def test_every_mask_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 LOSSES = [
-    ("mse", "q"), ("mae", "q"), ("fisher_brecq", "q"), ("fisher_diag", "q"), ("fisher_diag", "qf"), ("fisher_lr", "q"),
-    ("fisher_lr", "qf"), ("fisher_dplr", "q"), ("fisher_dplr", "qf"), ("perturb", "q"), ("perturb_mean", "q"),
+    ("mse", "q"), ("mae", "q"), ("fisher_brecq", "q"), ("fisher_diag", "q"), ("fisher_diag", "qf"),
+    ("fisher_lr", "q"),
+    ("fisher_lr", "qf"), ("fisher_dplr", "q"), ("fisher_dplr", "qf"), ("perturb", "q"),
+    ("perturb_mean", "q"),
     ("prediction", "q"), ("least_squares", "q"), ("least_squares", "qf"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("loss", "mode"), LOSSES)
 def test_every_loss_goes_down(monkeypatch: pytest.MonkeyPatch, loss: str, mode: str) -> None:
-    """Whole batches, no dropping, no regulariser: what is left is descent, until a Fisher pass sets a new start."""
+    """Whole batches, no dropping, no regulariser: the loss falls until a Fisher pass resets it."""
     recipe = quick(
-        loss=loss, fisher_mode=mode, steps=48, batch_size=24, activation_prob=1.0, prefix_prob=0.0, round_weight=0.0,
-        lr_alpha=0.01, lr_scale=1e-3, w_bits=3, a_bits=3,
+        loss=loss, fisher_mode=mode, steps=48, batch_size=24, activation_prob=1.0,
+        prefix_prob=0.0, round_weight=0.0, lr_alpha=0.01, lr_scale=1e-3, w_bits=3, a_bits=3,
     )  # fmt: skip
     course: dict[str, list[float]] = {}
     original = reconstruct_module.optimise_block
@@ -396,7 +400,7 @@ def test_every_loss_goes_down(monkeypatch: pytest.MonkeyPatch, loss: str, mode: 
     monkeypatch.setattr(reconstruct_module, "optimise_block", follow)
     chain, x = chain_of(vit(2), recipe), images(24)
     calibrate(chain, x, recipe)
-    log = reconstruct(chain, x, recipe, KL, batch_size=8)
+    log = reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8))
     assert list(course) == list(log.last_loss) == ["patch_embed", "blocks.0", "blocks.1", "head"]
     start = {"mse": 1, "mae": 1, "fisher_brecq": 1, "prediction": 1}.get(loss, 2)
     passes = {
@@ -424,7 +428,7 @@ def test_every_loss_goes_down(monkeypatch: pytest.MonkeyPatch, loss: str, mode: 
 
 
 def test_reconstruction_beats_calibration_alone() -> None:
-    """On the images it saw, the reconstructed model is nearer to full precision than one only calibrated."""
+    """On its images the reconstructed model is nearer to full precision than a calibrated one."""
     recipe = quick(steps=200, w_bits=3, a_bits=3, lr_alpha=0.02)
     x = images(24)
     reference = logits(chain_of(vit(2), recipe), x)

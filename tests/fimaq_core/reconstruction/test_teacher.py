@@ -19,6 +19,7 @@ from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.reconstruct import reconstruct
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
+from fimaq_core.resources import Resources
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,7 @@ BUILDERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def pair(recipe: Recipe, name: str = "vit") -> tuple[BlockChain, BlockChain, Tensor]:
-    """A calibrated chain whose MLPs have ReLU and other weights than the teacher's; the teacher; images."""
+    """A calibrated chain with ReLU and other MLP weights than the teacher; the teacher; images."""
     build, size = BUILDERS[name]
     teacher, chain, x = chain_of(build(), recipe), chain_of(build(), recipe), images(16, size)
     use_relu(chain)
@@ -46,7 +47,7 @@ def pair(recipe: Recipe, name: str = "vit") -> tuple[BlockChain, BlockChain, Ten
 
 @torch.no_grad()
 def block_inputs(chain: BlockChain, x: Tensor) -> list[Tensor]:
-    """What each block sees, and the model's outputs at the end."""
+    """Inputs of each block, and the model's outputs at the end."""
     found = []
     for segment in chain:
         found.append(segment.before(x))
@@ -113,21 +114,21 @@ def at_block(
 
 
 def slope(model: BlockChain, tape: Tape, output: Tensor, reference: Tensor) -> Tensor:
-    """Gradient of each sample's divergence at the block's output, through the rest of ``model``; (n, N)."""
+    """Gradient of each sample's divergence at the block's output, through ``model``, (n, N)."""
     leaf = output.detach().clone().requires_grad_(True)
     value = kl_divergence(model.tail(tape.index + 1, leaf), reference, 20.0) * len(output)
     return torch.autograd.grad(value, leaf)[0].flatten(1)
 
 
 def agree(found: Tensor, expected: Tensor, other: Tensor) -> None:
-    """``found`` is ``expected`` to rounding, and not what it would be with the chain's own tail."""
+    """Check ``found`` against ``expected`` (equal) and the chain's own tail (different)."""
     scale = float(expected.abs().max())
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * scale)
     assert not torch.allclose(found, other, rtol=0.05, atol=0.05 * scale)
 
 
 def test_fisher_passes_go_through_the_teachers_tail() -> None:
-    """The block's output is the chain's, quantized; what is behind it, and the error, is the teacher's."""
+    """The block's output is the chain's, quantized; the rest, and the error, is the teacher's."""
     objective, tape, block = at_block(quick(loss="fisher_diag", fisher_k=1))
     objective.update(block)
     with torch.no_grad():
@@ -174,7 +175,7 @@ def test_brecqs_pass_takes_the_chains_prefix_through_the_teachers_block_and_tail
 
 @pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
 def test_perturbation_passes_go_through_the_teachers_tail(name: str) -> None:
-    """Rounding alone in a transformer, but the same rounding."""
+    """In a transformer it is only rounding, but the same rounding."""
     objective, tape, _ = at_block(quick(loss=name))
     assert tape.target is not None
     found = []
@@ -213,7 +214,8 @@ def test_predictions_are_the_teachers_from_the_block_on() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"method": "qdrop"}, {"method": "pdquant"}, {"method": "lsvit"}, {"loss": "perturb"}, {"loss": "perturb_mean"},
+        {}, {"method": "qdrop"}, {"method": "pdquant"}, {"method": "lsvit"}, {"loss": "perturb"},
+        {"loss": "perturb_mean"},
         {"loss": "fisher_brecq"}, {"method": "brecq", "reconstruct_parts": "blocks"},
     ],
     ids=str,
@@ -224,8 +226,10 @@ def test_a_teacher_equal_to_the_chain_changes_no_bit(changes: dict[str, Any]) ->
     calibrate(chain, x, recipe)
     same_as_chain, alone = copy.deepcopy(chain), copy.deepcopy(chain)
     set_quantized(same_as_chain, False)
-    log = reconstruct(chain, x, recipe, KL, batch_size=8, teacher=same_as_chain)
-    expected = reconstruct(alone, x, recipe, KL, batch_size=8)
+    log = reconstruct(
+        chain, x, recipe, KL, resources=Resources(batch_size=8), teacher=same_as_chain
+    )
+    expected = reconstruct(alone, x, recipe, KL, resources=Resources(batch_size=8))
     assert (log.last_loss, log.fisher_passes, log.notes) == (
         expected.last_loss,
         expected.fisher_passes,
@@ -246,14 +250,13 @@ def test_reconstruction_aims_at_the_teacher_and_leaves_it_alone(
     expected, seen = block_inputs(teacher, x), []
     original = reconstruct_module.optimise_block
 
-    def look(segment: Segment, tape: Tape, objective: BlockObjective, *args: Any) -> Tensor:
-        assert tape.target is not None
-        seen.append(tape.target.whole.clone())
+    def look(segment: Segment, objective: BlockObjective, *args: Any) -> Tensor:
+        seen.append(objective.target.whole.clone())
         assert same(objective.reference.whole, expected[-1])
-        return original(segment, tape, objective, *args)
+        return original(segment, objective, *args)
 
     monkeypatch.setattr(reconstruct_module, "optimise_block", look)
-    reconstruct(chain, x, recipe, KL, batch_size=8, teacher=teacher)
+    reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8), teacher=teacher)
     assert len(seen) == len(chain)
     for index, target in enumerate(seen):
         with torch.no_grad():
@@ -272,7 +275,7 @@ def test_reconstruction_brings_the_chain_nearer_to_the_teacher() -> None:
     goal = block_inputs(teacher, x)[-1]
     calibrated = copy.deepcopy(chain)
     set_quantized(calibrated, True)
-    reconstruct(chain, x, recipe, KL, batch_size=8, teacher=teacher)
+    reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8), teacher=teacher)
     before, after = (
         (block_inputs(model, x)[-1] - goal).square().mean() for model in (calibrated, chain)
     )

@@ -1,4 +1,4 @@
-"""Reconstruction of images of varying sizes: the tape, each image's own Fisher information, engines, resuming."""
+"""Reconstruction of images of varying sizes: tape, Fisher information, engines, resuming."""
 
 import gc
 import weakref
@@ -16,7 +16,7 @@ from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint
 from fimaq_core.errors import EngineError, RecipeError
-from fimaq_core.fisher.passes import divergence_gradient
+from fimaq_core.fisher.passes import Tail, divergence_gradient
 from fimaq_core.layers import set_quantized
 from fimaq_core.pipeline import RECONSTRUCT, quantize_chain
 from fimaq_core.recipe import Recipe
@@ -26,7 +26,7 @@ from fimaq_core.reconstruction.engines import Engine, choose_engine
 from fimaq_core.reconstruction.loss import block_loss
 from fimaq_core.reconstruction.mlp import mlp_loss, reconstruct_mlps
 from fimaq_core.reconstruction.reconstruct import expand_per_token, reconstruct
-from fimaq_core.reconstruction.sample_objective import SampleObjective, make_objective
+from fimaq_core.reconstruction.sample_objective import SampleObjective
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
 from fimaq_core.samples import Samples
 from fimaq_core.store import Part, Resources
@@ -110,13 +110,12 @@ def objective_at(
     set_quantized(chain, False)
     with torch.no_grad():
         reference = Samples([chain(image) for image in images])
-    objective = make_objective(chain, tape, recipe, reference, D, [])
-    assert isinstance(objective, SampleObjective)
+    objective = SampleObjective(chain, tape, recipe, reference, D, [])
     return objective, chain, images, reference
 
 
 def gradient_by_hand(chain: BlockChain, image: Tensor, output: Tensor, reference: Tensor) -> Tensor:
-    """Of the divergence at the output of block 1; everything behind it in full precision."""
+    """Gradient of the divergence at the output of block 1, the rest in full precision."""
     first, second = chain.segment(1).keep, chain.segment(2).keep
     assert first is not None
     assert second is not None
@@ -127,7 +126,7 @@ def gradient_by_hand(chain: BlockChain, image: Tensor, output: Tensor, reference
             chain.segment(3).block(torch.cat([first(z), second(last)], 1))
         )
 
-    return divergence_gradient(rest, output, reference, D)
+    return divergence_gradient(Tail(rest, reference, D), output)
 
 
 @pytest.mark.parametrize("loss", ["fisher_dplr", "fisher_diag", "fisher_lr"])
@@ -229,7 +228,7 @@ def test_a_neck_has_the_squared_error() -> None:
 
 def trainer(engine: Engine, recipe: Recipe) -> BlockTrainer:
     objective, chain, *_ = objective_at(recipe, 1)
-    return BlockTrainer(chain.segment(1), objective.tape, objective, recipe, recipe.seed, engine)
+    return BlockTrainer(chain.segment(1), objective, engine)
 
 
 @pytest.mark.parametrize("loss", ["fisher_dplr", "mse", "perturb", "prediction"])
@@ -261,7 +260,7 @@ def test_a_compiled_step_is_compiled_once_for_all_sizes(monkeypatch: pytest.Monk
     recipe = one_by_one()
     assert_same_steps(trainer("fused", recipe), [trainer("compiled", recipe)], recipe.steps)
     assert len(set(SIZES)) == 4
-    # the loss (another graph once there are starts to read) and the update
+    # the loss (one graph without and one with start values) and the update
     assert counter.frame_count <= 3
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fimaq_core.fisher.passes import divergence_gradient
+from fimaq_core.fisher.passes import Tail, divergence_gradient
 from fimaq_core.samples import Samples
 from tasks.retrieval.divergence import ContrastiveDivergence
 
@@ -134,7 +134,7 @@ def test_its_own_products_do_not_take_the_models_arithmetic(
         )
 
     wide, narrow = (
-        divergence_gradient(rest, quantized, reference, divergence, dtype)
+        divergence_gradient(Tail(rest, reference, divergence, dtype), quantized)
         for dtype in ("float32", "bfloat16")
     )
     assert float(torch.cosine_similarity(wide.flatten(), narrow.flatten(), dim=0)) > 0.999

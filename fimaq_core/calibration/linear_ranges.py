@@ -1,0 +1,173 @@
+"""Ranges of a linear layer from its full-precision inputs; setters that other layers share."""
+
+import torch
+from torch import Tensor
+
+from fimaq_core.calibration.candidates import (
+    MIN_WEIGHT_SCALE,
+    Candidates,
+    ascending,
+    grid_candidates,
+    minmax,
+)
+from fimaq_core.calibration.output_error import Product, best_operand
+from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.progressive import progressive_input, progressive_rows
+from fimaq_core.calibration.special_ranges import search_after_gelu
+from fimaq_core.calibration.weight_error import Rows, best_rows, input_moments
+from fimaq_core.layers import QuantLinear
+from fimaq_core.quantizers.activation import ActivationQuantizer
+from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer
+from fimaq_core.recipe import Recipe
+
+
+def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
+    """Set the ranges of a linear layer for inputs (..., d).
+
+    First weight (per row) and input (one range) by their own squared error, then rounds of weight
+    and input by the squared error of the layer's output with the other one quantized. An input
+    behind a GELU with a quantizer made for it starts with the output's error.
+    """
+    weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
+    flat, uniform = x.reshape(-1, x.shape[-1]), isinstance(inputs, AffineQuantizer)
+    if recipe.range_search == "minmax":
+        set_minmax(weights, weight)
+        if isinstance(inputs, AffineQuantizer):
+            set_minmax(inputs, flat.reshape(1, -1), shape=(1,))
+        else:
+            search_after_gelu(layer, flat, recipe.range_candidates)
+        return
+    candidates, rows = None, torch.zeros(0, dtype=torch.long)
+    if not weights.off and recipe.range_search == "progressive":
+        set_rows(weights, *progressive_rows(weight, weights.levels, recipe.range_candidates))
+    elif not weights.off:
+        candidates, rows = start_rows(weights, weight, recipe.range_candidates)
+    if not uniform:
+        _rounds_after_gelu(layer, flat, candidates, rows, recipe)
+    elif recipe.range_search == "progressive":
+        _progressive_rounds(layer, x, recipe)
+    else:
+        _rounds(layer, x, candidates, rows, recipe)
+
+
+def _rounds(
+    layer: QuantLinear, x: Tensor, candidates: Candidates | None, rows: Tensor, recipe: Recipe
+) -> None:
+    """Search weight and input in turns; ``rows`` are the weight's choices among its candidates."""
+    weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
+    assert isinstance(inputs, AffineQuantizer)
+    flat, input_candidates, index = x.reshape(-1, x.shape[-1]), None, 0
+    if not inputs.off:
+        ordered = ascending(flat.reshape(1, -1))
+        input_candidates, index = _start_input(inputs, ordered, recipe.range_candidates)
+    # A search sees only the other's last choice, so the rounds end once a choice repeats itself.
+    for number in range(recipe.range_rounds):
+        if candidates is not None:
+            scale = None if inputs.off else inputs.scale
+            moments = input_moments(flat, inputs(flat), weight, scale, inputs.levels)
+            before = rows
+            rows = best_rows(Rows(weight, weights.levels, *moments), candidates, rows)
+            set_rows(weights, *candidates.pick(rows))
+            if number and torch.equal(rows, before):
+                break
+        if input_candidates is None:
+            break
+        scales, zeros = input_candidates.scale[:, 0], input_candidates.zero_point[:, 0]
+        chosen = best_operand(_input_product(layer, x), scales, zeros, index)
+        inputs.set_range(input_candidates.scale[chosen], input_candidates.zero_point[chosen])
+        if chosen == index or candidates is None:
+            break
+        index = chosen
+
+
+def _progressive_rounds(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
+    """Search weight and input in turns with candidates that are refined step by step (AdaLog)."""
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    assert isinstance(inputs, AffineQuantizer)
+    flat, count = x.reshape(-1, x.shape[-1]), recipe.range_candidates
+    ordered = ascending(flat.reshape(1, -1))
+    if not inputs.off:
+        _start_input(inputs, ordered, count)
+    for _ in range(recipe.range_rounds):
+        if not weights.off:
+            progressive_weight(layer, flat, count)
+        if inputs.off:
+            break
+        before, product = settings(inputs), _input_product(layer, x)
+        inputs.set_range(*progressive_input(product, ordered, inputs.levels, count))
+        # With the input as before, the weight's next search would repeat itself.
+        if weights.off or unchanged(inputs, before):
+            break
+
+
+def _rounds_after_gelu(
+    layer: QuantLinear, flat: Tensor, candidates: Candidates | None, rows: Tensor, recipe: Recipe
+) -> None:
+    """Search a special input quantizer and the weight in turns, on inputs (tokens, d)."""
+    weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
+    for number in range(max(recipe.range_rounds, 1)):
+        before = settings(inputs)
+        search_after_gelu(layer, flat, recipe.range_candidates)
+        # With the input as before, the weight's next search would repeat itself.
+        if weights.off or (number and unchanged(inputs, before)):
+            return
+        if candidates is None:
+            progressive_weight(layer, flat, recipe.range_candidates)
+        else:
+            moments = input_moments(flat, inputs(flat), weight)
+            rows = best_rows(Rows(weight, weights.levels, *moments), candidates, rows)
+            set_rows(weights, *candidates.pick(rows))
+
+
+def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[Candidates, Tensor]:
+    """Set a weight's ranges by own error; return the candidates and the rows' choices."""
+    ordered = ascending(weight)
+    candidates = grid_candidates(ordered, quantizer.levels, count, MIN_WEIGHT_SCALE)
+    rows = best_by_own_error(ordered, candidates, quantizer.levels)
+    set_rows(quantizer, *candidates.pick(rows))
+    return candidates, rows
+
+
+def _start_input(quantizer: AffineQuantizer, ordered: Tensor, count: int) -> tuple[Candidates, int]:
+    """Set an input's range by own error from its sorted values (1, n); return the choice."""
+    candidates = grid_candidates(ordered, quantizer.levels, count)
+    index = int(best_by_own_error(ordered, candidates, quantizer.levels)[0])
+    quantizer.set_range(candidates.scale[index], candidates.zero_point[index])
+    return candidates, index
+
+
+def progressive_weight(layer: QuantLinear, flat: Tensor, count: int) -> None:
+    """Search the weight's ranges progressively by the output's error on inputs (tokens, d)."""
+    weight, weights = layer.weight.detach(), layer.weight_quantizer
+    moments = input_moments(flat, layer.input_quantizer(flat), weight)
+    set_rows(weights, *progressive_rows(weight, weights.levels, count, moments))
+
+
+def _input_product(layer: QuantLinear, x: Tensor) -> Product:
+    """Return the layer's product as a function of its input's range; x (..., d)."""
+    weight = layer.weight.detach()
+    batched = x.view(1, 1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1, x.shape[-1])
+    other = layer.weight_quantizer.quantized(weight).t().unsqueeze(0)
+    return Product(batched, other, batched @ (other - weight.t()), layer.input_quantizer.levels)
+
+
+def settings(quantizer: ActivationQuantizer) -> list[Tensor]:
+    """Return everything that a search sets of a quantizer."""
+    return list(quantizer.state_dict().values())
+
+
+def unchanged(quantizer: ActivationQuantizer, before: list[Tensor]) -> bool:
+    """True if a quantizer's settings are still those from ``before``."""
+    return all(torch.equal(*pair) for pair in zip(before, settings(quantizer), strict=True))
+
+
+def set_rows(quantizer: WeightQuantizer, scale: Tensor, zero_point: Tensor) -> None:
+    """Set a weight's ranges, each (rows,)."""
+    quantizer.set_range(scale[:, None], zero_point[:, None])
+
+
+def set_minmax(quantizer: AffineQuantizer, rows: Tensor, shape: tuple[int, ...] = (-1, 1)) -> None:
+    """Set the min-max range of each row of ``rows`` (groups, n), in the given shape."""
+    if not quantizer.off:
+        scale, zero = minmax(rows, quantizer.levels)
+        quantizer.set_range(scale.view(shape), zero.view(shape))

@@ -1,0 +1,133 @@
+"""Facts about a reconstruction, and their form in checkpoints, whose content is not trusted."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from fimaq_core.errors import CheckpointError, first_problem
+from fimaq_core.reconstruction.state import NEAR_FLOOR, SCALE_FLOOR
+from fimaq_core.resources import Engine
+
+
+@dataclass
+class ReconstructionLog:
+    """Facts about a reconstruction, by label of the block."""
+
+    #: last loss, without the regulariser; relative to its start value, the head's absolute
+    last_loss: dict[str, float] = field(default_factory=dict)
+    fisher_passes: dict[str, int] = field(default_factory=dict)  # number of Fisher passes
+    #: sentences about everything that did not go as the recipe says
+    notes: list[str] = field(default_factory=list)
+    engine: Engine = "fused"  # the step engine
+    #: ``||q - f||² / ||f||²`` over all samples: q the block's output with this block and all before
+    #: it quantized, f the full-precision output
+    error: dict[str, float] = field(default_factory=dict)
+    #: mean of the diagonal Fisher weight in the loss; no entry for losses without one
+    fisher: dict[str, float] = field(default_factory=dict)
+    #: number of learned activation scales that ended at or near their lower bound, if any
+    near_floor: dict[str, int] = field(default_factory=dict)
+
+    def sentences(self) -> list[str]:
+        """Return the notes, and one sentence about all scales at or near their lower bound."""
+        if not self.near_floor:
+            return self.notes
+        blocks = ", ".join(f"{label} {count}" for label, count in self.near_floor.items())
+        return [
+            *self.notes,
+            "Learned activation scales that ended at or near their lower bound (below "
+            f"{NEAR_FLOOR:g} of the calibrated value; the bound is {SCALE_FLOOR:g}): "
+            f"{sum(self.near_floor.values())} ({blocks}). A lower lr_scale moves them less.",
+        ]
+
+    def keep(self, label: str, error: float, fisher: float | None) -> None:
+        """Keep a block's output error and Fisher weight; one that is not finite becomes a note."""
+        figures = (("output error", error, self.error), ("Fisher weight", fisher, self.fisher))
+        for name, value, place in figures:
+            if value is not None and math.isfinite(value):
+                place[label] = value
+            elif value is not None:
+                self.notes.append(f"{label}: its {name} is {value}")
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Block(_Checked):
+    """One block; ``stage`` and ``index`` are for people. Old checkpoints lack the last three."""
+
+    stage: str = "block"
+    index: int = 0
+    last_loss: FiniteFloat
+    fisher_passes: int = Field(ge=0)
+    engine: Engine
+    notes: list[str]
+    error: FiniteFloat | None = None
+    fisher: FiniteFloat | None = None
+    near_floor: int = Field(0, ge=0)
+
+
+class _Log(_Checked):
+    """All blocks, with the fields of :class:`ReconstructionLog`."""
+
+    last_loss: dict[str, FiniteFloat]
+    fisher_passes: dict[str, int]
+    notes: list[str]
+    engine: Engine
+    error: dict[str, FiniteFloat] = {}
+    fisher: dict[str, FiniteFloat] = {}
+    near_floor: dict[str, int] = {}
+
+
+def block_facts(log: ReconstructionLog, label: str) -> dict[str, Any]:
+    """Return the facts about the block ``label`` for its checkpoint."""
+    return {
+        "last_loss": log.last_loss[label],
+        "fisher_passes": log.fisher_passes[label],
+        "engine": log.engine,
+        "notes": [note for note in log.notes if note.startswith(f"{label}:")],
+        "error": log.error.get(label),
+        "fisher": log.fisher.get(label),
+        "near_floor": log.near_floor.get(label, 0),
+    }
+
+
+def add_block(
+    log: ReconstructionLog, label: str, facts: object, where: Path
+) -> tuple[list[str], Engine]:
+    """Add the facts in a block's checkpoint ``where`` to ``log``; return its notes and step engine.
+
+    Raises:
+        CheckpointError: they are not the facts of a block.
+    """
+    with _refusing(where):
+        block = _Block.model_validate(facts)
+    log.last_loss[label], log.fisher_passes[label] = block.last_loss, block.fisher_passes
+    for value, place in ((block.error, log.error), (block.fisher, log.fisher)):
+        if value is not None:
+            place[label] = value
+    if block.near_floor:
+        log.near_floor[label] = block.near_floor
+    return block.notes, block.engine
+
+
+def read_log(facts: object, where: Path) -> ReconstructionLog:
+    """Return the log whose ``asdict`` a checkpoint holds. Raises CheckpointError."""
+    with _refusing(where):
+        return ReconstructionLog(**_Log.model_validate(facts).model_dump())
+
+
+@contextmanager
+def _refusing(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise CheckpointError(
+            f"The checkpoint {where} does not say what was reconstructed ({first_problem(error)}): "
+            "delete it and run again."
+        ) from error
