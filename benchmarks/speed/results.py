@@ -1,4 +1,4 @@
-"""Speed records: one per device and model, all in one JSON file, and their tables."""
+"""Speed records, one per device and model, in one JSON file; and their tables."""
 
 import json
 from collections.abc import Sequence
