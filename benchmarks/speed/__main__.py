@@ -19,21 +19,15 @@ _PATH = click.Path(path_type=Path)
 @click.command(context_settings=_HELP)
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
 @click.option(
-    "--models",
-    default="",
-    help="Comma-separated short names; only demo models have real weights and images.",
+    "--models", default="", help="Short names; weights and images of real sizes are random."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 @click.option(
-    "--budget", type=click.FloatRange(min=1), help="Seconds; measurements beyond them are left out."
+    "--budget", type=click.FloatRange(min=1), help="Seconds; later measurements are left out."
 )
 @click.option("--quick", is_flag=True, help="Smallest sizes, to see that the benchmark runs.")
-@click.option(
-    "--output", type=_PATH, default="results/speed.json", help="File to which records are added."
-)
-@click.option(
-    "--table", type=_PATH, help="Measure nothing; print the tables of this file as Markdown."
-)
+@click.option("--output", type=_PATH, default="results/speed.json", help="File to add records to.")
+@click.option("--table", type=_PATH, help="Only print the tables of this file as Markdown.")
 def main(
     device: str,
     models: str,
