@@ -162,7 +162,7 @@ def stage_figures(
     groups: Sequence[Group], colours: Looks, *, memory: bool = False
 ) -> Iterator[Figure]:
     """Yield figures of seconds per stage and their sum; if ``memory``, of peak memory per stage."""
-    what, total, whole = ("Peak memory", "max", "most") if memory else ("Seconds", "sum", "all")
+    what, total, whole = ("Peak memory", "max", "largest") if memory else ("Seconds", "sum", "all")
     text: Callable[[float], str] = size_text if memory else duration
     unit = 1e-9 if memory else 1.0  # GB, so that the axis has round numbers
     for column in columns_of([group.cell for group in groups]):
