@@ -74,7 +74,7 @@ def bar_chart(rows: pd.DataFrame, sums: pd.DataFrame, alt: str) -> Markup:
 
 
 def block_chart(rows: pd.DataFrame, alt: str) -> Markup:
-    """Draw one line per method over the column ``block``, from top to bottom, logarithmic."""
+    """Draw one line per method over the column ``block``, downwards, on a logarithmic scale."""
     x = _axis("value", {"type": "log"}, tickCount=3)
     line = _layer("line", x=x, y=_names("block"), order={"field": "index"})
     return _draw(rows[rows["value"] > 0], [line], alt)

@@ -23,6 +23,7 @@ _BLOCK_TITLES = {
     "error": "Relative squared error of blocks",
     "fisher": "Mean diagonal Fisher weight of blocks",
 }
+#: Style of each method (colour and marker) or of each kind of stage (colour).
 Looks = Mapping[str, str]
 _SCORE_COLUMNS = [
     "subject", "name", "bits", "value", "error", "look", "title", "shown", "cost", "narrow",
@@ -132,7 +133,7 @@ def block_figures(groups: Sequence[Group], looks: Looks, what: str) -> Iterator[
             for block, value in means[name].dropna().items()
         ]
         alt = f"{_BLOCK_TITLES[what]} of {column.subject} at {column.bits}, for {len(means)} "
-        alt += f"blocks from input to output and the methods {', '.join(means)}"
+        alt += f"blocks from input to output; methods: {', '.join(means)}"
         yield Figure(column, charts.block_chart(pd.DataFrame(rows), alt), _data(texts, "block"))
 
 

@@ -55,7 +55,8 @@ def write_report(
     """
     gathered = gather(grid, options, adapter)
     if not gathered.measured:
-        kind, problems = "profile" if table is None else "table", gathered.problems
+        kind = "profile" if table is None else "table"
+        problems = gathered.problems
         unread = f" {len(problems)} files could not be read: {problems[0][1]}" if problems else ""
         raise FimaqError(
             f"Nothing of {kind} '{grid.name}' is measured under {options.results / 'runs'}: "
@@ -121,7 +122,12 @@ def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stag
     own = [group for group in groups if not group.cell.point]
     records = [item.record for group in own for item in group.items]
     rebuilt = [r for r in records if r.recipe is not None and r.recipe.get("reconstruct")]
-    by_method = {one: [c for c in cells if c.method == one] for one in rows_of(cells)}
+    axes = []
+    for axis, points in gathered.grid.axes.items():
+        for method in methods_on(axis, cells):
+            same = [cell for cell in cells if cell.method == method]
+            table = axis_table(axis, list(points), metric, mine, same)
+            axes.append((f"{axis}: {method}", table))
     return {
         "name": name,
         "metric": metric_title(metric),
@@ -138,11 +144,7 @@ def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stag
         "memory": list(figures.stage_figures(own, stages, memory=True)),
         "modules": module_maps(groups),
         "origins": [origin(group, metric, gathered) for group in groups],
-        "axes": [
-            (f"{axis}: {method}", axis_table(axis, list(points), metric, mine, by_method[method]))
-            for axis, points in gathered.grid.axes.items()
-            for method in methods_on(axis, cells)
-        ],
+        "axes": axes,
     }
 
 
@@ -171,13 +173,14 @@ def note_lines(groups: Sequence[Group], metric: str, measured: Sequence[Measured
 def facts(measured: Sequence[Measured]) -> dict[str, list[str]]:
     """Return the distinct data sets, machines, versions and revisions of all records."""
     machines = [item.record.environment for item in measured]
-    versions: dict[str, dict[str, None]] = {}
-    for name, version in (pair for machine in machines for pair in machine.versions.items()):
-        versions.setdefault(name, {})[version] = None
+    versions = []
+    for name in unique(name for machine in machines for name in machine.versions):
+        found = unique(one.versions[name] for one in machines if name in one.versions)
+        versions.append(f"{name} {' / '.join(found)}")
     return {
         "Data": data_lines(measured),
         "Machines": unique(machine.device for machine in machines),
-        "Versions": [f"{name} {' / '.join(found)}" for name, found in versions.items()],
+        "Versions": versions,
         "Git revisions": unique(machine.git_revision[:19] for machine in machines),
     }
 
