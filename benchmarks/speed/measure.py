@@ -65,10 +65,9 @@ def measure(
     recipe = full.model_copy(update=changes)
     few = recipe.model_copy(update={"range_images": max(sizes.range_images // 4, 1)})
     say(f"{model}: calibration on {few.range_images} and {recipe.range_images} images")
+    small = calibration_seconds(load_workload(model, recipe, device), few)
     workload = load_workload(model, recipe, device)
-    small = calibration_seconds(workload.chain, workload.images, few)
-    workload = load_workload(model, recipe, device)
-    large = calibration_seconds(workload.chain, workload.images, recipe)
+    large = calibration_seconds(workload, recipe)
     structures = workload.structures
     say(f"{model}: {len(structures)} different segments, {sizes.steps} steps by each engine")
     with fresh_cache():  # an empty cache of compiled kernels

@@ -43,9 +43,10 @@ class WalkTimes:
     notes: list[str] = field(default_factory=list)  #: warnings of the objectives
 
 
-def calibration_seconds(chain: BlockChain, images: Tensor, recipe: Recipe) -> list[float]:
-    """Calibrate ``chain`` on ``recipe.range_images`` images; return the seconds per segment."""
+def calibration_seconds(workload: Workload, recipe: Recipe) -> list[float]:
+    """Calibrate a workload on ``recipe.range_images`` images; return the seconds per segment."""
     marks: list[float] = []
+    chain, images = workload.chain, workload.images
     calibrate(chain, images, recipe, on_progress=lambda _: marks.append(timer()))
     return [end - start for start, end in itertools.pairwise(marks)]
 
