@@ -17,7 +17,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @shared.results_option
 @click.option("--output", type=_FILE, help="File to write (default: report.html in the results).")
 def report(profile: str, weights: str, results: Path, output: Path | None, **data: str) -> None:
-    """Write tables, charts and the provenance of every number of a grid to one HTML file."""
+    """Write one HTML file with a grid's tables, charts, and the origin of every number."""
     from benchmarks.console import size_text
     from benchmarks.grid.expand import load_grid
     from benchmarks.report.page import write_report

@@ -109,7 +109,7 @@ class _Run:
     """One engine's steps on its own copy of a block."""
 
     def __init__(self, segment: Segment, objective: BlockObjective, recipe: Recipe, engine: Engine):
-        # Only the block is copied: its input is on the tape already.
+        # A copy of the block alone: the tape has already run the parts before the block.
         own = Segment(segment.label, segment.kind, copy.deepcopy(segment.block), pairs=())
         tape = objective.tape
         self.trainer = BlockTrainer(own, tape, objective, recipe, recipe.seed, engine)
