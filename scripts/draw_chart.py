@@ -1,4 +1,4 @@
-"""Draw the README's chart from the demo's reference: ``python scripts/draw_chart.py``."""
+"""Draw the README's chart of the demo's reference scores: ``python scripts/draw_chart.py``."""
 
 from pathlib import Path
 

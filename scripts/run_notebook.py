@@ -17,7 +17,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs/notebook.ipynb"
 
 
 def run_cells(notebook: dict[str, Any]) -> dict[str, Any]:
-    """Run all code cells, replace their outputs, and return their common namespace."""
+    """Run all code cells in order, replace their outputs, and return the names they define."""
     namespace: dict[str, Any] = {}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(cells, start=1):
@@ -36,13 +36,13 @@ def _outputs(source: str, number: int, namespace: dict[str, Any]) -> list[dict[s
         if isinstance(last, ast.Expr):
             value = eval(compile(ast.Expression(last.value), f"<cell {number}>", "eval"), namespace)
     outputs: list[dict[str, Any]] = []
-    if text := _lines(printed.getvalue()):
+    if text := printed.getvalue().splitlines(keepends=True):
         outputs.append({"name": "stdout", "output_type": "stream", "text": text})
     shown: dict[str, Any] = {"metadata": {}, "output_type": "display_data"}
     if value is not None:
-        data = {"text/plain": _lines(repr(value))}
+        data = {"text/plain": repr(value).splitlines(keepends=True)}
         if hasattr(value, "_repr_html_"):
-            data["text/html"] = _lines(value._repr_html_())
+            data["text/html"] = value._repr_html_().splitlines(keepends=True)
         result = {"data": data, "execution_count": number, **shown}
         outputs.append(result | {"output_type": "execute_result"})
     for figure in map(pyplot.figure, pyplot.get_fignums()):
@@ -52,10 +52,6 @@ def _outputs(source: str, number: int, namespace: dict[str, Any]) -> list[dict[s
         outputs.append({"data": data, **shown})
     pyplot.close("all")
     return outputs
-
-
-def _lines(text: str) -> list[str]:
-    return text.splitlines(keepends=True)
 
 
 if __name__ == "__main__":

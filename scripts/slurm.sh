@@ -31,7 +31,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ((${#nodes[@]} > 0)) || fail "scontrol names no machine in '$SLURM_JOB_NODELIST'."
 head=${nodes[0]}
-# An address of the head that other machines reach: on the head itself, its name may stand for the
+# Address of the head that other machines can reach. On the head itself, its name may resolve to the
 # loopback device.
 ip=$(getent ahostsv4 "$head" | awk 'NR == 1 {print $1}' || true)
 if [[ -z "$ip" || "$ip" == 127.* ]]; then
@@ -41,12 +41,12 @@ fi
 address="$ip:$((20000 + SLURM_JOB_ID % 10000))"  # several jobs may share a machine
 
 export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
-# When it stops, Ray would wait 30 s for requests that it serves. Here there are none.
+# Otherwise Ray, when it stops, waits 30 s for open requests. Here there are none.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN
 
-.venv/bin/python -m benchmarks.run.ray  # refuses a folder that Ray cannot use
+.venv/bin/python -m benchmarks.run.ray  # fails if Ray cannot use its folder
 
 steps=()
 driver=
@@ -57,7 +57,7 @@ stop() {
         kill -TERM -- "-$driver" 2>/dev/null || true
         wait "$driver" || true
     fi
-    # Not `ray stop`: that would end the Ray of other jobs on the same machine too.
+    # `ray stop` would also stop the Ray of other jobs on the same machine.
     if ((${#steps[@]})); then
         kill -TERM "${steps[@]}" 2>/dev/null || true
         wait "${steps[@]}" || true
@@ -72,7 +72,7 @@ trap 'echo "$kept" >&2; exit 143' TERM INT
 start() {
     local node=$1
     shift
-    # Only the machine itself knows its share of the job.
+    # SLURM_CPUS_ON_NODE is known on the machine itself only.
     # shellcheck disable=SC2016
     srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --cpu-bind=none \
         bash -c 'exec .venv/bin/ray start --block --disable-usage-stats \

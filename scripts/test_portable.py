@@ -1,4 +1,4 @@
-"""Run all tests under the conditions of other processors: instruction sets, threads, load.
+"""Run all tests as on other processors: other instruction sets, other threads, a busy machine.
 
 python scripts/test_portable.py --jobs 2 avx2-1 busy
 """
@@ -14,14 +14,14 @@ import click
 
 _PLAIN = {"ATEN_CPU_CAPABILITY": "default"}
 _AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-#: Environment variables of each run. oneDNN and MKL have variables of their own.
+#: Environment variables of each run. PyTorch, oneDNN and MKL each read their own variables.
 RUNS = {
     f"{name}-{threads}": {**capability, "OMP_NUM_THREADS": str(threads)}
     for name, capability in {"native": {}, "avx2": _AVX2, "default": _PLAIN}.items()
     for threads in (1, 2)
 }
 RUNS |= {"sse4": {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, "busy": {}}
-#: Variables that the runs set; the caller's values do not count.
+#: Variables that any run sets; the caller's values are dropped.
 VARIABLES = {variable for run in RUNS.values() for variable in run}
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "--dist", "worksteal", "-n")
 
@@ -40,12 +40,12 @@ def busy_loops(count: int = 2) -> Iterator[None]:
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(list(RUNS)))
-@click.option("--jobs", default=2, show_default=True, help="Processes x threads per run.")
+@click.option("--jobs", default=2, show_default=True, help="Processes x threads of each run.")
 def main(names: tuple[str, ...], jobs: int) -> None:
-    """Run the tests once per setting (all, or those of NAMES) and print one line of counts each."""
+    """Run the tests once per setting (NAMES, or all of them); print a line of counts for each."""
     failed = False
     for name in names or RUNS:
-        # Compiled kernels hold the instructions of one setting, so each run has its own folder.
+        # Compiled kernels depend on the instruction set, so each run has its own folder of kernels.
         with (
             tempfile.TemporaryDirectory(prefix="fimaq-kernels-") as kernels,
             busy_loops() if name == "busy" else nullcontext(),
@@ -53,8 +53,7 @@ def main(names: tuple[str, ...], jobs: int) -> None:
             environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
             environment |= {"OMP_NUM_THREADS": "1", **RUNS[name]}
             environment["TORCHINDUCTOR_CACHE_DIR"] = kernels
-            processes = max(jobs // int(environment["OMP_NUM_THREADS"]), 1)
-            command = [*_PYTEST, str(processes)]
+            command = [*_PYTEST, str(max(jobs // int(environment["OMP_NUM_THREADS"]), 1))]
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             run = subprocess.run(command, env=environment, **streams)
         failed |= run.returncode != 0

@@ -2,11 +2,10 @@
 
     python scripts/train_demo.py --models demo_vit,demo_swin --epochs 30
 
-Choose epochs and learning rate on the val part with ``--val-only``; the test part is read once,
+Choose epochs and learning rate on the val part, by ``--val-only``. The test part is read only once,
 after training, for the metadata.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -16,11 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-# A script's path has only its own folder; the packages are one level up.
+# Python looks in the script's folder only; the packages are one level up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo_training import classification, detection, retrieval
@@ -30,12 +30,13 @@ from tasks.common.demo.digits import PARTS
 
 TASKS = (classification, retrieval, detection)
 TRAINERS = {name: trainer for trainer in TASKS for name in trainer.DEMO.names}
+_COUNT = click.IntRange(min=1)
 
 
 def save(
     model: nn.Module, name: str, trainer: ModuleType, out: Path, facts: dict[str, Any]
 ) -> None:
-    """Write the weights as ``<name>.safetensors`` and ``facts`` about them as ``<name>.json``."""
+    """Write the weights to ``<name>.safetensors`` and ``facts`` about them to ``<name>.json``."""
     out.mkdir(parents=True, exist_ok=True)
     path, spec = out / f"{name}.safetensors", trainer.DEMO.spec(name)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
@@ -55,40 +56,35 @@ def save(
     path.with_suffix(".json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Parse the command line, then train and save the models one after the other."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", default=",".join(TRAINERS), help="comma-separated names")
-    parser.add_argument("--epochs", type=int, help="default: the model's own")
-    parser.add_argument("--lr", type=float, help="default: the model's own")
-    parser.add_argument("--batch-size", type=int, help="default: the model's own")
-    parser.add_argument("--seed", type=int, default=0)
-    # The committed weights were trained by one thread; sums depend on the number of threads.
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder (default: where each task looks)")
-    parser.add_argument("--val-only", action="store_true", help="no test part, no files")
-    args = parser.parse_args()
-    names = [name.strip() for name in args.models.split(",") if name.strip()]
+@click.command()
+@click.option("--models", default=",".join(TRAINERS), help="Comma-separated names (default: all).")
+@click.option("--epochs", type=_COUNT, help="Default: the model's own.")
+@click.option("--lr", type=float, help="Default: the model's own.")
+@click.option("--batch-size", type=_COUNT, help="Default: the model's own.")
+@click.option("--seed", default=0)
+# The committed weights were trained by one thread; the order of sums depends on the threads.
+@click.option("--threads", type=_COUNT, default=1)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder (default: each task's own).")
+@click.option("--val-only", is_flag=True, help="Measure the val part only; write no files.")
+def main(models: str, threads: int, out: Path | None, val_only: bool, **settings: Any) -> None:
+    """Train and save demo models, one after the other."""
+    names = [name.strip() for name in models.split(",") if name.strip()]
     for name in names:  # before hours of training
         if name not in TRAINERS:
-            parser.error(f"Unknown demo model {name!r}.{suggest(name, TRAINERS)}")
-    wanted = {key: getattr(args, key) for key in ("seed", "epochs", "lr", "batch_size")}
-    given = {key: value for key, value in wanted.items() if value is not None}
-    if args.threads < 1 or any(given.get(key, 1) < 1 for key in ("epochs", "batch_size")):
-        parser.error("--epochs, --batch-size and --threads must be at least 1")
-
-    torch.set_num_threads(args.threads)
+            raise click.UsageError(f"Unknown demo model {name!r}.{suggest(name, TRAINERS)}")
+    given = {key: value for key, value in settings.items() if value is not None}
+    torch.set_num_threads(threads)
     for name in names:
         print(f"training {name}", flush=True)
         trainer = TRAINERS[name]
-        settings, started = trainer.SETTINGS[name] | given, time.perf_counter()
-        model = trainer.train(name, settings)
+        chosen, started = trainer.SETTINGS[name] | given, time.perf_counter()
+        model = trainer.train(name, chosen)
         minutes = round((time.perf_counter() - started) / 60, 1)
         measured = trainer.measure(model, "val")
-        if not args.val_only:
+        if not val_only:
             measured |= trainer.measure(model, "test")
-            facts = {**settings, **measured, "training_minutes": minutes}
-            save(model, name, trainer, args.out or trainer.DEMO.weights_path(name).parent, facts)
+            facts = {**chosen, **measured, "training_minutes": minutes}
+            save(model, name, trainer, out or trainer.DEMO.weights_path(name).parent, facts)
         print(f"{name}: {measured}, {minutes} minutes")
 
 

@@ -1,8 +1,10 @@
-"""Charts: Vega-Lite specifications as dicts, drawn as SVG in the style sheet's colours.
+"""Charts: Vega-Lite specifications as dicts, drawn as SVG in the colours of the style sheet.
 
-Rows are data frames with these columns: ``name`` (method), ``value``, ``error`` (half an error
-bar), ``look`` (colour and marker), ``title`` (shown under the pointer). ``level`` is the score of
-full precision, drawn as a dashed line. ``alt`` is the chart in words.
+Arguments of the chart functions:
+    rows: columns ``name`` (of the method), ``value``, ``error`` (half the error bar), ``look``
+        (colour and marker), ``title`` (shown under the pointer).
+    level: score of full precision, drawn as a dashed line.
+    alt: description of the chart in words.
 """
 
 import re
@@ -13,12 +15,13 @@ from xml.etree import ElementTree
 import pandas as pd
 from markupsafe import Markup
 
-#: Number of colours in the style sheet, and markers; the next marker follows after all colours.
+#: Number of colours in the style sheet, and markers. All colours come with one marker, then with
+#: the next marker.
 COLOURS = 8
 SHAPES = ("circle", "diamond", "square", "triangle-up")
 
 Dict = dict[str, Any]
-#: Pixels: width of charts, height of charts of scores, and of a row of other charts.
+#: In pixels: width of all charts, height of charts of scores, height of one row in other charts.
 _WIDTH, _HEIGHT, _ROWS = 360, 250, {"step": 19}
 _CONFIG: Dict = {
     "view": {"stroke": None},
@@ -33,7 +36,8 @@ _CONFIG: Dict = {
     },
     "line": {"strokeWidth": 1.6},
 }  # fmt: skip
-#: Encodings of a method's marks; :func:`_records` adds the fields. A shape gives lines points.
+#: Encodings of a method's marks; :func:`_records` adds their fields. Because of the shape, lines
+#: get points.
 _SERIES: Dict = {
     "description": {"field": "description"},
     "color": {"field": "colour", "scale": None},
@@ -48,18 +52,18 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def looks(methods: Sequence[str]) -> dict[str, str]:
-    """Return colour and marker of each method, the same in all charts."""
+    """Return the colour and marker of each method, for all charts."""
     shapes = [f"c{colour} {shape}" for shape in SHAPES for colour in range(COLOURS)]
     return {name: shapes[index % len(shapes)] for index, name in enumerate(methods)}
 
 
 def px(value: float) -> str:
-    """Return a coordinate with a tenth of a pixel."""
+    """Return a coordinate in pixels, with at most one decimal."""
     return f"{round(value, 1):g}"
 
 
 def bar_chart(rows: pd.DataFrame, sums: pd.DataFrame, alt: str) -> Markup:
-    """Draw one stacked bar per name, and the title of its row in ``sums`` beside the bar."""
+    """Draw one stacked bar per name, with the title of the name's row in ``sums`` beside it."""
     x, y = _axis("value", {"zero": True, "padding": 0}, tickCount=4), _names("name")
     order, stacked = {"field": "index"}, x | {"stack": "zero"}
     layers = [
@@ -70,22 +74,22 @@ def bar_chart(rows: pd.DataFrame, sums: pd.DataFrame, alt: str) -> Markup:
 
 
 def block_chart(rows: pd.DataFrame, alt: str) -> Markup:
-    """Draw one line per method down the rows' ``block``, on a logarithmic scale."""
+    """Draw one line per method over the column ``block``, downwards, on a logarithmic scale."""
     x = _axis("value", {"type": "log"}, tickCount=3)
     line = _layer("line", x=x, y=_names("block"), order={"field": "index"})
     return _draw(rows[rows["value"] > 0], [line], alt)
 
 
 def line_chart(rows: pd.DataFrame, level: float | None, alt: str) -> Markup:
-    """Draw one line per method over the rows' ``bits``, in the order of the rows."""
+    """Draw one line per method over the column ``bits``, in the order of the rows."""
     axis, scale = {"title": None, "labelAngle": 0, "grid": False}, {"type": "band", "padding": 0.8}
     x = {"field": "bits", "type": "ordinal", "sort": None, "axis": axis, "scale": scale}
-    # Each method stands a little beside the next, since equal scores would hide each other.
+    # The methods are drawn side by side, since equal scores would hide each other.
     return _score_chart("line", rows, level, alt, x=x, xOffset={"field": "name", "sort": None})
 
 
 def scatter_chart(rows: pd.DataFrame, level: float | None, alt: str) -> Markup:
-    """Draw scores against ``cost`` in seconds, and the ``best`` rows as a stair."""
+    """Draw scores against ``cost`` in seconds, with a stair through the rows that are ``best``."""
     x = _axis("cost", {"type": "log"}, tickCount=4, title="seconds per cell (logarithmic)")
     return _score_chart("point", rows, level, alt, x=x)
 
@@ -93,13 +97,14 @@ def scatter_chart(rows: pd.DataFrame, level: float | None, alt: str) -> Markup:
 def _score_chart(mark: str, rows: pd.DataFrame, level: float | None, alt: str, **x: Dict) -> Markup:
     """Draw scores with error bars.
 
-    With a level the scale is stretched towards the top: methods differ least just below full
-    precision, so most room is there.
+    With a level, the scale gives more room to values near full precision, where methods differ
+    least.
     """
     y = _axis("value", {} if level is None else _STRETCHED, tickCount=10)
     front = rows[rows["best"]].to_dict("records") if "best" in rows else []
+    full = [] if level is None else [{"value": level}]
     layers = [
-        _level(level, y=y),
+        {"mark": _LEVEL, "data": {"values": full}, "encoding": {"y": y}},
         {"mark": _STAIR, "data": {"values": front}, "encoding": {**x, "y": y}},
         _layer(_ERROR, **x, y=y, yError={"field": "error"}),
         _layer(mark, **x, y=y),
@@ -107,22 +112,16 @@ def _score_chart(mark: str, rows: pd.DataFrame, level: float | None, alt: str, *
     return _draw(rows, layers, alt, _HEIGHT)
 
 
-def _level(level: float | None, **encoding: Dict) -> Dict:
-    """Return the layer of full precision's score."""
-    values = [] if level is None else [{"value": level}]
-    return {"mark": _LEVEL, "data": {"values": values}, "encoding": encoding}
-
-
 def _axis(field: str, scale: Dict | None = None, **axis: Any) -> Dict:
-    """Return the encoding of numbers along an axis."""
+    """Return the encoding of a column of numbers along an axis."""
     scale = {"nice": False, "zero": False, "padding": 8} | (scale or {})
     axis = {"title": None, "format": ".6~g", **axis}
     return {"field": field, "type": "quantitative", "scale": scale, "axis": axis}
 
 
 def _names(field: str) -> Dict:
-    """Return the encoding of names along y, in the order of the data."""
-    # Long names are cut in the middle, since their ends differ.
+    """Return the encoding of a column of names along y, in the order of the rows."""
+    # Long names lose their middle, since names differ at their ends.
     cut = "length(datum.label) < 20 ? datum.label : "
     cut += "slice(datum.label, 0, 4) + '…' + slice(datum.label, -14)"
     axis = {"title": None, "labelExpr": cut, "gridDash": [1, 3], "grid": True}
@@ -130,13 +129,13 @@ def _names(field: str) -> Dict:
 
 
 def _layer(mark: str | Dict, rows: pd.DataFrame | None = None, **encoding: Any) -> Dict:
-    """Return a layer of methods' marks, with data of its own if there are ``rows``."""
+    """Return a layer of methods' marks; ``rows`` replace the data of the chart."""
     data = {} if rows is None else {"data": {"values": _records(rows)}}
     return data | {"mark": mark, "encoding": _SERIES | encoding}
 
 
 def _records(rows: pd.DataFrame) -> list[Dict]:
-    """Return rows whose texts are valid in XML, with place, colour, shape and description."""
+    """Return the rows with texts valid in XML; add index, colour, shape and description."""
     records = []
     for index, row in enumerate(rows.to_dict("records")):
         words = {k: _UNPRINTABLE.sub("�", v) for k, v in row.items() if isinstance(v, str)}
@@ -149,7 +148,7 @@ def _records(rows: pd.DataFrame) -> list[Dict]:
 
 
 def _draw(rows: pd.DataFrame, layers: list[Dict], alt: str, height: int | Dict = _ROWS) -> Markup:
-    """Return a chart as SVG; by default it is as high as its rows of names need."""
+    """Return a chart as SVG; the default height depends on the number of names."""
     import vl_convert
 
     svg = vl_convert.vegalite_to_svg({
@@ -171,7 +170,7 @@ def _draw(rows: pd.DataFrame, layers: list[Dict], alt: str, height: int | Dict =
 
 
 def _group(root: ElementTree.Element) -> None:
-    """Put a method's marks into one group, for filters and the pointer; drop needless parts."""
+    """Put the marks of each method into one group, for filters and hover; drop unused parts."""
     parents = {child: parent for parent in root.iter() for child in parent}
     plot = root.find(".//g[@class='mark-group role-frame root']/g/g")
     assert plot is not None

@@ -1,4 +1,4 @@
-"""Example predictions: methods side by side, with objects drawn over their pictures."""
+"""Example predictions of all methods side by side; detected objects are drawn over pictures."""
 
 import base64
 import io
@@ -24,31 +24,31 @@ from tasks.common.cell.prediction_samples import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Pixels of the longest side of pictures with objects and of others; smaller ones stay as they are.
+#: Longer side in pixels: of pictures with objects, of other pictures, of pictures kept unchanged.
 _LARGE, _SMALL, _TINY = 480, 176, 96
-#: Pixels of a drawing's longer side and of its letters; a letter's width as a share of its size.
-SIDE, _LETTERS, _LETTER = 190, 10, 0.62
-#: Tolerance of an outline, as a share of the picture's longer side and in its pixels.
-_OFF, _OFF_PIXELS = 1 / 500, 0.75
+#: Pixels of a drawing's longer side, size of its letters in pixels, their width / their size.
+_SIDE, _LETTERS, _LETTER = 190, 10, 0.62
+#: Tolerance of outlines: as a share of the picture's longer side, and in pixels; the larger counts.
+_TOLERANCE, _TOLERANCE_PIXELS = 1 / 500, 0.75
 
 #: Fetches the original pictures of a cell's samples.
 Fetch = Callable[[Cell, Sequence[str]], Mapping[str, "Image"]]
 Dict = dict[str, Any]
-#: Pictures on the page by fingerprint of the data set and sample.
+#: Pictures on the page, by fingerprint of the data set and name of the sample.
 Pictures = dict[tuple[str, str], Dict]
 Sample = ClassSample | CaptionSample | ObjectSample
 _Box = tuple[float, float, float, float]
 
 
 class Examples(NamedTuple):
-    """Prediction samples of a cell by name of the sample."""
+    """Example predictions of one cell."""
 
-    item: Measured
-    samples: dict[str, Sample]
+    item: Measured  #: the cell
+    samples: dict[str, Sample]  #: by name
 
 
 def read_all(groups: Sequence[Group], gathered: Gathered) -> dict[str, Examples]:
-    """Return the examples of each group's first seed that has some, by the group's id."""
+    """Return the examples by group id, each from the group's first seed that has examples."""
     found: dict[str, Examples] = {}
     for group in groups:
         for item in group.items:
@@ -66,12 +66,12 @@ def read_all(groups: Sequence[Group], gathered: Gathered) -> dict[str, Examples]
 
 
 def fetch(cell: Cell, ids: Sequence[str]) -> Mapping[str, "Image"]:
-    """Return the pictures of samples from the cell's own task. Raises DataError."""
+    """Return the pictures of a cell's samples, by name; raise DataError if the data are missing."""
     return registry.originals(cell.task, cell.request.model, cell.request.data, list(ids))
 
 
 def make_pictures(examples: Mapping[str, Examples], get: Fetch, gathered: Gathered) -> Pictures:
-    """Return the pictures of all samples, each once; missing data become a problem of the page."""
+    """Return the pictures of all samples, each once; missing data are noted in ``gathered``."""
     wanted: dict[str, tuple[Examples, dict[str, Sample]]] = {}
     for one in examples.values():
         fingerprint = one.item.record.dataset.fingerprint
@@ -90,7 +90,7 @@ def make_pictures(examples: Mapping[str, Examples], get: Fetch, gathered: Gather
 
 
 def picture(image: "Image", side: int) -> Dict:
-    """Return an image as a data URI no larger than ``side``, and its original size."""
+    """Return an image, reduced to the longer side ``side``, as data URI with its original size."""
     width, height = image.size
     small, content = image.convert("RGB"), io.BytesIO()
     tiny = max(width, height) <= _TINY
@@ -107,7 +107,7 @@ def picture(image: "Image", side: int) -> Dict:
 def make_boards(
     groups: Sequence[Group], examples: Mapping[str, Examples], pictures: Pictures
 ) -> list[Dict]:
-    """Return a board per subject and bits: full precision first, then the methods."""
+    """Return one board of answers per subject and bits: full precision first, then the methods."""
     every = [examples[group.id].samples.values() for group in groups if group.id in examples]
     objects = [one for samples in every for one in samples if isinstance(one, ObjectSample)]
     names = sorted({found.name for one in objects for found in (*one.truth, *one.found)})
@@ -125,7 +125,7 @@ def make_boards(
 
 
 def _board(columns: Mapping[str, Examples], pictures: Pictures, colours: Mapping[str, int]) -> Dict:
-    """Return a row per sample with the answer of each method, and the agreement of answers."""
+    """Return one row of answers per sample, and how often answers equal full precision's."""
     rows, methods, every = [], list(columns), list(columns.values())
     fingerprint = every[0].item.record.dataset.fingerprint
     same = [0] * len(every)
@@ -149,7 +149,7 @@ def _board(columns: Mapping[str, Examples], pictures: Pictures, colours: Mapping
 
 
 def _cell(sample: Sample, colours: Mapping[str, int]) -> Dict | None:
-    """Return a model's drawing, or its first answer with the runners-up."""
+    """Return the drawing of a model's objects, or its first answer with its next answers."""
     if isinstance(sample, ObjectSample):
         return drawing(sample, sample.found, colours, "found")
     if not sample.top:
@@ -169,12 +169,12 @@ def _cell(sample: Sample, colours: Mapping[str, int]) -> Dict | None:
 def drawing(
     sample: ObjectSample, objects: Sequence[TrueObject], colours: Mapping[str, int], word: str
 ) -> Dict:
-    """Return ``objects`` over the picture of ``sample``, the surest on top.
+    """Return ``objects`` to draw over the picture of ``sample``, the most certain one on top.
 
-    ``word`` begins the description.
+    ``word`` begins the drawing's description: ``truth`` or ``found``.
     """
     longest = max(sample.size)
-    letters = longest * _LETTERS / SIDE
+    letters = longest * _LETTERS / _SIDE
     taken: list[_Box] = []
     drawn = []
     for one in sorted(objects, key=lambda one: -getattr(one, "score", 0.0)):
@@ -192,7 +192,10 @@ def drawing(
 def _place(
     label: str, box: _Box, letters: float, size: Sequence[int], taken: list[_Box]
 ) -> tuple[float, float] | None:
-    """Return the place of a label: above its box, below, or just inside; add it to ``taken``."""
+    """Return the first free place of a label: above, below or inside its box; note it in ``taken``.
+
+    ``letters`` is the size of letters, ``size`` the picture's (width, height). None: no free place.
+    """
     width = letters * _LETTER * len(label)
     left = min(max(box[0], 0.0), max(0.0, size[0] - width))
     right = left + width
@@ -206,14 +209,15 @@ def _place(
 
 
 def outline(polygon: Sequence[float], side: int) -> str:
-    """Return an outline as SVG points, without the points that do not show.
+    """Return an outline as SVG points, without points that make no visible difference.
 
-    The steps along single pixels of a mask disappear; ``side`` is the picture's longer side.
+    Without these points, the steps along single pixels of a mask disappear. ``side`` is the
+    picture's longer side.
     """
     import cv2
     import numpy as np
 
     points = np.array(polygon[: len(polygon) // 2 * 2], dtype=np.float32).reshape(-1, 1, 2)
-    fewer = cv2.approxPolyDP(points, max(side * _OFF, _OFF_PIXELS), True).reshape(-1, 2)
+    fewer = cv2.approxPolyDP(points, max(side * _TOLERANCE, _TOLERANCE_PIXELS), True).reshape(-1, 2)
     corners = [f"{px(float(x))},{px(float(y))}" for x, y in fewer]
     return " ".join(corners) if len(corners) >= 3 else ""

@@ -1,4 +1,4 @@
-"""Figures: charts with their data as a table, one per subject and bits."""
+"""Figures: charts and the tables of their data, one figure per subject and bits."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +15,15 @@ from benchmarks.results.scores import FULL, Column, columns_of, is_percent, uniq
 from fimaq_core.recipe import OFF
 from tasks.common.record import own_seconds
 
-#: Stage of records without memory by stage.
+#: Name of the only stage in memory figures of records that state no memory per stage.
 _WHOLE = "whole cell (memory)"
-#: Known stages in the order in which they run; each has the same colour in all charts.
+#: Known stages in the order in which they run, for their colours.
 _STAGES = ("load", "reconstruct MLPs", "calibrate", "reconstruct", "evaluate", _WHOLE)
 _BLOCK_TITLES = {
     "error": "Relative squared error of blocks",
     "fisher": "Mean diagonal Fisher weight of blocks",
 }
+#: Style of each method (colour and marker) or of each kind of stage (colour).
 Looks = Mapping[str, str]
 _SCORE_COLUMNS = [
     "subject", "name", "bits", "value", "error", "look", "title", "shown", "cost", "narrow",
@@ -30,20 +31,20 @@ _SCORE_COLUMNS = [
 
 
 class Figure(NamedTuple):
-    """A chart and its data."""
+    """A chart, and the table of its data."""
 
     column: Column
     chart: Markup
-    data: pd.DataFrame  #: texts; the index names the rows
+    data: pd.DataFrame  #: texts, with the names of the rows as index
 
     @property
     def methods(self) -> list[str]:
-        """Names of the methods drawn, which are the rows or the columns of ``data``."""
+        """Names of the drawn methods: the rows or the columns of ``data``."""
         return list(self.data.index if self.data.index.name == "method" else self.data.columns)
 
 
 def bits_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[Figure]:
-    """Yield the scores of each subject from many bits to few."""
+    """Yield one figure per subject: the scores from many bits to few."""
     every = _score_rows(groups, metric, looks)
     columns = columns_of([group.cell for group in groups])
     for column in dict.fromkeys(column._replace(bits=FULL) for column in columns):
@@ -52,14 +53,14 @@ def bits_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator
             continue
         bits, names = unique(rows["bits"]), unique(rows["name"])
         places, methods = ", ".join(bits), ", ".join(names)
-        alt = f"{metric} of {column.subject} at {places}, a line each for {methods}"
+        alt = f"{metric} of {column.subject} at {places}, one line per method: {methods}"
         chart = charts.line_chart(rows, _level(groups, column, metric), alt)
         data = rows.pivot(index="name", columns="bits", values="shown").loc[names, bits]
         yield Figure(column, chart, _data(data, "method"))
 
 
 def cost_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[Figure]:
-    """Yield the scores against seconds per cell, with the Pareto front."""
+    """Yield one figure per subject and bits: scores against seconds per cell, Pareto front."""
     every = _score_rows(groups, metric, looks)
     for column in columns_of([group.cell for group in groups]):
         here = every["subject"].eq(column.subject) & every["bits"].eq(column.bits)
@@ -78,7 +79,7 @@ def cost_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator
 
 
 def _score_rows(groups: Sequence[Group], metric: str, looks: Looks) -> pd.DataFrame:
-    """Return one row per quantized group that has ``metric``."""
+    """Return one row per group of quantized cells that has ``metric``."""
     rows = []
     for group in groups:
         cell, score = group.cell, group.scores.get(metric)
@@ -88,24 +89,24 @@ def _score_rows(groups: Sequence[Group], metric: str, looks: Looks) -> pd.DataFr
             row["title"] = f"{group.method}, {cell.bits}: {score.value:.2f} {score.error_text}"
             row["shown"] = f"{score.value:.2f} ± {score.error:.2f}"
             seconds = fmean(own_seconds(item.record) for item in group.items)
-            row["cost"] = max(seconds, 0.001)  # a logarithmic axis has no zero
+            row["cost"] = max(seconds, 0.001)  # positive, for the logarithmic axis
             row["narrow"] = (-cell.w_bit - cell.a_bit, -(cell.w_bit % OFF))
             rows.append(row)
     return pd.DataFrame(rows, columns=_SCORE_COLUMNS)
 
 
 def _level(groups: Sequence[Group], column: Column, metric: str) -> float | None:
-    """Return full precision's score; None if it is not known, and for ranks."""
+    """Return the score of full precision; None if it is unknown or the metric is a rank."""
     full = find(groups, column).get("fp")
     score = full.scores.get(metric) if full and is_percent(metric) else None
     return None if score is None else score.value
 
 
 def pareto(rows: pd.DataFrame, *, higher: bool = True) -> list[str]:
-    """Return the names on the Pareto front, dearest last.
+    """Return the names of rows on the Pareto front, in the order of their ``cost``.
 
-    A row is beaten by one with no more ``cost`` and a better ``value`` (``higher``, or lower), or
-    with less cost and no worse value.
+    A row is on the front unless another row is better in ``cost`` or ``value`` and not worse in
+    the other. Lower costs are better; higher values are better if ``higher``, otherwise lower ones.
     """
     sign = -1 if higher else 1
     ranked = sorted(zip(rows["cost"], sign * rows["value"], rows["name"], strict=True))
@@ -117,7 +118,7 @@ def pareto(rows: pd.DataFrame, *, higher: bool = True) -> list[str]:
 
 
 def block_figures(groups: Sequence[Group], looks: Looks, what: str) -> Iterator[Figure]:
-    """Yield ``error`` of the blocks' outputs, or their ``fisher`` weight, one line per method."""
+    """Yield figures of ``what`` by block: the outputs' ``error`` or the ``fisher`` weight."""
     for column in columns_of([group.cell for group in groups]):
         found = find(groups, column)
         every = {name: _block_means(group, what) for name, group in found.items()}
@@ -131,27 +132,27 @@ def block_figures(groups: Sequence[Group], looks: Looks, what: str) -> Iterator[
             for name in means
             for block, value in means[name].dropna().items()
         ]
-        alt = f"{_BLOCK_TITLES[what]} of {column.subject} at {column.bits}, {len(means)} from "
-        alt += f"input to output, for {', '.join(means)}"
+        alt = f"{_BLOCK_TITLES[what]} of {column.subject} at {column.bits}, for {len(means)} "
+        alt += f"blocks from input to output; methods: {', '.join(means)}"
         yield Figure(column, charts.block_chart(pd.DataFrame(rows), alt), _data(texts, "block"))
 
 
 def _block_means(group: Group, what: str) -> dict[str, float]:
-    """Return means over seeds by block, of the blocks that have ``what`` in every seed."""
+    """Return the means over seeds by block, for blocks that have ``what`` in every seed."""
     records = (item.record for item in group.items)
     rows = [{name: getattr(block, what) for name, block in r.blocks.items()} for r in records]
     return pd.DataFrame(rows, dtype=float).mean(skipna=False).dropna().to_dict()
 
 
 def kind_of(stage: str) -> str:
-    """Return the kind of a stage: ``reconstruct`` of ``reconstruct text (reused)``."""
+    """Return the kind of a stage: ``reconstruct`` for ``reconstruct text (reused)``."""
     plain = stage.removesuffix(" (reused)")
     found = re.match(r"reconstruct MLPs|(load|calibrate|reconstruct|evaluate)\b", plain)
     return found[0] if found else plain
 
 
 def stage_colours(groups: Sequence[Group]) -> dict[str, str]:
-    """Return the colour of each kind of stage in the records."""
+    """Return the colour of each kind of stage in the records, for all charts."""
     found = [_stages(group, memory) for group in groups for memory in (False, True)]
     kinds = [kind_of(stage) for stages in found for stage in stages]
     order = enumerate(unique([*_STAGES, *kinds]))
@@ -161,8 +162,8 @@ def stage_colours(groups: Sequence[Group]) -> dict[str, str]:
 def stage_figures(
     groups: Sequence[Group], colours: Looks, *, memory: bool = False
 ) -> Iterator[Figure]:
-    """Yield seconds of each method's stages and their sum, or ``memory``: the largest peak."""
-    what, total, whole = ("Peak memory", "max", "most") if memory else ("Seconds", "sum", "all")
+    """Yield figures of seconds per stage and their sum; if ``memory``, of peak memory per stage."""
+    what, total, whole = ("Peak memory", "max", "largest") if memory else ("Seconds", "sum", "all")
     text: Callable[[float], str] = size_text if memory else duration
     unit = 1e-9 if memory else 1.0  # GB, so that the axis has round numbers
     for column in columns_of([group.cell for group in groups]):
@@ -180,21 +181,20 @@ def stage_figures(
                 for kind, value in (kinds.nlargest(1) if memory else kinds).items()
             ]
         ends = pd.DataFrame({"value": unit * sums, "title": sums.map(text)}).rename_axis("name")
-        alt = f"{what} by stage of {column.subject} at {column.bits}; most has {sums.idxmax()} "
-        chart = charts.bar_chart(
-            pd.DataFrame(rows), ends.reset_index(), f"{alt}with {text(sums.max())}"
-        )
+        alt = f"{what} by stage of {column.subject} at {column.bits}. Largest: {sums.idxmax()} "
+        alt += f"with {text(sums.max())}"
+        chart = charts.bar_chart(pd.DataFrame(rows), ends.reset_index(), alt)
         data = stages.T.assign(**{whole: sums}).map(text, na_action="ignore")
         yield Figure(column, chart, _data(data, "method"))
 
 
 def _stages(group: Group, memory: bool) -> dict[str, float]:
-    """Return seconds or bytes by stage, mean over the seeds that have the stage."""
+    """Return seconds, or bytes of memory, by stage: the mean over seeds that have the stage."""
     records = [item.record for item in group.items]
     peaks = [r.stage_memory_bytes or {_WHOLE: r.peak_memory_bytes} for r in records]
     return pd.DataFrame(peaks if memory else [r.seconds for r in records]).mean().to_dict()
 
 
 def _data(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return texts with ``–`` for missing values; ``name`` is the head of the index."""
+    """Return texts with ``–`` for missing values; ``name`` becomes the head of the row names."""
     return table.astype(object).fillna("–").rename_axis(name)

@@ -1,4 +1,4 @@
-"""Content of a report: a grid's cells with their records, failures and unreadable files."""
+"""Data of a report: the cells of a grid, their records, failures and unreadable files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,33 +15,33 @@ from tasks.common.record import ResultRecord, bits_name, outcomes_problem, read_
 
 @dataclass
 class Gathered:
-    """Everything that a report shows."""
+    """Cells and records that a report shows."""
 
     grid: Grid
     results: Path  #: root folder of runs
-    cells: list[Cell]  #: of the grid and of runs with filters, in the order of tables
+    cells: list[Cell]  #: of the grid, and of runs with filters beyond it, in the order of tables
     measured: list[Measured]  #: the finished cells
-    beyond: int = 0  #: number of ``measured`` cells that are not in the grid itself
+    beyond: int = 0  #: number of ``measured`` cells that are not in the grid
     foreign: int = 0  #: number of records of other grids or settings
-    #: Cells without a record whose last run failed, with the last line of their error log.
+    #: Unmeasured cells whose last run failed, with the last line of the error log.
     failed: list[tuple[Cell, str]] = field(default_factory=list)
-    #: Unreadable files, relative to ``results``, with the reason.
+    #: Unreadable files, with the reason.
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     def relative(self, path: Path) -> str:
-        """Return ``path`` relative to the results folder; its name if it lies elsewhere."""
+        """Return ``path`` relative to the results folder, or the name of a file elsewhere."""
         try:
             return path.resolve().relative_to(self.results.resolve()).as_posix()
         except ValueError:
             return path.name
 
     def add_problem(self, name: str, error: object) -> None:
-        """Note an unreadable file; paths in the message become relative to the results folder."""
+        """Note an unreadable file, with paths relative to the results folder in the message."""
         self.problems.append((name, str(error).replace(f"{self.results}/", "")))
 
 
 def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:
-    """Read the finished cells of ``grid`` and those that runs with filters added to it."""
+    """Read the finished cells of ``grid``, and those that runs with filters measured beyond it."""
     own = list({cell.key: cell for cell in expand(grid, Filters(), options)}.values())
     gathered = Gathered(grid, options.results, own, collect(own, adapter))
     known = {item.folder.resolve() for item in gathered.measured if item.folder is not None}
@@ -54,7 +54,7 @@ def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:
                 gathered.add_problem(gathered.relative(path), error)
     beyond = _beyond(gathered, options, adapter, others)
     gathered.beyond, gathered.foreign = len(beyond), len(others) - len(beyond)
-    if beyond:  # group by model, as the grid does
+    if beyond:  # in the order of the grid's sections and models
         sections, cells = list(grid.tasks), [*own, *beyond]
         models = list(dict.fromkeys(cell.model for cell in cells))
         cells.sort(key=lambda cell: (sections.index(cell.section), models.index(cell.model)))
@@ -66,15 +66,18 @@ def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:
     for cell in own:
         folder = None if cell.key in done else known_folder(cell, adapter)
         if folder is not None and not (folder / "result.json").exists():
-            line = _last_line(folder / "error.log")
-            gathered.failed += [] if line is None else [(cell, line)]
+            try:
+                log = (folder / "error.log").read_text(encoding="utf-8", errors="replace")
+            except OSError:  # no failed run
+                continue
+            gathered.failed.append((cell, log.rstrip().rpartition("\n")[2].strip()))
     return gathered
 
 
 def _beyond(
     gathered: Gathered, options: RunOptions, adapter: Adapter, others: Mapping[Path, ResultRecord]
 ) -> list[Cell]:
-    """Return cells of the folders ``others`` that filters would add to the grid."""
+    """Return the cells that filters would add to the grid and whose folders are in ``others``."""
     found = {cell.key: cell for cell in gathered.cells}
     own = set(found)
     wanted = dict.fromkeys((r.method, r.w_bit, r.a_bit, r.seed) for r in others.values())
@@ -86,7 +89,7 @@ def _beyond(
             filters = Filters((section,), models, (method,), bits, seeds)
             try:
                 cells = expand(gathered.grid, filters, options)
-            except FimaqError:  # for example, this version does not know the method
+            except FimaqError:  # for example, a method that this version does not have
                 continue
             for cell in cells:
                 folder = known_folder(cell, adapter)
@@ -94,12 +97,3 @@ def _beyond(
                 if asked and folder.resolve() in others:
                     found.setdefault(cell.key, cell)
     return [cell for key, cell in found.items() if key not in own]
-
-
-def _last_line(path: Path) -> str | None:
-    """Return the last line of a log; None without a log."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return text.rstrip().rpartition("\n")[2].strip()

@@ -1,4 +1,4 @@
-"""Groups of measured cells that differ in the seed only: one group per number of a table."""
+"""Groups of measured cells that differ only in their seeds: one group per number in a table."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,25 +17,25 @@ from benchmarks.results.scores import (
 
 
 class Score(NamedTuple):
-    """Mean of a metric over seeds."""
+    """A metric of a group, averaged over seeds."""
 
     value: float
-    error: float  #: half an error bar: sd over seeds, or for one seed the sampling error
-    text: str  #: as in tables, ``92.53 ± 0.46``
-    error_text: str  #: the error and its kind
+    error: float  #: half the error bar: sd over seeds; for one seed, standard error over samples
+    text: str  #: value and sd, as in tables: ``92.53 ± 0.46``
+    error_text: str  #: error and its kind
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cells of one subject, method, axis point and bits, one per seed."""
+    """Measured cells of one subject, method, axis point and bits, one per seed."""
 
-    id: str  #: link target of the group's provenance on the page
+    id: str  #: id of the group's provenance on the page
     items: list[Measured]  #: at least one
     scores: dict[str, Score]  #: by metric
 
     @property
     def cell(self) -> Cell:
-        """Cell of the first seed."""
+        """The cell of the first seed."""
         return self.items[0].cell
 
     @property
@@ -50,7 +50,7 @@ def row_name(cell: Cell) -> str:
 
 
 def make_groups(measured: Sequence[Measured]) -> list[Group]:
-    """Group cells, in order of first appearance."""
+    """Group cells that differ only in their seeds, in order of first appearance."""
     groups: dict[CellName, Group] = {}
     for item in measured:
         empty = Group(f"p{len(groups) + 1}", [], {})
@@ -69,7 +69,7 @@ def make_groups(measured: Sequence[Measured]) -> list[Group]:
 
 
 def rows_of(cells: Iterable[Cell]) -> list[str]:
-    """Return a table's row names: methods in order, each followed by its axis points."""
+    """Return the row names of a table: methods in order, each followed by its axis points."""
     names = {row_name(cell): cell.method for cell in cells}
     methods = in_order(names.values())
     return sorted(names, key=lambda name: (methods.index(names[name]), name != names[name]))
@@ -78,8 +78,8 @@ def rows_of(cells: Iterable[Cell]) -> list[str]:
 def find(groups: Iterable[Group], column: Column) -> dict[str, Group]:
     """Return the groups of a column by row name.
 
-    A group without bits belongs to all columns of its subject, and full precision to all columns of
-    its model.
+    Full precision belongs to all columns of its model, and a group without bits to all columns of
+    its subject.
     """
     return {
         group.method: group

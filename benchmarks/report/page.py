@@ -1,4 +1,4 @@
-"""The page: gathers records, computes every part, and renders HTML with all texts escaped."""
+"""The page of a report: gather records, compute all parts, render HTML with escaped texts."""
 
 import base64
 import hashlib
@@ -46,29 +46,30 @@ def write_report(
     get: examples.Fetch = examples.fetch,
     table: PublishedTable | None = None,
 ) -> Gathered:
-    """Write the report of the measured cells of ``grid`` to ``path`` and return its content.
+    """Write the report of ``grid`` to ``path`` and return the cells and records that it shows.
 
-    ``get`` fetches the pictures of samples; ``table`` is the published table of the grid.
+    ``get`` fetches pictures of samples. ``table`` is the published table that the grid measures.
 
     Raises:
         FimaqError: no cell is measured, or the file cannot be written.
     """
     gathered = gather(grid, options, adapter)
     if not gathered.measured:
-        kind, problems = "profile" if table is None else "table", gathered.problems
+        kind = "profile" if table is None else "table"
+        problems = gathered.problems
         unread = f" {len(problems)} files could not be read: {problems[0][1]}" if problems else ""
         raise FimaqError(
             f"Nothing of {kind} '{grid.name}' is measured under {options.results / 'runs'}: "
             f"run `make reproduce-table {kind.upper()}={grid.name}` first.{unread}"
         )
     page = render(make_page(gathered, get, table))
-    # Records may hold half of a surrogate pair, which a file cannot hold.
+    # Texts of records may contain half a surrogate pair, which UTF-8 cannot encode.
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
     return gathered
 
 
 def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | None) -> Dict:
-    """Compute all content of the page."""
+    """Compute the content of all parts of the page."""
     grid, measured = gathered.grid, gathered.measured
     groups = make_groups(measured)
     names = unique(item.cell.section for item in measured)
@@ -111,17 +112,22 @@ def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | N
 
 
 def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stages: Looks) -> Dict:
-    """Compute the numbers of a section of the grid, one task on one data set."""
+    """Compute the content of one section of the grid: one task on one data set."""
     name = groups[0].cell.section
     cells = [cell for cell in gathered.cells if cell.section == name]
     mine = [item for group in groups for item in group.items]
     metric = main_metric(cells[0].task, scores(mine))
     others = unique(other for group in groups for other in group.scores if other != metric)
-    # Charts show the grid's own settings only; axis points have tables.
+    # Charts show the grid's own settings only; axis points are in tables.
     own = [group for group in groups if not group.cell.point]
     records = [item.record for group in own for item in group.items]
     rebuilt = [r for r in records if r.recipe is not None and r.recipe.get("reconstruct")]
-    by_method = {one: [c for c in cells if c.method == one] for one in rows_of(cells)}
+    axes = []
+    for axis, points in gathered.grid.axes.items():
+        for method in methods_on(axis, cells):
+            same = [cell for cell in cells if cell.method == method]
+            table = axis_table(axis, list(points), metric, mine, same)
+            axes.append((f"{axis}: {method}", table))
     return {
         "name": name,
         "metric": metric_title(metric),
@@ -138,26 +144,22 @@ def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stag
         "memory": list(figures.stage_figures(own, stages, memory=True)),
         "modules": module_maps(groups),
         "origins": [origin(group, metric, gathered) for group in groups],
-        "axes": [
-            (f"{axis}: {method}", axis_table(axis, list(points), metric, mine, by_method[method]))
-            for axis, points in gathered.grid.axes.items()
-            for method in methods_on(axis, cells)
-        ],
+        "axes": axes,
     }
 
 
 def data_lines(measured: Sequence[Measured]) -> list[str]:
-    """Return data set, split and number of samples."""
+    """Return the distinct data sets with split and number of samples."""
     sets = ((item.record.dataset, item.record.n) for item in measured)
     return unique(f"{d.name}, split {d.split}, {sample_counts(n, d.captions)}" for d, n in sets)
 
 
 def note_lines(groups: Sequence[Group], metric: str, measured: Sequence[Measured]) -> list[str]:
-    """Return settings of ``groups``, the sampling error, and the agreement with expected orders."""
+    """Return lines on settings of ``groups``, sampling errors and the expected order of methods."""
     mine = [item for group in groups for item in group.items]
     try:
         lines = settings_lines(mine)
-    except FimaqError as error:  # for example, a recipe of another version
+    except FimaqError as error:  # for example, another version wrote the recipe
         lines = [str(error)]
     table = scores(measured)
     lines.append(sampling_line(table.loc[table["metric"] == metric, "stderr"]))
@@ -171,19 +173,20 @@ def note_lines(groups: Sequence[Group], metric: str, measured: Sequence[Measured
 def facts(measured: Sequence[Measured]) -> dict[str, list[str]]:
     """Return the distinct data sets, machines, versions and revisions of all records."""
     machines = [item.record.environment for item in measured]
-    versions: dict[str, dict[str, None]] = {}
-    for name, version in (pair for machine in machines for pair in machine.versions.items()):
-        versions.setdefault(name, {})[version] = None
+    versions = []
+    for name in unique(name for machine in machines for name in machine.versions):
+        found = unique(one.versions[name] for one in machines if name in one.versions)
+        versions.append(f"{name} {' / '.join(found)}")
     return {
         "Data": data_lines(measured),
         "Machines": unique(machine.device for machine in machines),
-        "Versions": [f"{name} {' / '.join(found)}" for name, found in versions.items()],
+        "Versions": versions,
         "Git revisions": unique(machine.git_revision[:19] for machine in machines),
     }
 
 
 def render(page: Dict) -> str:
-    """Return the page as HTML; its policy lets it load and run nothing from elsewhere."""
+    """Return the page as HTML; its security policy forbids all content from elsewhere."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -196,7 +199,7 @@ def render(page: Dict) -> str:
     )
     templates.filters["px"] = charts.px
     folder = Path(__file__).parent / "templates"
-    # Only these two files are not escaped; the policy names them by their hashes.
+    # Only these two files are not escaped. The policy allows them by their hashes.
     texts, rules = {}, ["default-src 'none'"]
     for kind, file in (("style", "page.css"), ("script", "page.js")):
         text = (folder / file).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Provenance of every number: facts of a group's records, stated once where seeds agree."""
+"""Provenance of every number: facts of the records, stated once if all seeds agree."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from fimaq_core.recipe import OFF
 from tasks.common.record import LayerEntry, ResultRecord, recipe_of
 
 Dict = dict[str, Any]
-#: Columns of the table of a module map.
+#: Columns of a module map.
 _LAYER = ["layer", "kind", "weights", "input", "second input"]
 
 
@@ -45,24 +45,25 @@ def origin(group: Group, metric: str, gathered: Gathered) -> Dict:
 
 
 def _same(values: list[str]) -> list[str]:
-    """Return one value if all seeds have the same."""
+    """Return the values of the seeds, or a single value if all are equal."""
     return values[:1] if len(set(values)) == 1 else values
 
 
 def _value(record: ResultRecord, metric: str) -> str:
+    """Return a metric with its standard error over samples."""
     found = record.metrics.get(metric)
     return "–" if found is None else f"{found.value:.4f} ± {found.stderr:.4f}"
 
 
 def _facts(item: Measured, gathered: Gathered) -> dict[str, Dict]:
-    """Return facts of a record by heading and name."""
+    """Return the facts of a record, by heading and name."""
     r, machine, inputs = item.record, item.record.environment, item.record.calibration
     stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in r.seconds.items())
     return {
         "Record": {
             "file": "–" if item.folder is None else gathered.relative(item.folder / "result.json"),
             "finished": r.finished,
-            "fingerprint": r.fingerprint or "none: written before records had one",
+            "fingerprint": r.fingerprint or "none: an older version wrote the record",
             "variant": r.variant,
             "changed settings": _changes(r),
             "recipe digest": r.recipe_digest or "–",
@@ -92,27 +93,27 @@ def _facts(item: Measured, gathered: Gathered) -> dict[str, Dict]:
 
 
 def _changes(record: ResultRecord) -> str:
-    """Return the settings that differ from the method's released ones and affect the result."""
+    """Return the settings that affect the result and differ from the method's released ones."""
     try:
         recipe = recipe_of(record)
         changes = {} if recipe is None else changed_settings(recipe, record.task)
     except FimaqError:
-        return "not known: this version does not have the recipe's method or settings"
+        return "unknown: this version does not have the method or the settings of the recipe"
     return ", ".join(f"{name} {value}" for name, value in changes.items()) or "none"
 
 
 def _recipe(settings: Mapping[str, Any]) -> str:
-    """Return all settings but the seed, one per line."""
+    """Return all settings except the seed, one per line."""
     words = {"None": "–", "True": "yes", "False": "no"}
     lines = (f"{k}: {words.get(str(v), v)}" for k, v in settings.items() if k != "seed")
     return "\n".join(lines)
 
 
 def module_maps(groups: Sequence[Group]) -> list[Dict]:
-    """Return how the layers of quantized cells are quantized, each distinct map of a subject once.
+    """Return the distinct module maps of each subject: bits, quantizer and ranges of each layer.
 
-    A map writes the cell's own bits as W and A, so cells that differ in their bits only share it.
-    ``used_by`` names the methods, with bits where a method has several maps.
+    A map writes W and A for the cell's own bits, so cells that differ only in their bits share it.
+    ``used_by`` names the methods, with bits if a method has several maps.
     """
     found = []
     for group in groups:
@@ -142,7 +143,7 @@ def module_maps(groups: Sequence[Group]) -> list[Dict]:
 
 
 def _layer(entry: LayerEntry, record: ResultRecord) -> tuple[str, ...]:
-    """Return layer, kind, weights, input and second input."""
+    """Return a row of a map, in the order of :data:`_LAYER`."""
 
     def side(bits: int, usual: int, letter: str, quantizer: str, ranges: str) -> str:
         width = letter if bits == usual else f"{bits} bits"

@@ -1,4 +1,4 @@
-"""Tables: scores of methods × (subject, bits), and published beside measured numbers."""
+"""Tables: scores by method, subject and bits; measured beside published numbers."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,8 @@ from benchmarks.results.scores import FULL, Measured, columns_of, is_percent, me
 from benchmarks.tables.reproduction import Reproduction, bits_text
 from benchmarks.tables.settings import optimised, special_quantizers
 
-#: Standard errors of a paired difference below which a method counts as equal to the best.
+#: A method counts as equal to the best within this number of standard errors of their difference.
 _ERRORS = 2.0
-#: Style of a verdict; other verdicts have the style ``none``.
-_STYLES = {
-    diff.REPRODUCED: "good",
-    diff.ABOVE: "above",
-    diff.BELOW: "below",
-    diff.UNCERTAIN: "unsure",
-}
 _DIFF_HEAD = (
     "model", "method", "bits", "metric", "measured", "published", "difference", "verdict",
     "source", "reason",
@@ -35,24 +28,26 @@ Dict = dict[str, Any]
 def score_table(
     groups: Sequence[Group], cells: Sequence[Cell], metric: str, *, main: bool = False
 ) -> Dict:
-    """Return mean ± sd of ``metric`` over seeds for all cells, measured or not.
+    """Return the table of ``metric``, mean ± sd over seeds, with gaps for unmeasured cells.
 
-    In the ``main`` table numbers link to their provenance, and numbers that differ from the best by
-    less than two standard errors are marked as ``near``.
+    In the ``main`` table each number links to its provenance, and numbers within two standard
+    errors of the best are marked as ``near``.
     """
     columns, filled = columns_of(cells), []
     for column in columns:
         found = {name: g for name, g in find(groups, column).items() if metric in g.scores}
         scores = {name: group.scores[metric] for name, group in found.items()}
-        # Full precision does not compete.
+        # Full precision is not among the candidates for the best.
         judged = {name: s.value for name, s in scores.items() if found[name].cell.bits != FULL}
         best, values = best_of(judged, metric), {}
         for name, s in scores.items():
             values[name] = {"text": s.text, "number": s.value, "best": name in best}
             if main:
-                rival = bool(best) and name in judged and name not in best
-                values[name] |= {"link": found[name].id, "title": s.error_text}
-                values[name]["near"] = rival and _near(found, name, best[0])
+                values[name] |= {"link": found[name].id, "title": s.error_text, "near": False}
+                if best and name in judged and name not in best:
+                    pair = compare(found[best[0]].items, found[name].items)
+                    near = pair is not None and abs(pair.difference) <= _ERRORS * pair.se
+                    values[name]["near"] = near
         filled.append(values)
     recipes = {row_name(cell): cell.request.recipe for cell in cells}
     return {
@@ -65,7 +60,10 @@ def score_table(
 
 
 def best_of(values: Mapping[str, float], metric: str) -> list[str]:
-    """Return the best and all names that look the same at two decimals; none of fewer than two."""
+    """Return the name of the best value, then the names of values equal at two decimals.
+
+    A single value is not the best of anything: the list is empty.
+    """
     if len(values) < 2:
         return []
     best = (max if is_percent(metric) else min)(values, key=lambda name: values[name])
@@ -73,16 +71,10 @@ def best_of(values: Mapping[str, float], metric: str) -> list[str]:
     return [best, *(name for name in same if name != best)]
 
 
-def _near(found: Mapping[str, Group], name: str, best: str) -> bool:
-    """Return True if the paired difference to the best is within two standard errors."""
-    pair = compare(found[best].items, found[name].items)
-    return pair is not None and abs(pair.difference) <= _ERRORS * pair.se
-
-
 def diff_table(measured: Sequence[Measured]) -> Dict:
-    """Compare records with published numbers, as ``python -m benchmarks diff`` does.
+    """Return the comparison with published numbers that ``python -m benchmarks diff`` makes.
 
-    ``hidden`` counts the measured values without a published number by reason.
+    ``hidden`` lists reasons for a missing published number, with the number of values.
     """
     found = diff.diff([item.record for item in measured])
     known = found["published"].notna()
@@ -97,16 +89,13 @@ def diff_table(measured: Sequence[Measured]) -> Dict:
     return {
         "summary": f"{judged} comparisons: {parts}." if judged else nothing,
         "head": _DIFF_HEAD,
-        "rows": [(_diff_texts(row), _style(row["verdict"])) for row in rows],
+        "rows": [(_diff_texts(row), row["verdict"]) for row in rows],
         "hidden": Counter(found["reason"][~known]).most_common(),
     }
 
 
-def _style(verdict: str) -> str:
-    return _STYLES.get(verdict, "none") if verdict else ""
-
-
 def _diff_texts(row: dict[Any, Any]) -> list[str]:
+    """Return the texts of a row, in the order of its head."""
     evidence = f"{row['variant']}, {row['evidence']}" if row["variant"] else row["evidence"]
     texts = {
         "measured": "–" if pd.isna(row["measured"]) else f"{row['measured']:.2f} ± {row['se']:.2f}",
@@ -120,14 +109,15 @@ def _diff_texts(row: dict[Any, Any]) -> list[str]:
 def paper_table(layout: Reproduction) -> Dict:
     """Return a published table in the paper's own layout, with measured numbers and verdicts.
 
-    A row is ``measured``, or ``context``, or ``beside`` (below a measured row).
+    Kinds of rows: ``measured``; ``beside``, published numbers below a measured row; ``context``,
+    other published rows.
     """
     heads = [head_pair(layout.table.columns[column].head) for column in layout.columns]
     groups = [(name, len(list(members))) for name, members in groupby(above for above, _ in heads)]
     rows = []
     for row in layout.shown:
         kind = "beside" if not row.own else "measured" if row.line.measured else "context"
-        cells = zip(row.texts, map(_style, row.verdicts), strict=True)
+        cells = zip(row.texts, row.verdicts, strict=True)
         bits = bits_text(row.line.bits) if row.own else ""
         rows.append((kind, bits, row.label, list(cells)))
     return {

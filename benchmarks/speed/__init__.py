@@ -1,1 +1,1 @@
-"""Speed of the stages and step engines beside the limits of the machine."""
+"""Speed of the stages and step engines, compared with the limits of the machine."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.speed``. Exit codes: 0 done, 2 cannot run, 130 interrupted."""
+"""``python -m benchmarks.speed``. Exit codes: 0 done, 2 error, 130 interrupted."""
 
 import time
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks.console import user_errors
 from benchmarks.speed.results import read_records, tables, write_record
 from fimaq_core.errors import FimaqError
 
-#: Default models, and default seconds of a run, by the type of the device.
+#: Default models, and default seconds of a run, by type of device.
 MODELS = {"cpu": "demo_vit,vit_small", "cuda": "vit_small,vit_base,deit_tiny,swin_small,swin_base"}
 BUDGET = {"cpu": 280.0, "cuda": 450.0}
 _HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -18,12 +18,16 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(context_settings=_HELP)
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
-@click.option("--models", default="", help="Short names; real sizes get random weights and images.")
+@click.option(
+    "--models", default="", help="Short names; weights and images of real sizes are random."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
-@click.option("--budget", type=click.FloatRange(min=1), help="Seconds; the rest is left out.")
-@click.option("--quick", is_flag=True, help="Smallest sizes: only shows that it runs.")
+@click.option(
+    "--budget", type=click.FloatRange(min=1), help="Seconds; later measurements are left out."
+)
+@click.option("--quick", is_flag=True, help="Smallest sizes, to see that the benchmark runs.")
 @click.option("--output", type=_PATH, default="results/speed.json", help="File to add records to.")
-@click.option("--table", type=_PATH, help="Only print this file's tables as Markdown.")
+@click.option("--table", type=_PATH, help="Only print the tables of this file as Markdown.")
 def main(
     device: str,
     models: str,
@@ -33,10 +37,10 @@ def main(
     output: Path,
     table: Path | None,
 ) -> None:
-    """Measure how fast quantization runs here, beside the limits of the machine.
+    """Measure how fast quantization runs on this machine, and compare with its limits.
 
-    Ends within 5 minutes on two CPU cores and within 8 minutes on a GPU. Nothing else should run
-    meanwhile.
+    The default models take at most 5 minutes on two CPU cores and 8 minutes on a GPU. Run nothing
+    else meanwhile.
     """
     with user_errors(click.get_current_context(), "Finished models are in the output file."):
         if table is not None:
@@ -59,7 +63,7 @@ def main(
         if where.index is not None:
             torch.cuda.set_device(where)  # timers wait for the current device
         names = [name.strip() for name in (models or MODELS[where.type]).split(",")]
-        read_records(output)  # an unusable file is an error now, not after minutes of work
+        read_records(output)  # reports an unusable file before minutes of work
         start = time.monotonic()
         end = start + (budget or BUDGET[where.type])
 
@@ -80,5 +84,5 @@ def main(
         click.echo(f"\n{tables(done, 'simple')}\n\nRecords: {output}")
 
 
-if __name__ == "__main__":  # false in the process that measures memory, which imports this file
+if __name__ == "__main__":  # False in the process that measures memory, which imports this file.
     main(prog_name="python -m benchmarks.speed")

@@ -1,4 +1,4 @@
-"""Speed records: one per device and model, all in one JSON file, and their tables."""
+"""Speed records, one per device and model, in one JSON file; and their tables."""
 
 import json
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _short(value: float | None) -> str:
-    """Return three digits."""
+    """Return a number with three digits, or without decimals from 100 on."""
     return _number(value, 0) if value is None or abs(value) >= 100 else f"{value:.3g}"
 
 

@@ -1,7 +1,7 @@
 """Seconds of an optimisation step by each engine, the work of a step, and its floors.
 
-A floor is a time that a step cannot go below: its arithmetic at the machine's rate of matrix
-products, or its bytes at the machine's rate of copies.
+A floor is a lower limit of a step's time: its arithmetic at the machine's rate of matrix products,
+or its bytes at the machine's rate of copies.
 """
 
 import copy
@@ -25,17 +25,17 @@ from fimaq_core.reconstruction.objective import BlockObjective
 
 #: Engines that need no compiler.
 PLAIN: tuple[Engine, ...] = ("fused", "eager")
-#: Steps of one engine before the next engine has its turn.
+#: Steps of one engine in each turn.
 ROUND = 10
-#: Uncounted steps after the first step: they compile, capture and fill caches.
+#: Untimed steps after the first step, by type of device: they compile, capture and fill caches.
 WARM_UP = {"cpu": 1, "cuda": 6}
-#: Bytes of a float32, and passes of a step over rounded weights and over quantized activations,
-#: see README.md.
+#: Bytes of a float32, and passes of a step over rounded weights and over quantized activations;
+#: README.md lists the passes.
 FLOAT, WEIGHT_PASSES, ACTIVATION_PASSES = 4, 13, 4
 
 
 def timed(work: Callable[[], object]) -> Timer:
-    """Return a timer of ``work`` with the present number of threads."""
+    """Return a timer of ``work`` that keeps the number of threads."""
     return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
 
 
@@ -66,20 +66,20 @@ def measure_rates(device: torch.device, size: int | None = None) -> Rates:
 
 
 def step_bytes(batch: int, quantized: int, weights: int) -> int:
-    """Return the least bytes of a step: each tensor once per pass that fusion cannot remove.
+    """Return the smallest number of bytes that a step reads and writes with all operations fused.
 
     Args:
-        batch: floats of inputs (twice if two kinds of inputs are mixed) and target.
-        quantized: floats of all quantized activations.
+        batch: number of floats of the inputs (twice if two kinds are mixed) and of the target.
+        quantized: number of floats of all quantized activations.
         weights: number of rounded weights.
     """
     return FLOAT * (batch + ACTIVATION_PASSES * quantized + WEIGHT_PASSES * weights)
 
 
 class TimedObjective(BlockObjective):
-    """Objective that all trainers of a block share; it takes one Fisher pass and times it."""
+    """Objective shared by the trainers of all engines: one timed Fisher pass for all of them."""
 
-    pass_s = 0.0  #: seconds of the pass
+    pass_s = 0.0  #: seconds of the Fisher pass
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """See :class:`BlockObjective`; only the first call has an effect."""
@@ -91,10 +91,10 @@ class TimedObjective(BlockObjective):
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Steps and Fisher pass of one make of blocks."""
+    """Times and work of a block's steps, and the time of its Fisher pass."""
 
     step_s: dict[Engine, float]  #: seconds per step by engine
-    compile_s: dict[Engine, float]  #: seconds of the first step, of engines that compile
+    compile_s: dict[Engine, float]  #: extra seconds of the first step, of engines that compile
     flops: int  #: operations per step
     bytes: int  #: bytes per step, see :func:`step_bytes`
     pass_s: float  #: seconds of a Fisher pass; 0 for a block without passes
@@ -106,7 +106,7 @@ class StepTimes:
 
 
 class _Run:
-    """Steps of one engine on its own copy of a block."""
+    """One engine's steps on its own copy of a block."""
 
     def __init__(self, segment: Segment, objective: BlockObjective, engine: Engine):
         # A copy of the block alone: the tape has already run the parts before the block.
@@ -128,15 +128,15 @@ def time_steps(
 ) -> StepTimes:
     """Time a block's steps by each engine, in turns of :data:`ROUND` steps, and count their work.
 
-    A machine that changes its speed changes it for all engines. The median of the turns counts,
-    since a mean would include moments in which the machine stands still.
+    The engines take turns, so that a change of the machine's speed affects all of them. The result
+    is the median over turns, because a mean would include moments when the machine was interrupted.
 
     Args:
         segment: the block, which stays unchanged.
-        objective: its tape stands at the block, with the target computed.
-        engines: in order of their turns; ``fused`` is one of them.
-        steps: counted steps per engine.
-        deadline: end by ``time.monotonic``; one turn per engine is taken in any case.
+        objective: its tape is at the block and has the target.
+        engines: in the order of their turns; must contain ``fused``.
+        steps: timed steps per engine.
+        deadline: time (``time.monotonic``) after which no turn begins, except the first ones.
     """
     device, runs, first_s = objective.tape.storage.device.type, {}, {}
     for engine in engines:
@@ -159,7 +159,7 @@ def time_steps(
 
 
 def _work(run: _Run, recipe: Recipe) -> tuple[int, int]:
-    """Do one more step, and return its operations and bytes."""
+    """Take one more step; return its numbers of operations and bytes."""
     trainer, sizes = run.trainer, []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Training of the classification task's demo models on pairs of digits."""
+"""Training of the demo models for classification, on pairs of digits."""
 
 from functools import partial
 from typing import Any
@@ -30,10 +30,10 @@ def to_input(pixels: Tensor) -> Tensor:
 
 
 def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: float) -> Tensor:
-    """Return the mean cross entropy of the pair, its left and its right digit, and over heads.
+    """Return the cross entropy, averaged over heads and over pair, left digit and right digit.
 
-    The digits' logits are marginals of the pair's logits (b, 100). A model that confuses most pairs
-    is rewarded at once for the digits that it knows, which saves many epochs.
+    The digits' logits are marginals of the pair's logits (b, 100). So a model that still confuses
+    most pairs is already rewarded for digits that it recognises, which saves many epochs.
     """
     losses: list[Tensor] = []
     for logits in output if isinstance(output, tuple) else (output,):
@@ -46,7 +46,7 @@ def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: floa
 
 @torch.inference_mode()
 def measure(model: nn.Module, part: str) -> dict[str, Any]:
-    """Return the top-1 accuracy of a part in percent, and its number of pairs."""
+    """Return the top-1 accuracy on a part in percent, and the number of pairs."""
     model.eval()
     data = DigitPairs(part)
     images = torch.from_numpy(data.pixels)[:, None].float() / 255
@@ -60,7 +60,7 @@ def train(name: str, settings: common.Settings) -> nn.Module:
     model = common.start(DEMO, name, settings["seed"])
     common.widen(model)
     if getattr(model, "pos_embed", None) is not None:
-        # The label depends on the side of each digit, so positions must count from the first step.
+        # The label depends on the digits' sides, so positions must matter from the first step.
         nn.init.normal_(model.pos_embed, std=0.3)
     distilled = getattr(model, "set_distilled_training", lambda enabled: None)
     distilled(True)
@@ -77,7 +77,7 @@ def train(name: str, settings: common.Settings) -> nn.Module:
 
         return loss
 
-    # Embeddings: the model's own exemptions, and Swin's tables of position biases.
+    # No weight decay for the model's own exemptions and Swin's tables of position biases.
     exempt = (*getattr(model, "no_weight_decay", tuple)(), "relative_position_bias")
     validate = partial(measure, model, "val")
     common.fit(model, settings, draw, count=count, exempt=exempt, validate=validate)

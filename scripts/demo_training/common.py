@@ -1,4 +1,4 @@
-"""Training loop of all demo models, and the settings that they share."""
+"""Training loop and settings shared by all demo models."""
 
 import math
 import random
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from tasks.common.demo.demo_models import DemoModels
 
 Settings = dict[str, Any]
-#: Maps the rows of a batch to the loss of the batch.
+#: Function from the rows of a batch to the loss of the batch.
 BatchLoss = Callable[[slice], Tensor]
 
 
 def settings(**own: Any) -> Settings:
     """Return hyperparameters of AdamW with linear warmup and cosine decay, chosen on the val part.
 
-    An epoch is a pass over as many images as the train part has. ``weight_decay`` is for weight
+    One epoch takes as many images as the train part has. ``weight_decay`` applies to weight
     matrices only.
     """
     shared = {"seed": 0, "epochs": 0, "batch_size": 64, "lr": 0.0}
@@ -36,7 +36,7 @@ def start(demo: DemoModels, name: str, seed: int) -> Any:
 
 
 def widen(model: nn.Module) -> None:
-    """Enlarge initial weights, since these narrow models would hardly start to learn."""
+    """Enlarge the initial weights; otherwise such narrow models would hardly start to learn."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -51,10 +51,15 @@ def fit(
     exempt: tuple[str, ...],
     validate: Callable[[], object] = lambda: "",
 ) -> None:
-    """Train by AdamW; biases, norms, scales and ``exempt`` parts of names do not decay.
+    """Train by AdamW.
 
-    ``draw`` makes the data of an epoch of ``count`` images and returns their loss. ``validate``
-    measures the model every fifth epoch, for the printed lines.
+    Args:
+        model: to train, in place.
+        chosen: hyperparameters, see :func:`settings`.
+        draw: draws the ``count`` images of an epoch; returns the function of their loss.
+        count: number of images per epoch.
+        exempt: parts of names of parameters without weight decay, beside vectors and scalars.
+        validate: measures the model; its result is printed every fifth epoch.
     """
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []

@@ -1,4 +1,4 @@
-"""Training of the detection task's demo models on scenes of digits."""
+"""Training of the demo models for detection, on scenes of digits."""
 
 import contextlib
 import io
@@ -26,12 +26,12 @@ from tasks.detection.demo.scenes import Scene, draw_scenes
 
 VERSIONS = {name: version(name) for name in ("onedl-mmdetection", "onedl-mmengine", "mmcv-lite")}
 _SHARED = {"batch_size": 8, "warmup_epochs": 0.1, "grad_clip": 10.0, "scenes": 6000}
-#: An epoch is a pass over all ``scenes``. Backbone, FPN and RPN are those of ``starts_from``.
+#: One epoch takes all ``scenes``. Backbone, FPN and RPN start with the weights of ``starts_from``.
 SETTINGS = {
     "demo_mask_rcnn": common.settings(epochs=4, lr=2e-3, **_SHARED, starts_from=None),
     "demo_cascade": common.settings(epochs=2, lr=1e-3, **_SHARED, starts_from="demo_mask_rcnn"),
 }
-#: Scenes of the same warped digits: about one scene per warp, since each scene shows four digits.
+#: Number of scenes after which all digits are warped again. A scene shows four digits.
 _BLOCK = 675
 
 
@@ -41,7 +41,7 @@ def fingerprint(part: str) -> str:
 
 
 def compose(count: int, seed: int) -> tuple[Scene, ...]:
-    """Compose training scenes of the train part's digits, warped again for every 675 scenes."""
+    """Compose ``count`` training scenes of warped digits of the train part."""
     images, chosen = load_digits()[0].copy(), np.asarray(split_digits()["train"])
     plain = torch.from_numpy(images[chosen])[:, None].float() / 255
     warp = RandomDigitWarp(degrees=12.0, rows=1, columns=1)
@@ -54,7 +54,7 @@ def compose(count: int, seed: int) -> tuple[Scene, ...]:
 
 
 def initialise(model: Any, starts_from: str | None) -> None:
-    """Set mmdet's initial weights with a wider backbone, or a demo model's weights."""
+    """Set mmdet's initial weights, enlarged in the backbone, then those of ``starts_from``."""
     MMLogger.get_current_instance().setLevel(logging.ERROR)  # mmengine logs every single weight
     model.init_weights()
     common.widen(model.backbone)
@@ -66,7 +66,7 @@ def initialise(model: Any, starts_from: str | None) -> None:
 
 
 def batch_of(scenes: Sequence[Scene], first: int = 0) -> dict[str, list[Any]]:
-    """Return images and annotations of scenes as mmdet takes them; ids begin at ``first`` + 1."""
+    """Return images and annotations in mmdet's form; ids begin at ``first`` + 1."""
     samples = []
     for number, scene in enumerate(scenes, first + 1):
         size = scene.pixels.shape
@@ -83,7 +83,7 @@ def measure(model: Any, part: str) -> dict[str, Any]:
     """Return AP of boxes and masks in percent by mmdet's CocoMetric, and the number of scenes."""
     model.eval()
     scenes = coco_files.scenes_of(part)
-    # pycocotools prints tables.
+    # pycocotools prints tables, which are dropped here.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = Path(folder, "annotations.json")
         path.write_text(json.dumps(coco_files.annotations_of(scenes)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Training of the retrieval task's demo models on scenes of digits."""
+"""Training of the demo models for retrieval, on scenes of digits."""
 
 import math
 from functools import partial
@@ -17,9 +17,9 @@ from tasks.retrieval.demo.models import DEMO
 from tasks.retrieval.demo.tokens import demo_tokenizer
 
 VERSIONS = {"open_clip": open_clip.__version__}
-#: No more epochs: a model that reads every scene would not show the cost of quantization.
+#: After more epochs the models read every scene, and quantization would seem to cost nothing.
 SETTINGS = dict.fromkeys(DEMO.names, common.settings(epochs=50, lr=2e-3, facts_weight=1.0))
-#: Largest logit of features of norm 1; Radford et al., ICML 2021, arXiv:2103.00020, section 2.5.
+#: Limit of the logit scale: Radford et al., ICML 2021, arXiv:2103.00020, section 2.5.
 _MAX_LOGIT_SCALE = 100.0
 
 
@@ -34,11 +34,11 @@ def to_input(pixels: Tensor) -> Tensor:
 
 
 class FactHeads(nn.Module):
-    """Heads that read the content of each cell of a scene, in training only.
+    """Heads that read the content of each cell of a scene, during training only.
 
-    A model that confuses most scenes is rewarded at once for the cells that it knows, which saves
-    many epochs. One head reads the features of both towers. Another head reads a cell's own
-    patches, since the class token alone hardly teaches the early blocks to read digits.
+    A model that still confuses most scenes is already rewarded for cells that it recognises, which
+    saves many epochs. One head reads the features of both towers. The other head reads the patches
+    of a cell, since through the class token alone the early blocks hardly learn to read digits.
     """
 
     def __init__(self, model: Any) -> None:
@@ -66,7 +66,7 @@ class FactHeads(nn.Module):
 
 @torch.inference_mode()
 def measure(model: Any, part: str) -> dict[str, Any]:
-    """Return recall at 1 in percent, each query against the whole part, and the scenes."""
+    """Return R@1 in percent, each query against the whole part, and the number of scenes."""
     model.eval()
     data = scenes.DigitScenes(part)
     pixels = torch.from_numpy(data.pixels)[:, None].float() / 255
@@ -83,7 +83,7 @@ def train(name: str, settings: common.Settings) -> nn.Module:
     """Train a demo model from scratch and return it in eval mode."""
     model = common.start(DEMO, name, settings["seed"])
     common.widen(model)
-    # Content depends on the place of a digit or a word, so positions must count from the start.
+    # The meaning of a digit or word depends on its place, so positions must matter from the start.
     positions = model.visual.positional_embedding, model.positional_embedding
     for embedding in (*positions, model.token_embedding.weight):
         nn.init.normal_(embedding, std=0.3)
@@ -93,7 +93,7 @@ def train(name: str, settings: common.Settings) -> nn.Module:
     count = len(scenes.DigitScenes("train"))
 
     def draw(rng: np.random.Generator) -> common.BatchLoss:
-        # In random order, except that the scenes of a group follow each other, to share a batch.
+        # Groups of scenes are in random order; the scenes of a group are adjacent, in one batch.
         plan = scenes.draw_scenes("train", count, rng)
         pixels = torch.from_numpy(scenes.compose_scenes(plan))[:, None]
         facts, tokens = torch.from_numpy(plan.facts), tokenizer(list(plan.captions))

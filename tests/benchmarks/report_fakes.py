@@ -50,7 +50,7 @@ def report_grid(**changes: Any) -> Grid:
 
 
 def full_record(cell: Cell, **changes: Any) -> ResultRecord:
-    """Return a cell's record with module map, calibration, figures of blocks, memory of stages."""
+    """Return a cell's record with module map, calibration, values per block, memory of stages."""
     request = cell.request
     record = fakes.record_of(request, fakes.fake_value(request))
     full = {

@@ -4,12 +4,12 @@
   root.classList.add("js");
   const all = (css, from = document) => Array.from(from.querySelectorAll(css));
 
-  // The chosen theme is kept between visits if the browser allows it.
+  // Keeps the chosen theme between visits if the browser allows it.
   function remembered(choice) {
     try {
       if (choice) { localStorage.setItem("fimaq-report-theme", choice); }
       return localStorage.getItem("fimaq-report-theme");
-    } catch (error) { return choice; }  // without storage, the choice lasts until the page closes
+    } catch (error) { return choice; }  // without storage, until the page closes
   }
 
   function setTheme(choice) {
@@ -27,7 +27,7 @@
     }
   }
 
-  // Numbers by value; cells without a number come last in both orders.
+  // Orders cells by their numbers; cells without a number come last in both directions.
   function compare(a, b, direction) {
     const x = a.dataset.value, y = b.dataset.value;
     if (x !== undefined && y !== undefined) { return direction * (Number(x) - Number(y)); }
@@ -62,7 +62,7 @@
     return same("task") && same("model") && same("bits") && (data.method === undefined || named(data.method, wanted));
   }
 
-  // Hides the cells of a column together with its head.
+  // Hides the cells below hidden heads.
   function columns(table) {
     const heads = all("thead tr:last-child th[data-sort]", table);
     for (const row of table.tBodies[0].rows) {
@@ -94,7 +94,7 @@
       for (const element of filtered) { element.toggleAttribute("hidden", !matches(element.dataset, wanted)); }
       all("table.wide").forEach(columns);
       all("table.examples").forEach((table) => methodColumns(table, wanted));
-      // A task without anything left is hidden with its heading.
+      // A section whose whole content is hidden is hidden with its heading.
       for (const part of all("section.task:not([hidden])")) {
         const mine = all(things, part);
         part.hidden = mine.length > 0 && mine.every((thing) => thing.closest("[hidden]") !== null);

@@ -175,7 +175,7 @@ def test_the_best_of_a_column_and_equal_looking_numbers_are_bold(tmp_path: Path)
     assert bold == {"qdrop", "fimaq"}  # full precision is no competitor
 
 
-def test_of_ranks_the_lowest_is_best(tmp_path: Path):
+def test_the_lowest_rank_is_best(tmp_path: Path):
     grid = fakes.plain_demo(seeds=(1,))
     ranks = {"fp": 1.0, "rtn": 9.0, "brecq": 3.0, "qdrop": 2.0, "fimaq": 4.0}
     report_fakes.write_results(

@@ -117,17 +117,17 @@ def test_blocks_are_shown(page: report_fakes.Node):
     assert titles.count("fimaq, blocks.1: 0.03") == 10  # a subject and bits each
     assert titles.count("fimaq, head: 0.25") == 10  # the Fisher weight
     assert not any(title.startswith("rtn") for title in titles)
-    assert "no figures of blocks" not in blocks.text
+    assert "no values per block" not in blocks.text
 
 
-def test_records_without_figures_of_blocks_are_counted(tmp_path: Path):
+def test_records_without_values_per_block_are_counted(tmp_path: Path):
     grid = fakes.plain_demo(seeds=(1,))
     report_fakes.write_results(
         tmp_path, grid, lambda cell: report_fakes.full_record(cell, blocks={}), examples=None
     )
     blocks = write(tmp_path, grid).one(id="blocks")
     assert not blocks.all("svg")
-    assert "18 records of reconstructed cells have no figures of blocks" in blocks.text
+    assert "18 records of reconstructed cells have no values per block" in blocks.text
 
 
 def test_stages_of_parts_are_of_one_kind():

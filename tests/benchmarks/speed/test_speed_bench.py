@@ -13,8 +13,8 @@ from benchmarks.speed.__main__ import main
 from benchmarks.speed.memory import peak_of_block
 from benchmarks.speed.results import read_records, tables
 from benchmarks.speed.steps import measure_rates, step_bytes
-from benchmarks.speed.subjects import Subject, cut
-from benchmarks.speed.walk import SegmentTimes, line, protocol_seconds, walk
+from benchmarks.speed.walk import SegmentTimes, extrapolate, protocol_seconds, walk
+from benchmarks.speed.workload import Workload, make_workload
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.recipe import Recipe, make_recipe
 from tests.small_models import chain_of, images, quick, swin, vit
@@ -27,8 +27,8 @@ REQUIRED = {
 }  # fmt: skip
 
 
-def subject(model: nn.Module, recipe: Recipe, thin: bool = True) -> Subject:
-    return cut(chain_of(model, recipe), images(recipe.calibration_images), thin=thin)
+def workload(model: nn.Module, recipe: Recipe, thin: bool = True) -> Workload:
+    return make_workload(chain_of(model, recipe), images(recipe.calibration_images), thin=thin)
 
 
 def test_rates_are_positive_and_floors_follow_from_them() -> None:
@@ -47,10 +47,10 @@ def test_operations_and_bytes_of_a_vit_block_step_are_as_counted_by_hand() -> No
     """
     batch, tokens, width, hidden, heads, rank = 8, 17, 32, 64, 2, 2
     recipe = quick("fimaq", range_search="minmax", calibration_images=16, fisher_k=rank, steps=50)
-    made = subject(vit(2), recipe)
+    made = workload(vit(2), recipe)
     calibrate(made.chain, made.images, recipe)
     times = walk(made, recipe, ["fused"], 1, time.monotonic() + 60)
-    work = times.makes[made.main]
+    work = times.steps[made.main]
     weights = width * 3 * width + width * width + 2 * width * hidden
     products = batch * tokens * (weights + 2 * tokens * width)
     loss = batch * (tokens * width * rank + rank * rank)
@@ -62,23 +62,23 @@ def test_operations_and_bytes_of_a_vit_block_step_are_as_counted_by_hand() -> No
     assert min(segment.tape for segment in times.segments) > 0
     assert min(segment.tail for segment in times.segments) > 0
     own = [segment.own for segment in times.segments]
-    assert own[made.make_of.index(made.main)] is not None
+    assert own[made.structure_of.index(made.main)] is not None
     assert own[-1] is None  # the head has no Fisher passes
 
 
-def test_segments_of_one_make_are_measured_once() -> None:
+def test_segments_of_one_structure_are_measured_once() -> None:
     recipe = quick("fimaq")
-    made = subject(vit(3), recipe)
-    assert [make.label for make in made.makes] == ["patch_embed", "blocks.0", "head"]
-    assert [make.count for make in made.makes] == [1, 3, 1]
+    made = workload(vit(3), recipe)
+    assert [one.label for one in made.structures] == ["patch_embed", "blocks.0", "head"]
+    assert [one.count for one in made.structures] == [1, 3, 1]
     assert made.order == (0, 1, 1, 1, 2)
     assert len(made.chain) == 3
-    whole = subject(vit(3), recipe, thin=False)
+    whole = workload(vit(3), recipe, thin=False)
     assert whole.order == (0, 1, 2, 3, 4)
-    assert whole.make_of == (0, 1, 1, 1, 2)
-    windows = cut(chain_of(swin(40), recipe), images(2, 40), thin=True)
+    assert whole.structure_of == (0, 1, 1, 1, 2)
+    windows = make_workload(chain_of(swin(40), recipe), images(2, 40), thin=True)
     assert windows.chain(windows.images).shape == (2, 10)
-    assert sum(make.count for make in windows.makes) == len(windows.order)
+    assert sum(one.count for one in windows.structures) == len(windows.order)
 
 
 def test_the_protocol_is_the_sum_of_its_parts() -> None:
@@ -98,9 +98,9 @@ def test_the_protocol_is_the_sum_of_its_parts() -> None:
 
 
 def test_calibration_is_extrapolated_along_a_line() -> None:
-    assert line((2, 3.0), (8, 6.0), 128) == pytest.approx(66)
-    assert line((2, 3.0), (8, 2.5), 128) == 2.5  # noise: less time for more images
-    assert line((8, 2.0), (8, 2.0), 16) == 4
+    assert extrapolate((2, 3.0), (8, 6.0), 128) == pytest.approx(66)
+    assert extrapolate((2, 3.0), (8, 2.5), 128) == 2.5  # noise: less time for more images
+    assert extrapolate((8, 2.0), (8, 2.0), 16) == 4
 
 
 def test_the_peak_of_a_block_is_measured() -> None:
