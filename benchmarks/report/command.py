@@ -14,10 +14,10 @@ from benchmarks.grid.options import adapter, folder_options, profile_option
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The file to write; report.html in the results folder.",
+    help="File to write (default: report.html in the results folder).",
 )
 def report(profile: str, options: RunOptions, output: Path | None) -> None:
-    """Write what a grid measured as one HTML file, with charts and where every number is from."""
+    """Write tables, charts and the origin of every number of a grid to one HTML file."""
     from benchmarks.console import size_text
     from benchmarks.grid.expand import load_grid
     from benchmarks.report.page import write_report
