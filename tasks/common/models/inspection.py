@@ -1,4 +1,4 @@
-"""Text and JSON of ``inspect``: facts about a checkpoint."""
+"""Text and JSON output of the command ``inspect``: facts about a checkpoint."""
 
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -14,7 +14,7 @@ from tasks.common.models.facts import ModelFacts
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.registry import defaults
 
-#: Explanations of stages whose name does not explain itself.
+#: Explanations of stages whose names are not clear.
 _MEANINGS = {"mlp": " (MLPs reconstructed, full precision)"}
 
 
@@ -25,12 +25,12 @@ class Inspection:
     checkpoint: Path
     task: str  # name of the task
     tag: str  # `model.tag`
-    stage: str  # last stage of the checkpoint, by its own header
+    stage: str  # last finished stage, from the header of the checkpoint
     fingerprint: Fingerprint  # weights, calibration, numerics and recipe of the checkpoint
     facts: ModelFacts
-    untouched: tuple[str, ...] = ()  # parts in full precision, which the checkpoint lacks
-    entry: str | None = None  # of the file with the float weights, if it has entries
-    preprocessing: Preprocessing | None = None  # if the task tells it
+    untouched: tuple[str, ...] = ()  # parts in full precision that are not in the checkpoint
+    entry: str | None = None  # entry of the float weights in their file; None if it has none
+    preprocessing: Preprocessing | None = None  # None if the task does not describe it
 
     def content(self) -> dict[str, Any]:
         """Return all facts as JSON values; sizes are in bits."""
@@ -62,7 +62,7 @@ class Inspection:
         }
 
     def text(self) -> str:
-        """Return tables of layers and of values in full precision, sums, and the origin."""
+        """Return tables of layers and of values in full precision, the sums, and the origin."""
         content = self.content()
         tables = [
             tabulate(content[name], "keys", "simple", missingval="-")
@@ -89,8 +89,8 @@ class Inspection:
             f"BOPs per image: {sums['bops']}; full precision {sums['full_bops']}; {ratio['bops']}",
             f"MACs per image: {sums['macs']}; quantized {sums['quantized_macs']} "
             f"({100 * sums['quantized_share']:.2f} %)",
-            "not counted: softmax, norms, GELU, additions, quantizing itself; "
-            "quantization is simulated, so file and running time are not smaller",
+            "not counted: softmax, norms, GELU, additions, the quantization itself; "
+            "quantization is simulated, so the file is not smaller and the model not faster",
         ]
 
     def _origin(self) -> list[str]:
