@@ -203,7 +203,7 @@ def images_root(root: Path) -> Path:
 def _caption_files(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
         raise DataError(f"There is no folder {root}. {tags.LAYOUT}.")
-    kinds = tags.caption_files(root)
+    kinds = tags.caption_kinds(root)
     if not kinds:
         raise DataError(f"{root} holds no captions. {tags.LAYOUT}.")
     if len(kinds) > 1:

@@ -83,10 +83,16 @@ def evaluate_pairs(
     image_of = np.searchsorted(kept, source.image_of[kept_captions])
     shown = Spread(len(images)).take(kept.tolist())
     ranks = pair_ranks(torch.cat(embedded), captions, image_of, shown)
+    ranked = ranks.image_to_text, ranks.text_to_image, image_of
+    values = measures(*ranked, counts=np.ones((1, len(kept)), dtype=np.int64))
+    errors = standard_errors(*ranked)
     cut = truncated(encoders.tokenize, source.captions, encoders.context_length)
     sizes = {"captions": len(source.captions), "truncated_captions": cut}
     return Evaluation(
-        metrics=_metrics(ranks, image_of),
+        metrics={
+            name: Metric(value=float(value[0]), stderr=errors[name])
+            for name, value in values.items()
+        },
         n=len(kept),
         outcomes=_outcomes(ranks, source, kept, kept_captions),
         dataset=source.describe().model_copy(update=sizes),
@@ -109,13 +115,6 @@ def truncated(tokenize: Tokenize, texts: Sequence[str], context_length: int | No
     if lengths is None or context_length is None:
         return None
     return sum(int(length) > context_length for length in lengths(list(texts)))
-
-
-def _metrics(ranks: Ranks, image_of: np.ndarray) -> dict[str, Metric]:
-    once = np.ones((1, len(ranks.image_to_text)), dtype=np.int64)
-    values = measures(ranks.image_to_text, ranks.text_to_image, image_of, once)
-    errors = standard_errors(ranks.image_to_text, ranks.text_to_image, image_of)
-    return {name: Metric(value=float(one[0]), stderr=errors[name]) for name, one in values.items()}
 
 
 def _outcomes(

@@ -166,7 +166,7 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
         return None if brings_data else Missing("a data set of captions", advice)
     if not data.path.is_dir():
         return Missing(f"the folder {data.path}", f"{LAYOUT}.")
-    found = caption_files(data.path)
+    found = caption_kinds(data.path)
     if not found:
         return Missing(f"the captions in {data.path}", f"{LAYOUT}.")
     folders = ["train2014", "val2014"] if calibrates else ["val2014"]  # val2014: test images
@@ -176,7 +176,7 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     return Missing(f"the folder {' and the folder '.join(absent)}", f"{LAYOUT}.")
 
 
-def caption_files(root: Path) -> list[tuple[str, ...]]:
+def caption_kinds(root: Path) -> list[tuple[str, ...]]:
     """Return the kinds of caption files of which a folder holds at least one file."""
     return [kind for kind in KINDS if any((root / name).is_file() for name in kind)]
 

@@ -64,18 +64,12 @@ class ExplicitBlock(nn.Module):
     """open_clip's ``ResidualAttentionBlock`` on sequences (B, N, C), with explicit attention.
 
     ``mask`` (context, context) or None is added to the attention scores. ``after`` is applied to
-    the output; the last block of a tower without projection has its pooling there.
+    the output: the last block of a tower without projection has its pooling there.
     """
 
     mask: Tensor | None
 
-    def __init__(
-        self,
-        block: ResidualAttentionBlock,
-        mask: Tensor | None,
-        recipe: Recipe,
-        after: nn.Module | None,
-    ) -> None:
+    def __init__(self, block: ResidualAttentionBlock, mask: Tensor | None, recipe: Recipe) -> None:
         super().__init__()
         if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
             supported = "ResidualAttentionBlock without cross attention"
@@ -89,7 +83,7 @@ class ExplicitBlock(nn.Module):
         if type(self.mlp) is not nn.Sequential or len(self.mlp) != 3:
             raise _unsupported("An MLP", "two linear layers with GELU between them", self.mlp)
         swap_linears(self.mlp, _MLP, recipe)
-        self.after = nn.Identity() if after is None else after
+        self.after: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         normed, tokens = self.ln_1(x), x.shape[1]
@@ -99,24 +93,16 @@ class ExplicitBlock(nn.Module):
 
 
 def _block_segments(
-    transformer: nn.Module,
-    prefix: str,
-    embedding: nn.Module,
-    mask: Tensor | None,
-    recipe: Recipe,
-    after: nn.Module | None,
+    transformer: nn.Module, prefix: str, embedding: nn.Module, mask: Tensor | None, recipe: Recipe
 ) -> list[Segment]:
-    """Return one segment per block; ``embedding`` precedes the first, ``after`` follows the last.
-
-    The other arguments are those of :class:`ExplicitBlock`.
-    """
+    """Return one segment per block, with ``embedding`` before the first block."""
     if type(transformer) is not Transformer:
         raise _unsupported("A transformer", "open_clip's Transformer", transformer)
-    segments, last = [], len(transformer.resblocks) - 1
+    segments: list[Segment] = []
     for number, original in enumerate(transformer.resblocks):
-        block = ExplicitBlock(original, mask, recipe, after if number == last else None)
+        block = ExplicitBlock(original, mask, recipe)
         pairs = norm_pair(block.ln_1, "attn.qkv") + norm_pair(block.ln_2, "mlp.c_fc")
-        before, label = embedding if number == 0 else None, f"{prefix}.resblocks.{number}"
+        before, label = None if segments else embedding, f"{prefix}.resblocks.{number}"
         segments.append(Segment(label, "block", block, before=before, pairs=pairs, mlps=(_MLP,)))
     return segments
 
@@ -178,11 +164,11 @@ def _vision_tower(model: nn.Module, recipe: Recipe) -> BlockChain:
         raise _unsupported("VisionTransformer with output_tokens", supported)
     conv = QuantConv2d.from_float(tower.conv1, recipe.w_bits, recipe.patch_input_bits)
     segments, pooling = [Segment("visual.conv1", "patch_embed", conv)], _PooledPatches(tower)
-    after = pooling if tower.proj is None else None
-    segments += _block_segments(
-        tower.transformer, "visual.transformer", _Patches(tower), None, recipe, after
-    )
-    if tower.proj is not None:
+    label, embedding = "visual.transformer", _Patches(tower)
+    segments += _block_segments(tower.transformer, label, embedding, None, recipe)
+    if tower.proj is None:
+        segments[-1].block.after = pooling
+    else:
         layer = _projection(tower.proj, recipe)
         segments.append(Segment("visual.proj", "projection", layer, before=pooling))
     return BlockChain(segments)
@@ -287,11 +273,11 @@ def _text_tower(model: nn.Module, recipe: Recipe) -> BlockChain:
         what = f"A text tower without projection and with pool_type '{pool_type}'"
         raise _unsupported(what, "a projection, or pooling at a fixed position")
     pooling = _PooledToken(tower.ln_final, _FIXED.get(pool_type))
-    after, label = pooling if matrix is None else None, f"{prefix}transformer"
-    segments = _block_segments(
-        tower.transformer, label, _Tokens(tower), tower.attn_mask, recipe, after
-    )
-    if matrix is not None:
+    label, embedding = f"{prefix}transformer", _Tokens(tower)
+    segments = _block_segments(tower.transformer, label, embedding, tower.attn_mask, recipe)
+    if matrix is None:
+        segments[-1].block.after = pooling
+    else:
         layer, label = _projection(matrix, recipe), f"{prefix}text_projection"
         segments.append(Segment(label, "projection", layer, before=pooling, takes_side=by_token))
     return BlockChain(segments, side=PooledPosition(pool_type, eos_id) if by_token else None)

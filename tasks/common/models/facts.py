@@ -101,15 +101,16 @@ def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
         shape = None if isinstance(layer, QuantMatMul) else tuple(layer.weight.shape)
         weights = 0 if shape is None else prod(shape)
         second = entry.weight_bits if entry.other_bits is None else entry.other_bits
-        own = {
-            "weight_shape": shape,
-            "weights": weights,
-            "size_bits": weights * entry.weight_bits,
-            "overhead_bits": _overhead(layer),
-            "macs": macs[name],
-            "bops": macs[name] * entry.input_bits * second,
-        }
-        layers.append(LayerFacts(**dict(entry), **own))
+        facts = LayerFacts(
+            **dict(entry),
+            weight_shape=shape,
+            weights=weights,
+            size_bits=weights * entry.weight_bits,
+            overhead_bits=_overhead(layer),
+            macs=macs[name],
+            bops=macs[name] * entry.input_bits * second,
+        )
+        layers.append(facts)
     return ModelFacts(layers, list(_full_precision(chain)))
 
 
@@ -198,18 +199,13 @@ def _full_precision(chain: BlockChain) -> Iterator[ValueFacts]:
                 continue
             if isinstance(module, Layer):
                 inside.update(id(child) for child in module.modules())
-                if count := 0 if isinstance(module, QuantMatMul) else _bias_values(module):
+                # A quantized layer adds its bias, or the one that calibration computed instead.
+                biases = (getattr(module, key, None) for key in ("quantized_bias", "bias"))
+                count = next((one.numel() for one in biases if one is not None and one.numel()), 0)
+                if count:
                     yield ValueFacts(f"{name}.bias", "bias", count)
                 continue
             yield from _own_values(name, module)
-
-
-def _bias_values(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> int:
-    """Return the number of values in the bias that the quantized layer adds."""
-    own = getattr(layer, "quantized_bias", None)
-    if own is not None and own.numel():
-        return int(own.numel())
-    return 0 if layer.bias is None else layer.bias.numel()
 
 
 def _own_values(name: str, module: nn.Module) -> Iterator[ValueFacts]:

@@ -72,21 +72,22 @@ class Inspection:
 
     def _sums(self) -> list[str]:
         sums = self.facts.totals
-        ratio = {name: f"ratio {sums[f'{name}_ratio']:.2f}" for name in ("weight", "size", "bops")}
-        bits = {
-            name: f"{int(value)} bits ({ceil(value / 8)} bytes)" for name, value in sums.items()
-        }
-        weights, size = (
-            f"{bits[name]}; full precision {bits[f'full_{name}']}"
-            for name in ("weight_bits", "size_bits")
-        )
+
+        def bits(name: str) -> str:
+            return f"{sums[name]} bits ({ceil(sums[name] / 8)} bytes)"
+
+        def compared(name: str) -> str:
+            full, ratio = bits(f"full_{name}_bits"), sums[f"{name}_ratio"]
+            return f"{bits(f'{name}_bits')}; full precision {full}; ratio {ratio:.2f}"
+
         return [
-            f"weights: {weights}; {ratio['weight']}",
-            f"overhead (scales and zero points): {bits['overhead_bits']}",
+            f"weights: {compared('weight')}",
+            f"overhead (scales and zero points): {bits('overhead_bits')}",
             f"in full precision: {sums['full_precision_values']} values, "
-            + bits["full_precision_bits"],
-            f"whole model: {size}; {ratio['size']}",
-            f"BOPs per image: {sums['bops']}; full precision {sums['full_bops']}; {ratio['bops']}",
+            + bits("full_precision_bits"),
+            f"whole model: {compared('size')}",
+            f"BOPs per image: {sums['bops']}; full precision {sums['full_bops']}; "
+            f"ratio {sums['bops_ratio']:.2f}",
             f"MACs per image: {sums['macs']}; quantized {sums['quantized_macs']} "
             f"({100 * sums['quantized_share']:.2f} %)",
             "not counted: softmax, norms, GELU, additions, the quantization itself; "

@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 from fimaq_core.errors import ModelError
 from tasks.common.hashing import SUFFIXES
 
-#: Errors of the readers for a damaged file, and of zipfile for a damaged archive.
+#: Errors of the readers for a damaged file.
 _BROKEN = (
     SafetensorError, RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError,
-    LookupError, AssertionError, ArithmeticError, struct.error,
+    LookupError, AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-_BROKEN_ZIP = (OSError, zipfile.BadZipFile, RuntimeError, EOFError, zlib.error)
 
 
 class Inert:
@@ -141,7 +140,7 @@ def _member(path: Path, name: str) -> bytes | None:
         with zipfile.ZipFile(path) as archive:
             found = [one for one in archive.namelist() if one.rpartition("/")[2] == name]
             return archive.open(found[0]).read(2) if found else None
-    except _BROKEN_ZIP:
+    except _BROKEN:
         return None
 
 
