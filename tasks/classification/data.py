@@ -84,7 +84,7 @@ def _listed(
 ) -> tuple[list[str], Callable[[int], Image.Image]]:
     """Ids and reader of the images in a calibration list or a result record."""
     assert data.calibration_list is not None
-    ids, _ = read_list(data.calibration_list)
+    ids = read_list(data.calibration_list).ids
     if source is not None:
         positions = positions_of(
             ids, source.ids, data.calibration_list, f"{source.name} {source.split}"

@@ -32,7 +32,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         )
     source = open_source(loaded, data, "train")
     if data.calibration_list is not None:
-        names = [id_below(name, source.root) for name in read_list(data.calibration_list)[0]]
+        names = [id_below(name, source.root) for name in read_list(data.calibration_list).ids]
         order = positions_of(
             names, source.image_ids, data.calibration_list, f"{source.name} {source.split}"
         )

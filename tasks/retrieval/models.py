@@ -68,7 +68,14 @@ def load_model(request: ModelRequest) -> LoadedModel:
         )
     _resize_trunk(model, request.model_args)
     preprocess.size = to_2tuple(model.visual.image_size)
-    shape = _check_size(request.preprocessing, (3, *preprocess.size))
+    shape = (3, *preprocess.size)
+    wanted = tuple(request.preprocessing.get("input_size", shape))
+    if wanted != shape[-len(wanted) :]:
+        advice = f'"vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args'
+        raise ModelError(
+            f"The model was built for inputs (C, H, W) of {shape}, not {wanted} (--input-size): "
+            f"build it for this size with {advice}."
+        )
     origin = f"file {path.name}" if weights else f"hub {tags.repository(tag).repo}"
     activation = "" if quick is None else f" ({'QuickGELU' if quick else 'GELU'}, as it says)"
     own = {key: getattr(preprocess, key) for key in ("mean", "std", "interpolation")}
@@ -194,18 +201,6 @@ def _preprocess(name: str, training: str, given: dict[str, Any]) -> PreprocessCf
             f"{' or '.join(published(name))}, or give --mean and --std."
         )
     return PreprocessCfg(**found[0])
-
-
-def _check_size(given: dict[str, Any], own: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return the input size ``own`` (C, H, W). Raises ModelError if the user gave another size."""
-    wanted = tuple(given.get("input_size", own))
-    if wanted != own[-len(wanted) :]:
-        advice = f'"vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args'
-        raise ModelError(
-            f"The model was built for inputs (C, H, W) of {own}, not {wanted} (--input-size): "
-            f"build it for this size with {advice}."
-        )
-    return own
 
 
 def _create(name: str, arguments: dict[str, Any], config: dict[str, Any]) -> nn.Module:

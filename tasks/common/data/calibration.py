@@ -68,10 +68,16 @@ def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str
     return chosen
 
 
-def read_list(path: Path) -> tuple[list[str], dict[str, Any] | None]:
+class Listed(NamedTuple):
+    """Content of a calibration list."""
+
+    ids: list[str]  # ids or paths of the images
+    calibration: dict[str, Any] | None  # this entry of a result record; None for a text file
+
+
+def read_list(path: Path) -> Listed:
     """Read a calibration list: a text file with one id or path per line, or a result record.
 
-    Return the ids or paths, and the record's entry ``calibration`` (None for a text file).
     Raises DataError: the file cannot be read, or is a JSON object without calibration ids.
     """
     try:
@@ -79,12 +85,12 @@ def read_list(path: Path) -> tuple[list[str], dict[str, Any] | None]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the calibration list {path}: {error}.") from error
     if not text.lstrip().startswith("{"):
-        return [line.strip() for line in text.splitlines() if line.strip()], None
+        return Listed([line.strip() for line in text.splitlines() if line.strip()], None)
     try:
         calibration = json.loads(text)["calibration"]
         ids = calibration["ids"]
         if isinstance(ids, list) and all(isinstance(name, str) for name in ids):
-            return ids, calibration
+            return Listed(ids, calibration)
     except (ValueError, RecursionError, KeyError, TypeError):
         pass
     raise DataError(f"{path} is not a result record with calibration ids.")

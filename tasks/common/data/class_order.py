@@ -191,7 +191,7 @@ def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: P
         problems.append(f"{names} without a folder, such as {surplus[0]!r}{near}")
     if missing:
         names = counted(len(missing), "folder")
-        problems.append(f"{names} missing from the file, such as {missing[0]!r}")
+        problems.append(f"{names} without a name in it, such as {missing[0]!r}")
     if problems:
         raise DataError(f"{path} does not list the classes of {where}: {'; '.join(problems)}.")
     return [folders[name] for name in listed]

@@ -82,12 +82,13 @@ class Catalogue:
 
     def missing_weights(self, request: ModelRequest) -> Missing | None:
         """Return the weights if they are neither local nor cached and cannot be fetched."""
-        if request.name in self.demo_names and self.local_weights(request) is None:
+        local = self.local_weights(request) is not None
+        if request.name in self.demo_names and not local:
             path = self.demo_folder / f"{request.name}.safetensors"
             advice = "They belong to the repository; `python scripts/train_demo.py` makes new ones."
             return None if path.is_file() else Missing(f"the weights of {request.name}", advice)
         tag = self.model_tag(request)
-        if self.local_weights(request) is not None:
+        if local:
             return None
         found = self.repository(tag)
         if found is None:

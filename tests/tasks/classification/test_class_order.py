@@ -302,12 +302,12 @@ def test_files_of_an_order(tmp_path: Path) -> None:
     [
         (
             "ant\nbee\ncst\n",
-            r"1 name without a folder, such as 'cst' \(Did you mean 'cat'\?\); 1 folder missing from the file",
+            r"1 name without a folder, such as 'cst' \(Did you mean 'cat'\?\); 1 folder without a name in it",
         ),
-        ("ant\nbee\n", "1 folder missing from the file, such as 'cat'"),
+        ("ant\nbee\n", "1 folder without a name in it, such as 'cat'"),
         ("ant\nbee\ncat\ndog\n", "1 name without a folder, such as 'dog'"),
         ("ant\nbee\ncat\nbee\n", "lists the class 'bee' twice"),
-        ("", "3 folders missing from the file"),
+        ("", "3 folders without a name in it"),
     ],
 )
 def test_an_order_of_other_classes_is_refused(tmp_path: Path, text: str, message: str) -> None:
