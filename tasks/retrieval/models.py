@@ -247,7 +247,7 @@ def _adapted(
 
 
 def _resize_trunk(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """Give a timm vision tower the image size in ``arguments``; open_clip builds another size."""
+    """Give a timm vision tower the image size in ``arguments``; open_clip does not use it."""
     size = arguments.get("vision_cfg", {}).get("image_size")
     if size is None or not isinstance(model.visual, TimmModel):
         return

@@ -200,7 +200,7 @@ def tokenizer_folder(request: ModelRequest) -> Path | None:
 
 
 def missing_tokenizer(request: ModelRequest) -> Missing | None:
-    """Return the tokenizer if neither open_clip nor a local folder has it, nor the hub answers."""
+    """Return the tokenizer if it is not in open_clip, not local, and cannot be fetched."""
     if request.name in DEMO_NAMES:
         return None
     model = full_name(request.name).partition(".")[0]

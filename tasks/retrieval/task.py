@@ -11,7 +11,7 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
-from tasks.common.data.class_names import told_apart
+from tasks.common.data.class_names import distinct_names
 from tasks.common.data.folders import open_folder
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
@@ -148,7 +148,7 @@ class RetrievalTask(Task):
         names = class_names(data.path, folders)
         embedded = class_embeddings(encoders, names, batch_size, on_progress)
         classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
-        source = replace(source.head(data.limit), class_names=told_apart(names, folders))
+        source = replace(source.head(data.limit), class_names=distinct_names(names, folders))
         transform = loaded.eval_transform
         images = Images(source.ids, source.targets, source.read, transform, data.skip_corrupt)
         found = evaluate(

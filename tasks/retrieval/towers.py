@@ -236,7 +236,7 @@ class PooledPosition(nn.Module):
 
 
 class _PooledToken(nn.Module):
-    """Tokens (B, L, C) to the norm of one token, (B, C).
+    """Tokens (B, L, C) to one token per text (B, C), followed by the norm.
 
     The token is at the fixed ``position``, or at the positions (B,) in ``side``.
     """

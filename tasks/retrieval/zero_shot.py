@@ -108,5 +108,5 @@ class ZeroShotClassifier(nn.Module):
         self.register_buffer("place", place)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Raise NumericsError for an embedding that is NaN, infinite or zero."""
+        """Return logits. Raises NumericsError: an embedding is NaN, infinite or zero."""
         return (normalised(self.encode_image(images)) @ self.weight)[:, self.place]

@@ -46,7 +46,7 @@ def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> Taken:
 
 
 def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str) -> list[int]:
-    """Return the positions in ``ids`` of the images ``names``, which the list ``path`` names.
+    """Return the position in ``ids`` of each image in ``names``, the content of the list ``path``.
 
     A name may have another Unicode form than the id. ``what`` is the data set, for messages.
     Raises DataError: an image is not in the data, or more than once in the list.

@@ -21,11 +21,11 @@ def readable_names(folders: Sequence[str]) -> tuple[str, ...]:
         info.label_name_to_description(folder).split(",")[0] if folder in known else folder
         for folder in folders
     ]
-    return told_apart(words, folders)
+    return distinct_names(words, folders)
 
 
-def told_apart(names: Sequence[str], folders: Sequence[str]) -> tuple[str, ...]:
-    """Return ``names``; equal names (ImageNet has two classes "crane") get their folder added."""
+def distinct_names(names: Sequence[str], folders: Sequence[str]) -> tuple[str, ...]:
+    """Return ``names`` with the folder added to equal names: ImageNet has two classes "crane"."""
     count = Counter(names)
     pairs = zip(names, folders, strict=True)
     return tuple(f"{name} ({folder})" if count[name] > 1 else name for name, folder in pairs)
