@@ -140,6 +140,7 @@ def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
     """
     if image.shape[0] != 1 and chain.segment(0).kind != "predictor":
         raise ValueError(f"one image is needed, got {image.shape[0]}")
+    # Hooks, since the counter itself misses layers that a chain holds at two places.
     flops = FlopCounterMode(display=False)
     macs = dict.fromkeys((name for name, _ in _multiplying_layers(chain)), 0)
 
