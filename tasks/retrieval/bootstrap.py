@@ -14,7 +14,7 @@ CUTS = (1, 5, 10)
 RESAMPLES = 1000
 _SEED = 0
 #: Largest number of (resample, caption) counts in memory.
-_WEIGHTS = 2**22
+_MAX_COUNTS = 2**22
 
 
 def measures(
@@ -63,7 +63,7 @@ def standard_errors(
 def _draws(images: int, captions: int) -> Iterator[np.ndarray]:
     """Yield counts (b, images) of :data:`RESAMPLES` resamples, in parts that fit in memory."""
     generator = np.random.default_rng(_SEED)
-    rows = max(1, _WEIGHTS // captions)
+    rows = max(1, _MAX_COUNTS // captions)
     for start in range(0, RESAMPLES, rows):
         size = min(rows, RESAMPLES - start)
         drawn = generator.integers(0, images, (size, images)) + images * np.arange(size)[:, None]

@@ -21,8 +21,8 @@ from tasks.retrieval.evaluate import Encode, Encoders, embed_texts, normalised
 CLASSNAMES_FILE = "classnames.txt"
 #: Words for the order of classes in messages: the weights of CLIP have no classes.
 LINES = f"of the lines in {CLASSNAMES_FILE}"
-Template = Callable[[str], str]
-TEMPLATES: tuple[Template, ...] = tuple(OPENAI_IMAGENET_TEMPLATES)
+#: Functions from a class name to a text.
+TEMPLATES: tuple[Callable[[str], str], ...] = tuple(OPENAI_IMAGENET_TEMPLATES)
 _FORM = "one name per line, in the order of the labels"
 #: Number of classes whose texts are in memory at the same time.
 _CLASSES = 50
@@ -74,7 +74,7 @@ def class_embeddings(
     names: Sequence[str],
     batch_size: int,
     on_progress: OnProgress,
-    templates: Sequence[Template] = TEMPLATES,
+    templates: Sequence[Callable[[str], str]] = TEMPLATES,
 ) -> Tensor:
     """Return unit embeddings (classes, d), the means over ``templates``. Raises ModelError."""
     total = len(names) * len(templates)

@@ -86,16 +86,16 @@ def _unclear(
 ) -> str:
     """Return the reason why labels are not clear without an order; empty if they are clear.
 
-    ``text`` and ``natural`` are the folders in these orders; ``stored`` has decomposed names too.
+    ``text`` and ``natural`` are the folders in these orders. ``stored`` are the folders sorted as
+    stored, where decomposed accents sort differently from composed accents.
     """
-    ids = [all(map(WORDNET_ID.fullmatch, names)) for names in (known or (), text)]
-    if known and len(known) == len(text) and ids[0] == ids[1]:  # both are WordNet ids, or neither
+    are_ids = [all(map(WORDNET_ID.fullmatch, names)) for names in (known or (), text)]
+    if known and len(known) == len(text) and are_ids[0] == are_ids[1]:
         own = by_name([*map(composed, known)], [*map(composed, text)])
         odd = next(name for spot, name in enumerate(text) if spot not in own)
         names = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
         mismatch = f"do not match the folders, such as {odd!r}"
         return f"the class names in the weights file ({names}) {mismatch}"
-    # Decomposed accents sort differently from composed accents.
     decomposed = "as the names are stored (decomposed Unicode)"
     for words, other in {"in natural order": natural, decomposed: stored}.items():
         if other != text:

@@ -153,9 +153,9 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if value.is_meta:
             problem = "on the device 'meta', without values"
         elif value.layout is not torch.strided:
-            problem = f"in the layout {_short(value.layout)}"
+            problem = f"in the layout {_type_name(value.layout)}"
         elif value.is_quantized or (value.is_floating_point() and value.dtype not in _FLOATS):
-            problem = f"as {_short(value.dtype)}"
+            problem = f"as {_type_name(value.dtype)}"
         if problem:
             advice = "save it as a dense tensor of float32, float16 or bfloat16"
             raise ModelError(f"The weights {path} have '{name}' {problem}: {advice}.")
@@ -173,7 +173,7 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _short(kind: torch.dtype | torch.layout) -> str:
+def _type_name(kind: torch.dtype | torch.layout) -> str:
     return str(kind).removeprefix("torch.")
 
 
@@ -226,20 +226,20 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     common = [(name, expected[name], state[name]) for name in state if name in expected]
     shapes = [name for name, own, given in common if own.shape != given.shape]
     kinds = [
-        f"{name} is {_short(given.dtype)}"
+        f"{name} is {_type_name(given.dtype)}"
         for name, own, given in common
         if own.is_floating_point() and not given.is_floating_point()
     ]
     if not (missing or surplus or shapes or kinds):
         return ""
-    pairs = _nearest(missing, surplus)
+    pairs = _similar_names(missing, surplus)
     found = {
         "Missing names": [*(own for own, _ in pairs), *missing],
         "Unexpected names": [*(given for _, given in pairs), *surplus],
         "Shape mismatch": shapes,
         "Not floating point, as quantized weights are": kinds,
     }
-    lines = [". ".join(f"{what}: {_some(names)}" for what, names in found.items() if names) + "."]
+    lines = [". ".join(f"{what}: {_brief(names)}" for what, names in found.items() if names) + "."]
     lines += [f"  similar: the model has '{own}', the file '{given}'" for own, given in pairs[:3]]
     for name in shapes[:3]:
         given, own = tuple(state[name].shape), tuple(expected[name].shape)
@@ -248,7 +248,7 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     return "\n".join([*lines, advice])
 
 
-def _nearest(missing: list[str], surplus: list[str]) -> list[tuple[str, str]]:
+def _similar_names(missing: list[str], surplus: list[str]) -> list[tuple[str, str]]:
     """Return pairs of similar names, the most similar first.
 
     Of names that differ in numbers only, the last is compared; at most 60 names of each side.
@@ -259,7 +259,7 @@ def _nearest(missing: list[str], surplus: list[str]) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: -difflib.SequenceMatcher(None, *pair).ratio())
 
 
-def _some(names: Iterable[str]) -> str:
+def _brief(names: Iterable[str]) -> str:
     """Return the count of distinct names and the first three."""
     listed = list(dict.fromkeys(names))
     more = " and more" if len(listed) > 3 else ""
