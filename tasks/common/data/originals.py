@@ -51,8 +51,7 @@ def known_originals(
     ``known`` are the ids of the data ``what``. Raises DataError: an id is unknown, or an image is
     damaged.
     """
-    wanted = set(ids)
-    positions = {name: position for position, name in enumerate(known) if name in wanted}
+    positions = {name: position for position, name in enumerate(known)}
     found = {}
     for name in ids:
         if name not in positions:
