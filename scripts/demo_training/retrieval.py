@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from demo_training import common
 from tasks.retrieval.demo import scenes
-from tasks.retrieval.demo.models import DEMO
-from tasks.retrieval.demo.tokens import demo_tokenizer
+from tasks.retrieval.demo.models import DEMO, demo_tokenizer
 
 VERSIONS = {"open_clip": open_clip.__version__}
 #: After more epochs the models read every scene, and quantization would seem to cost nothing.

@@ -58,7 +58,6 @@ CATALOGUE = Catalogue(
     choices=lambda name: [f"{name}.{tag}" for tag in timm_tags(name)[:8]],
     untagged="untagged names have changed their meaning",
     repository=lambda tag: Repository(f"timm/{tag}", ("model.safetensors", "pytorch_model.bin")),
-    repositories="timm/<name>",
 )
 
 model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest

@@ -16,7 +16,7 @@ from tasks.retrieval.towers import build_towers, check_tower
 
 
 class _Tower(nn.Module):
-    """One tower of an open_clip model. Raises ModelError for other models."""
+    """One tower of an open_clip model as a separate model. Raises ModelError: not such a model."""
 
     tower, encode = "", ""
 
@@ -31,19 +31,19 @@ class _Tower(nn.Module):
 
 
 class VisionTower(_Tower):
-    """Images (n, 3, H, W) to embeddings (n, d), not normalised."""
+    """Vision tower: images (n, 3, H, W) to embeddings (n, d), not normalised."""
 
     tower, encode = "vision", "encode_image"
 
 
 class TextTower(_Tower):
-    """Token ids (n, L) int64 to embeddings (n, d), not normalised."""
+    """Text tower: token ids (n, L) int64 to embeddings (n, d), not normalised."""
 
     tower, encode = "text", "encode_text"
 
 
 class TowerFamily:
-    """Towers of open_clip's models, as a family of :data:`fimaq_core.families.FAMILIES`."""
+    """Model family of towers, for :data:`fimaq_core.families.FAMILIES`."""
 
     name = "open_clip's towers"
 
@@ -69,7 +69,7 @@ def quantize_tower(
     method: str = "fimaq",
     **settings: Any,
 ) -> QuantizedModel:
-    """Quantize a copy of one tower, with the least change of its matches with the other tower.
+    """Quantize a copy of one tower and keep its similarities to the other tower.
 
     Example::
 
@@ -98,7 +98,7 @@ def quantize_tower(
     recipe = make_recipe(method, fields)
     if len(images) != len(token_ids) or len(images) < 2:
         given = f"{len(images)} images and {len(token_ids)} captions"
-        raise DataError(f"{given}: give one caption per image, and at least two of them.")
+        raise DataError(f"{given}: give at least two images, and one caption per image.")
     count = min(len(images), recipe.calibration_images)
     sides = (VisionTower(model), images[:count]), (TextTower(model), token_ids[:count])
     (one, inputs), (other, others) = sides if tower == "vision" else sides[::-1]

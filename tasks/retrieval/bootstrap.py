@@ -1,8 +1,8 @@
 """Measures of retrieval from ranks, and their standard errors by bootstrap over images.
 
-A hard image fails all its captions, so captions as independent samples would give too small
-standard errors. The drawn unit is therefore an image with its captions (the cluster bootstrap:
-Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
+The captions of one image succeed or fail together, so captions drawn independently would give too
+small standard errors. The bootstrap therefore draws images with all their captions (cluster
+bootstrap: Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
 """
 
 from collections.abc import Iterator
@@ -13,23 +13,23 @@ import numpy as np
 CUTS = (1, 5, 10)
 RESAMPLES = 1000
 _SEED = 0
-#: Number of weights of captions in memory.
-_WEIGHTS = 2**22
+#: Largest number of (resample, caption) counts in memory.
+_MAX_COUNTS = 2**22
 
 
 def measures(
     image_to_text: np.ndarray, text_to_image: np.ndarray, image_of: np.ndarray, counts: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return every measure (b,) by name, of samples with image i ``counts[b, i]`` times.
+    """Return every measure (b,) by name, for b resamples of the n images.
 
     ``i2t_R@k`` and ``t2i_R@k`` are percentages of queries with rank < k, for each k of :data:`CUTS`
-    up to the number of candidates. ``R@1`` is the mean of both directions, ``mean_recall`` the
-    mean of all six (if there are six). ``*_median_rank`` are ranks counted from 1, as in papers.
+    up to the number of candidates. ``R@1`` is the mean over both directions. ``mean_recall`` is the
+    mean of all six recalls, if there are six. ``*_median_rank`` counts ranks from 1, as papers do.
 
     Args:
         image_to_text, text_to_image: ranks (n,) and (m,), counted from 0.
         image_of: (m,) index of the image of each caption.
-        counts: (b, n) integers.
+        counts: (b, n) integers: resample b contains image i ``counts[b, i]`` times.
     """
     images, captions = len(image_to_text), len(text_to_image)
     drawn_images = counts.sum(1)
@@ -53,7 +53,7 @@ def measures(
 def standard_errors(
     image_to_text: np.ndarray, text_to_image: np.ndarray, image_of: np.ndarray
 ) -> dict[str, float]:
-    """Return the bootstrap standard error of each of :func:`measures`, equal on every call."""
+    """Return the bootstrap standard error of each measure; the seed is fixed."""
     draws = _draws(len(image_to_text), len(image_of))
     parts = [measures(image_to_text, text_to_image, image_of, counts) for counts in draws]
     values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -61,9 +61,9 @@ def standard_errors(
 
 
 def _draws(images: int, captions: int) -> Iterator[np.ndarray]:
-    """Yield multinomial counts (b, images), :data:`RESAMPLES` in all, in parts for memory."""
+    """Yield counts (b, images) of :data:`RESAMPLES` resamples, in parts that fit in memory."""
     generator = np.random.default_rng(_SEED)
-    rows = max(1, _WEIGHTS // captions)
+    rows = max(1, _MAX_COUNTS // captions)
     for start in range(0, RESAMPLES, rows):
         size = min(rows, RESAMPLES - start)
         drawn = generator.integers(0, images, (size, images)) + images * np.arange(size)[:, None]
@@ -71,7 +71,7 @@ def _draws(images: int, captions: int) -> Iterator[np.ndarray]:
 
 
 def _weighted_median(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return medians (b,) of samples with ``values[j]`` ``counts[b, j]`` times."""
+    """Return medians (b,); sample b contains ``values[j]`` as often as ``counts[b, j]``."""
     order = np.argsort(values, kind="stable")
     ordered, running = values[order].astype(np.float64), counts[:, order].cumsum(1)
     total = running[:, -1:]

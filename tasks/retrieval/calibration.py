@@ -1,4 +1,4 @@
-"""Calibration pairs: images of the training part, each with one of its captions."""
+"""Calibration pairs of the retrieval task: training images, each with one of its captions."""
 
 import hashlib
 import json
@@ -23,12 +23,12 @@ from tasks.retrieval.zero_shot import LINES, class_names
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-    """Draw the calibration pairs, or take the pairs of a list or of a result record.
+    """Draw the calibration pairs, or take the pairs of a calibration list or result record.
 
-    Images come in a seeded permutation. Each has one caption, drawn by seed and image id alone, so
-    a smaller sample is the beginning of a larger one. An image with the same caption as an earlier
-    image comes later (:func:`in_rounds`): equal texts in a batch make the target ambiguous.
-    Raises DataError for data that do not fit, and ModelError for a model without a tokenizer.
+    The seed gives the order of images, and with the image id the caption. So a small sample is the
+    beginning of a larger one. Images with equal captions are far apart (:func:`in_rounds`), since
+    equal captions in a batch make the target ambiguous.
+    Raises DataError: the data do not fit. Raises ModelError: the model has no tokenizer.
     """
     if loaded.tokenizer is None:
         raise ModelError(f"{loaded.tag} has no tokenizer, so captions cannot calibrate it.")
@@ -71,7 +71,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
 
 
 def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
-    """Return the pairs to calibrate on, of labelled images for zero-shot. Raises DataError."""
+    """Return the training pairs; for zero-shot, labelled images with captions. Raises DataError."""
     if data.evaluation == "zero-shot" and data.calibration_data is None and data.path is not None:
         labelled = open_folder(data.path, "train", data.class_order, wanted=LINES)
         return imagenet_pairs(labelled, class_names(data.path, labelled.class_names))
@@ -79,16 +79,16 @@ def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
 
 
 def drawn_caption(pairs: PairSource, image: int, seed: int) -> str:
-    """Return one caption of an image, drawn by seed, image id and captions alone."""
+    """Return one caption of an image; only seed, image id and captions decide which one."""
     name, own = pairs.listed[image]
     digest = hashlib.sha256(f"caption/{seed}/{name}".encode()).digest()
     return own[int.from_bytes(digest[:8], "big") % len(own)]
 
 
 def in_rounds(captions: Sequence[str]) -> list[int]:
-    """Return positions in an order where a text is repeated only after all other texts.
+    """Return positions in rounds: each round has every text at most once, in the given order.
 
-    Texts are equal if they differ in case and white space only.
+    Texts count as equal if they differ in case and white space only.
     """
     seen: Counter[str] = Counter()
     rank: dict[str, int] = {}
@@ -101,7 +101,7 @@ def in_rounds(captions: Sequence[str]) -> list[int]:
 
 
 def _listed(path: Path, pairs: PairSource, root: Path | None) -> tuple[list[int], list[str] | None]:
-    """Return image indices of a calibration list and, if it is a record, their captions."""
+    """Return the image indices of a calibration list, and their captions if it is a record."""
     names, calibration = read_list(path)
     ids = [id_below(name, root) for name in names]
     what = f"{pairs.name} {pairs.split}"
@@ -111,8 +111,8 @@ def _listed(path: Path, pairs: PairSource, root: Path | None) -> tuple[list[int]
     captions = calibration.get("captions")
     if not isinstance(captions, list) or len(captions) != len(ids):
         raise DataError(
-            f"{path} is a result record without a caption for each calibration image: it is not "
-            "one of retrieval."
+            f"{path} is a result record without one caption per calibration image: give a record "
+            "of the retrieval task."
         )
     used = zip(ids, captions, chosen, strict=True)
     foreign = [(name, text) for name, text, index in used if text not in pairs.listed[index][1]]

@@ -1,7 +1,7 @@
-"""Files of captions: Karpathy's JSON, CSV with a header, or one JSON object per line.
+"""Readers of caption files: Karpathy's JSON, CSV with a header, or one JSON object per line.
 
-Karpathy and Fei-Fei (CVPR 2015, arXiv:1412.2306) list ``images``, each with ``filename``,
-``split``, ``sentences`` (with ``raw``), and in MS-COCO ``filepath``.
+The format of Karpathy and Fei-Fei (CVPR 2015, arXiv:1412.2306) has a list ``images``. Each entry
+has ``filename``, ``split`` and ``sentences`` (with the text ``raw``), and in MS-COCO ``filepath``.
 """
 
 import csv
@@ -16,23 +16,25 @@ from tasks.common.data.files import composed, image_id, parse_json, read_text, s
 
 #: Pairs (image id, captions) in order, by split.
 Splits = Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]
-#: Splits that a file may name; restval and val are not used.
+#: Splits that a file may name; fimaq uses train and test.
 _SPLITS = ("train", "restval", "val", "test")
 
 
 class _Row(NamedTuple):
-    number: int
-    where: str
+    """One image in a file, with one or more of its captions."""
+
+    number: int  # of the line or entry
+    where: str  # file and number, for messages
     image: object
     captions: list[object]
     split: object
 
 
 def read_captions(path: Path, own: str | None = None) -> Splits:
-    """Read a .json, .csv or .jsonl file of captions, once until it changes.
+    """Read a .json, .csv or .jsonl file of captions; a file is read again only after a change.
 
-    ``own`` is the split of a file with one split only; otherwise each row names its split. Raises
-    DataError for an image in two splits, a pair twice (it would count double), or another form.
+    ``own`` is the split of a file that has one split only. Otherwise each row names its split.
+    Raises DataError: the file has another form, an image is in two splits, or a pair appears twice.
     """
     return _read(path, own, state_of(path))
 
@@ -42,7 +44,7 @@ def _read(path: Path, own: str | None, state: tuple[int, int]) -> Splits:
     splits: dict[str, dict[object, tuple[str, list[str]]]] = {}
     first: dict[tuple[str, str], int] = {}
     split_of: dict[str, str] = {}
-    kind, table = path.suffix, path.suffix != ".json"
+    kind, table = path.suffix, path.suffix != ".json"  # table: several rows may have one image
     for number, where, name, texts, named in _ROWS[kind](path):
         if named is None and own is None and table:
             files = f"name it, or make two files, train{kind} and test{kind}"
@@ -52,7 +54,7 @@ def _read(path: Path, own: str | None, state: tuple[int, int]) -> Splits:
             known = ", ".join(_SPLITS)
             raise DataError(f"{where}: there is no split {split!r}; known are {known}.")
         if own is not None and split != own:
-            raise DataError(f"{where}: the split {split!r} does not belong into this file.")
+            raise DataError(f"{where}: the split {split!r} does not belong in this file.")
         image = image_id(name, where, path.parent if table else None)
         if (other := split_of.setdefault(composed(image), split)) != split:
             raise DataError(f"{where}: {image!r} is in the splits {other!r} and {split!r}.")
@@ -92,13 +94,13 @@ def _karpathy_rows(path: Path) -> Iterator[_Row]:
 
 
 def _without_tokens(item: dict[str, Any]) -> dict[str, Any]:
-    # The captions of MS-COCO cut into words are not used, but take more memory than all the rest.
+    # The captions as lists of words are not used, but take more memory than everything else.
     item.pop("tokens", None)
     return item
 
 
 def _csv_rows(path: Path) -> Iterator[_Row]:
-    # Line ends stay, since captions in quotes may have several lines.
+    # Line ends are kept, since a caption in quotes may have several lines.
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         header = next(reader, [])
@@ -117,7 +119,7 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[_Row]:
-    # str.splitlines() would also split at characters that JSON text may contain.
+    # str.splitlines() would also split at other characters, which JSON text may contain.
     for line, text in enumerate(read_text(path).split("\n"), 1):
         if not text.strip():
             continue

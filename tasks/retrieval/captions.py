@@ -1,4 +1,4 @@
-"""Images with their captions: the scenes of the demo, or the files of a folder."""
+"""Images with their captions: the scenes of the demo, or the files in a folder."""
 
 import hashlib
 import json
@@ -19,18 +19,8 @@ from tasks.common.data.images import file_reader
 from tasks.common.record import Dataset
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
+from tasks.retrieval import tags
 from tasks.retrieval.caption_files import read_captions
-from tasks.retrieval.tags import (
-    COCO_FILE,
-    DEMO_DATA,
-    FLICKR30K_FILE,
-    FREE_FILE,
-    LAYOUT,
-    caption_files,
-)
-
-#: Parts of a data set that a run uses.
-PARTS = ("train", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +37,7 @@ class PairSource:
 
     name: str
     split: str
-    listed: Sequence[tuple[str, Sequence[str]]]  # id of each image, and its captions as written
+    listed: Sequence[tuple[str, Sequence[str]]]  # (id, captions) of each image
     read: Callable[[int], Image.Image]  # image at a position
     notes: Sequence[str] = ()
 
@@ -74,17 +64,17 @@ class PairSource:
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
-        """All captions; those of an image are neighbours."""
+        """All captions. Captions of one image are neighbours."""
         return tuple(caption for _, own in self.listed for caption in own)
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """(images + 1,) int64: image i has ``captions[starts[i]:starts[i + 1]]``."""
+        """Starts (images + 1,) int64: image i has ``captions[starts[i]:starts[i + 1]]``."""
         return np.cumsum([0, *(len(own) for _, own in self.listed)], dtype=np.int64)
 
     @cached_property
     def image_of(self) -> np.ndarray:
-        """(captions,) int64: index of the image of each caption."""
+        """Index of the image of each caption, (captions,) int64."""
         return np.repeat(np.arange(len(self.listed), dtype=np.int64), np.diff(self.starts))
 
     @cached_property
@@ -112,7 +102,7 @@ class PairSource:
 
 
 class Counts(NamedTuple):
-    """Images and captions of a split; None if captions are not counted."""
+    """Numbers of images and captions in a split; captions are not checked if None."""
 
     images: int
     captions: int | None = None
@@ -120,25 +110,25 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Published:
-    """A published data set in Karpathy's splits."""
+    """A published data set with Karpathy's splits."""
 
     name: str
     file: str
     counts: dict[str, Counts]  # by split
-    folders: tuple[str, ...] = ()  # possible folders of the images; otherwise the root
+    folders: tuple[str, ...] = ()  # possible folders of the images below the data folder
 
     def images(self, root: Path) -> Path:
-        """Return the folder that ids of images are relative to."""
+        """Return the folder of the images: one of ``folders``, or else ``root`` itself."""
         return next((root / name for name in self.folders if (root / name).is_dir()), root)
 
 
 _COCO_COUNTS = {"train": Counts(82_783), "restval": Counts(30_504)}
 _COCO_COUNTS |= {"val": Counts(5_000), "test": Counts(5_000, 25_010)}
-#: Some train on restval too. Calibration takes ``train`` only, which needs no images of val2014.
-COCO = Published("MS-COCO", COCO_FILE, _COCO_COUNTS)
+#: Calibration takes ``train`` without ``restval``, so it needs no images of the folder val2014.
+COCO = Published("MS-COCO", tags.COCO_FILE, _COCO_COUNTS)
 FLICKR30K = Published(
     "Flickr30k",
-    FLICKR30K_FILE,
+    tags.FLICKR30K_FILE,
     {"train": Counts(29_000), "val": Counts(1_014, 5_070), "test": Counts(1_000, 5_000)},
     ("flickr30k-images", "images"),
 )
@@ -146,27 +136,24 @@ _PUBLISHED = {one.file: one for one in (COCO, FLICKR30K)}
 
 
 def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
-    """Open the ``train`` or ``test`` part of the data for a model. Raises DataError."""
+    """Open the part ``train`` or ``test`` of the data for a model. Raises DataError."""
     if data.class_order is not None and data.evaluation != "zero-shot":
         raise DataError("Captions have no classes: --class-order goes with --eval zero-shot.")
-    if part not in PARTS:
-        raise DataError(f"There is no part {part!r} of image-caption data: {' or '.join(PARTS)}.")
     root = pairs_root(data, part)
     if root is not None:
         return open_captions(root, part)
-    if loaded.data == DEMO_DATA:
+    if loaded.data == tags.DEMO_DATA:
         return demo_scenes(part)
-    raise DataError(f"{loaded.tag} needs data: give --data /path/to/captions. {LAYOUT}.")
+    raise DataError(f"{loaded.tag} needs data: give --data /path/to/captions. {tags.LAYOUT}.")
 
 
 def pairs_root(data: DataRequest, part: str) -> Path | None:
-    """Return the folder of a part; None if the model brings its own data."""
-    other = data.calibration_data if part == "train" else None
-    return data.path if other is None else other
+    """Return the data folder of a part; None if the model brings its own data."""
+    return (data.calibration_data if part == "train" else None) or data.path
 
 
 def open_captions(root: Path, part: str) -> PairSource:
-    """Open a part of an image-caption data set by the files in its folder. Raises DataError."""
+    """Open a part of the image-caption data in the folder ``root``. Raises DataError."""
     files = _caption_files(root)
     if files[0] in _PUBLISHED:
         return open_published(root, _PUBLISHED[files[0]], part)
@@ -182,12 +169,12 @@ def open_captions(root: Path, part: str) -> PairSource:
         common = [image for image, _ in listed if composed(image) in known]
         if common:
             shared = f"share {len(common)} images, such as {common[0]!r}"
-            raise DataError(f"{path} and {sibling} {shared}: each belongs into one of them.")
+            raise DataError(f"{path} and {sibling} {shared}: leave each image in one file.")
     return _file_pairs(f"captions-{len(listed)}-images", part, root, listed, path)
 
 
 def open_published(root: Path, published: Published, part: str) -> PairSource:
-    """Open a part of a published data set. Raises DataError for a file with other counts."""
+    """Open a part of a published data set. Raises DataError: its file has other counts."""
     path = root / published.file
     splits = read_captions(path)
     wrong = []
@@ -201,35 +188,35 @@ def open_published(root: Path, published: Published, part: str) -> PairSource:
     if wrong:
         raise DataError(
             f"{path} does not hold the splits of {published.name}: {'; '.join(wrong)}. "
-            f"Other data of this format are read from a file called {FREE_FILE}."
+            f"Name the file {tags.FREE_FILE} if it holds other data."
         )
     name, split, folder = published.name, f"Karpathy {part}", published.images(root)
     return _file_pairs(name, split, folder, splits.get(part, ()), path)
 
 
 def images_root(root: Path) -> Path:
-    """Return the folder that ids of images are relative to. Raises DataError."""
+    """Return the folder of the images; their ids are paths below it. Raises DataError."""
     published = _PUBLISHED.get(_caption_files(root)[0])
     return root if published is None else published.images(root)
 
 
 def _caption_files(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
-        raise DataError(f"There is no folder {root}. {LAYOUT}.")
-    kinds = caption_files(root)
+        raise DataError(f"There is no folder {root}. {tags.LAYOUT}.")
+    kinds = tags.caption_kinds(root)
     if not kinds:
-        raise DataError(f"{root} holds no captions. {LAYOUT}.")
+        raise DataError(f"{root} holds no captions. {tags.LAYOUT}.")
     if len(kinds) > 1:
         present = [name for kind in kinds for name in kind if (root / name).is_file()]
         several = f"several kinds of captions: {', '.join(present)}"
-        raise DataError(f"{root} holds {several}. Leave one. {LAYOUT}.")
+        raise DataError(f"{root} holds {several}. Leave one. {tags.LAYOUT}.")
     return kinds[0]
 
 
 def _file_pairs(
     name: str, split: str, folder: Path, listed: Sequence[tuple[str, Sequence[str]]], path: Path
 ) -> PairSource:
-    """Return the pairs of the captions file ``path``; image ids are relative to ``folder``."""
+    """Return pairs of the captions file ``path``; image ids are paths below ``folder``."""
     paths, absent = found_files(folder, (image for image, _ in listed))
     if absent:
         raise DataError(
@@ -241,16 +228,19 @@ def _file_pairs(
 
 @lru_cache(maxsize=2)
 def demo_scenes(part: str) -> PairSource:
-    """Return a part of the demo's data, which is composed once per process."""
+    """Return a part of the demo's data. It is made once per process."""
     from tasks.retrieval.demo.scenes import DigitScenes  # for the demo model only
 
     scenes = DigitScenes(part)
     listed = [(name, [caption]) for name, caption in zip(scenes.ids, scenes.captions, strict=True)]
-    return PairSource(DEMO_DATA, part, listed, lambda index: scenes[index][0])
+    return PairSource(tags.DEMO_DATA, part, listed, lambda index: scenes[index][0])
 
 
 def imagenet_pairs(source: Source, classnames: Sequence[str]) -> PairSource:
-    """Return labelled images with captions ``a photo of a <class name>.`` Raises DataError."""
+    """Return labelled images, each with the caption ``a photo of a <class name>.``
+
+    Raises DataError: the number of class names is not the number of classes.
+    """
     if len(classnames) != source.classes:
         what = f"{source.name} {source.split} has {source.classes} classes"
         raise DataError(f"{what}, but there are {len(classnames)} class names.")

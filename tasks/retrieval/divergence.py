@@ -1,4 +1,4 @@
-"""Divergence of a CLIP model: change of the similarities of a batch by quantizing one tower."""
+"""Divergence of a CLIP model: the change of similarities when one tower is quantized."""
 
 from collections.abc import Callable
 
@@ -11,18 +11,21 @@ from fimaq_core.samples import Samples
 
 
 class ContrastiveDivergence(Divergence):
-    """Symmetric KL between full-precision and quantized matching probabilities of pairs in a batch.
+    """Symmetric KL divergence of the matching probabilities in a batch of image-caption pairs.
+
+    It compares full precision (p) with the quantized tower (q).
 
     Softmax (CLIP: Radford et al., ICML 2021, arXiv:2103.00020): probabilities of image to text
     (rows of the similarities) and of text to image (columns). The divergence is the mean of both,
     each ``(KL(p || q) + KL(q || p)) / 2`` averaged over the batch.
 
-    Sigmoid, used with a ``bias`` (SigLIP: Zhai et al., ICCV 2023, arXiv:2303.15343): every pair of
-    the batch is a Bernoulli variable. The divergence is the sum over pairs, over the batch size.
+    Sigmoid, for models with a ``bias`` (SigLIP: Zhai et al., ICCV 2023, arXiv:2303.15343): each
+    pair of an image and a caption in the batch is a Bernoulli variable. The divergence is the sum
+    over all such pairs, divided by the batch size.
 
     Args:
-        other: (n, d) full-precision embeddings of the other tower, by calibration sample.
-        scale: factor of the cosines.
+        other: (n, d) full-precision embeddings of the calibration samples by the other tower.
+        scale: factor of the cosine similarities.
         bias: bias of the logits; None for softmax.
         batch: number of consecutive pairs in a batch.
     """
@@ -37,13 +40,13 @@ class ContrastiveDivergence(Divergence):
         return Samples(torch.cat([own, self.other.to(own)], dim=-1))
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        # These products stay in float32: similarities are large compared with their changes.
+        # Similarities are large compared with their changes, so these products need float32.
         with torch.autocast(outputs.device.type, enabled=False):
             full, other = at_least_float32(reference).chunk(2, dim=-1)
             before = self.scale * full @ other.T
             gap = self.scale * (full - F.normalize(at_least_float32(outputs), dim=-1)) @ other.T
-        # For p and q with logits a and b, KL(p || q) + KL(q || p) is the sum of (p - q)(a - b):
-        # normalisers and biases cancel, and no large numbers are subtracted.
+        # For p and q with logits a and b, KL(p || q) + KL(q || p) is the sum of (p - q)(a - b).
+        # Normalisers and biases cancel, so no large numbers are subtracted.
         after = before - gap
         if self.bias is not None:
             change = (before + self.bias).sigmoid() - (after + self.bias).sigmoid()
@@ -63,7 +66,7 @@ def contrastive(
     batch: int,
     size: int = 32,
 ) -> ContrastiveDivergence:
-    """Return the contrastive divergence of one tower, from embeddings of the other tower.
+    """Return the contrastive divergence of one tower.
 
     ``encode`` is the other tower of ``model``, in full precision. It embeds ``inputs`` (n, ...),
     one per calibration sample, ``size`` at a time, on the device of the model.

@@ -1,4 +1,4 @@
-"""Image-caption retrieval by two encoders, with the outcome of every query."""
+"""Evaluation of image-caption retrieval with two encoders, with the outcome of every query."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ from tasks.retrieval.ranks import Ranks, pair_ranks
 #: Images (n, C, H, W) or token ids (n, L) to embeddings (n, d) of any length.
 Encode = Callable[[Tensor], Tensor]
 #: Texts to token ids (n, L) int64.
-Tokenizer = Callable[[list[str]], Tensor]
-#: Number of texts that are tokenized at once.
+Tokenize = Callable[[list[str]], Tensor]
+#: Number of texts that one call tokenizes.
 _TEXTS = 4096
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The encoders of a model, on ``device``, and its tokenizer."""
+    """Encoders of a model on ``device``, and its tokenizer."""
 
     image: Encode
     text: Encode
-    tokenize: Tokenizer
+    tokenize: Tokenize
     device: torch.device
-    context_length: int | None = None  # longest caption in tokens, if it is known
+    context_length: int | None = None  # largest number of tokens of a text, if it is known
 
 
 def evaluate_pairs(
@@ -45,21 +45,22 @@ def evaluate_pairs(
     workers: int,
     on_progress: OnProgress,
 ) -> Evaluation:
-    """Measure two encoders on all pairs of ``source``.
+    """Measure retrieval in both directions on all pairs of ``source``.
 
-    ``images`` are the images of ``source`` with their transform. A skipped image takes its captions
-    along.
+    ``images`` are the images of ``source`` with their transform. If an image is skipped, its
+    captions are skipped too.
 
     Returns:
-        Number of images, and outcomes with one row per query, images first. ``sample``:
-        ``image:<id>`` or ``caption:<image id>#<number within the image>``. ``direction``: 0 image
-        to text, 1 text to image. ``rank``: of the best correct item, from 0. ``correct``: rank 0.
-        ``best``: index in ``source`` of the item with the highest score, of equal ones any.
-        ``weight``: the mean of ``correct`` with it is R@1 (both directions count the same).
+        Metrics, the number of images, and outcomes with one row per query, images first:
+        ``sample``: ``image:<id>``, or ``caption:<image id>#<number of the caption of this image>``.
+        ``direction``: 0 for image to text, 1 for text to image.
+        ``rank``: rank of the best correct item, counted from 0. ``correct``: True for rank 0.
+        ``best``: index in ``source`` of an item with the highest score.
+        ``weight``: weight of the row in R@1, the weighted mean of ``correct`` over both directions.
         ``cluster``: index in ``source`` of the query's image; different images are independent.
 
     Raises:
-        DataError: no image could be read, or a damaged one is not to be skipped.
+        DataError: no image could be read, or an image is damaged and ``images`` does not skip it.
         ModelError: an encoder does not take its inputs.
         NumericsError: an embedding is NaN, infinite or zero.
     """
@@ -82,10 +83,16 @@ def evaluate_pairs(
     image_of = np.searchsorted(kept, source.image_of[kept_captions])
     shown = Spread(len(images)).take(kept.tolist())
     ranks = pair_ranks(torch.cat(embedded), captions, image_of, shown)
+    ranked = ranks.image_to_text, ranks.text_to_image, image_of
+    values = measures(*ranked, counts=np.ones((1, len(kept)), dtype=np.int64))
+    errors = standard_errors(*ranked)
     cut = truncated(encoders.tokenize, source.captions, encoders.context_length)
     sizes = {"captions": len(source.captions), "truncated_captions": cut}
     return Evaluation(
-        metrics=_metrics(ranks, image_of),
+        metrics={
+            name: Metric(value=float(value[0]), stderr=errors[name])
+            for name, value in values.items()
+        },
         n=len(kept),
         outcomes=_outcomes(ranks, source, kept, kept_captions),
         dataset=source.describe().model_copy(update=sizes),
@@ -96,27 +103,18 @@ def evaluate_pairs(
 
 
 def truncation_notes(count: int | None, among: int, what: str) -> list[str]:
-    """Return a note on the number of texts that were cut off, if there are any."""
+    """Return a note if ``count`` texts of ``among`` were cut off; no note if no text was."""
     if not count:
         return []
     return [f"{count:,} of {among:,} {what} are longer than the model's context and were cut off"]
 
 
-def truncated(
-    tokenizer: Tokenizer, captions: Sequence[str], context_length: int | None
-) -> int | None:
-    """Return the number of captions longer than the context; None if the tokenizer cannot tell."""
-    lengths = getattr(tokenizer, "lengths", None)
+def truncated(tokenize: Tokenize, texts: Sequence[str], context_length: int | None) -> int | None:
+    """Return the number of texts longer than the context; None if lengths are not known."""
+    lengths = getattr(tokenize, "lengths", None)
     if lengths is None or context_length is None:
         return None
-    return sum(int(length) > context_length for length in lengths(list(captions)))
-
-
-def _metrics(ranks: Ranks, image_of: np.ndarray) -> dict[str, Metric]:
-    once = np.ones((1, len(ranks.image_to_text)), dtype=np.int64)
-    values = measures(ranks.image_to_text, ranks.text_to_image, image_of, once)
-    errors = standard_errors(ranks.image_to_text, ranks.text_to_image, image_of)
-    return {name: Metric(value=float(one[0]), stderr=errors[name]) for name, one in values.items()}
+    return sum(int(length) > context_length for length in lengths(list(texts)))
 
 
 def _outcomes(
@@ -145,7 +143,7 @@ def _outcomes(
 def _examples(
     ranks: Ranks, source: PairSource, images: np.ndarray, kept_captions: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Return the best captions of some images, which are indices in ``source``."""
+    """Return prediction samples: the best captions of some ``images`` (indices in ``source``)."""
     found = []
     for image, leading in zip(images.tolist(), ranks.leading, strict=True):
         name, own = source.listed[image]
@@ -160,14 +158,14 @@ def _examples(
 
 
 def normalised(embeddings: Tensor) -> Tensor:
-    """Return embeddings (n, d) at unit length, in float32. Raises NumericsError."""
+    """Return embeddings (n, d) divided by their lengths, float32. Raises NumericsError."""
     embeddings = embeddings.float()
     lengths = embeddings.norm(dim=-1, keepdim=True)
     advice = "check the weights and the recipe."
     if not bool(torch.isfinite(lengths).all()):
         raise NumericsError(f"The embeddings have NaN or infinite values: {advice}")
     if not bool((lengths > 0).all()):
-        raise NumericsError(f"An embedding is zero, so that it is similar to nothing: {advice}")
+        raise NumericsError(f"An embedding is zero, so it has no similarities: {advice}")
     return embeddings / lengths
 
 
@@ -175,10 +173,10 @@ def normalised(embeddings: Tensor) -> Tensor:
 def embed_texts(
     encoders: Encoders, texts: Sequence[str], batch_size: int, advance: Callable[[int], None]
 ) -> Tensor:
-    """Return unit embeddings (n, d) of ``texts``; ``advance`` receives the number of texts done.
+    """Return unit embeddings (n, d) of ``texts``; ``advance`` gets the number of finished texts.
 
-    Texts with equal tokens are encoded once, so that they tie: the last bits of an embedding depend
-    on its place in the batch. Raises ModelError, NumericsError.
+    Texts with equal tokens are encoded once and get equal embeddings. Otherwise they would differ
+    in the last bits, which depend on the place in the batch. Raises ModelError, NumericsError.
     """
     parts = [list(texts[start : start + _TEXTS]) for start in range(0, len(texts), _TEXTS)]
     rows = torch.cat([encoders.tokenize(part) for part in parts])

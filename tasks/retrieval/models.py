@@ -11,6 +11,7 @@ from open_clip import convert
 from open_clip import model as clip_model
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
@@ -23,11 +24,11 @@ from tasks.retrieval import tags
 from tasks.retrieval.tags import CATALOGUE, published
 from tasks.retrieval.tokenizers import Tokenizer, build_tokenizer
 
-#: Entries of the state dicts of OpenAI; those of open_clip never have them.
+#: Entries that the state dicts of OpenAI have, and those of open_clip never.
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}
-#: Entries of older checkpoints that are no weights; open_clip drops them too.
+#: Entries of older checkpoints that hold no weights. open_clip drops these entries too.
 _LEGACY = _OPENAI | {"text.transformer.embeddings.position_ids"}
-#: Errors of open_clip and timm for values that do not fit.
+#: Errors that open_clip and timm raise for settings or weights that do not fit.
 _MISFIT = (
     TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, ArithmeticError,
 )  # fmt: skip
@@ -47,28 +48,36 @@ def load_model(request: ModelRequest) -> LoadedModel:
     path = weights or CATALOGUE.fetch(tag)
     _refuse_torchscript(path, f"{name}.{training}" if training else None)
     stored = read_weights(path, request.weights_entry)
-    both = f"{name}-quickgelu" in open_clip.list_models()
-    named = bool(training) or "quick_gelu" in request.model_args or not both
-    told = None if named else _activation(stored)
-    arguments = request.model_args if told is None else {**request.model_args, "quick_gelu": told}
-    model = _create(name, arguments, {"quick_gelu": told, **config})
+    # A name without tag can mean GELU or QuickGELU if open_clip has both configurations.
+    ambiguous = f"{name}-quickgelu" in open_clip.list_models()
+    ambiguous &= not training and "quick_gelu" not in request.model_args
+    quick = _quick_gelu(stored) if ambiguous else None
+    arguments = request.model_args if quick is None else {**request.model_args, "quick_gelu": quick}
+    model = _create(name, arguments, {"quick_gelu": quick, **config})
     vocabulary = int(open_clip.get_model_tokenize_cfg(model)["vocab_size"])
     folder = tags.tokenizer_folder(request)
     tokenizer = build_tokenizer(name, config["text_cfg"], folder, vocabulary)
     adapted = _adapted(stored.state, model, request.model_args)
     load_state(model, adapted, str(path) if weights else tag)
-    if not named and told is None:
+    if ambiguous and quick is None:
         raise ModelError(
             f"The weights {path} do not say which activation they were trained with, and open_clip "
             f"has {name} with two. Give --model {name}-quickgelu for QuickGELU (weights of OpenAI, "
             "DFN, MetaCLIP), or --model-args '{\"quick_gelu\": false}' for the exact GELU. A name "
-            f"with a tag says it too, such as {published(name)[0]}."
+            f"with a tag is also clear, such as {published(name)[0]}."
         )
     _resize_trunk(model, request.model_args)
-    preprocess.size = _pair(model.visual.image_size)
-    shape = _check_size(request.preprocessing, (3, *preprocess.size))
+    preprocess.size = to_2tuple(model.visual.image_size)
+    shape = (3, *preprocess.size)
+    wanted = tuple(request.preprocessing.get("input_size", shape))
+    if wanted != shape[-len(wanted) :]:
+        advice = f'"vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args'
+        raise ModelError(
+            f"The model was built for inputs (C, H, W) of {shape}, not {wanted} (--input-size): "
+            f"build it for this size with {advice}."
+        )
     origin = f"file {path.name}" if weights else f"hub {tags.repository(tag).repo}"
-    activation = "" if told is None else f" ({'QuickGELU' if told else 'GELU'}, as it says)"
+    activation = "" if quick is None else f" ({'QuickGELU' if quick else 'GELU'}, as it says)"
     own = {key: getattr(preprocess, key) for key in ("mean", "std", "interpolation")}
     return LoadedModel(
         model=model.eval(),
@@ -89,8 +98,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
 
 def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
     from tasks.retrieval.demo import scenes
-    from tasks.retrieval.demo.models import DEMO
-    from tasks.retrieval.demo.tokens import demo_tokenizer
+    from tasks.retrieval.demo.models import DEMO, demo_tokenizer
 
     model, stored = DEMO.load(request, weights)
     tokenizer = Tokenizer(demo_tokenizer(), int(model.context_length), int(model.vocab_size))
@@ -111,21 +119,28 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
     )
 
 
-def _activation(stored: StoredWeights) -> bool | None:
-    """Return True if the file says that its weights are for QuickGELU, False for GELU, or None."""
+def _quick_gelu(stored: StoredWeights) -> bool | None:
+    """Return True for weights trained with QuickGELU, False for GELU, None if the file is unclear.
+
+    The names of OpenAI's tensors, or open_clip's configuration beside the file, tell it.
+    """
     if stored.state.keys() >= _OPENAI:
         return True
     path = stored.path.parent / "open_clip_config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        told = content["model_cfg"].get("quick_gelu", False)
+        quick = content["model_cfg"].get("quick_gelu", False)
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    return told if stored.path.name in tags.FILES and isinstance(told, bool) else None
+    return quick if stored.path.name in tags.FILES and isinstance(quick, bool) else None
 
 
 def _configuration(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return open_clip's configuration with ``arguments``; a tower keeps its other settings."""
+    """Return open_clip's configuration of ``name``, changed by ``arguments`` (of --model-args).
+
+    A tower keeps the settings that ``arguments`` do not name. Raises ModelError: unknown or unsafe
+    arguments, or a tower that open_clip or timm would fetch by itself.
+    """
     config: dict[str, Any] = open_clip.get_model_config(name)
     own = {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"}
     if wrong := sorted(arguments.keys() & own):
@@ -159,10 +174,11 @@ def _configuration(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preprocess(name: str, training: str, given: dict[str, Any]) -> PreprocessCfg:
-    """Return the image transforms of the named weights, or those that all weights share.
+    """Return open_clip's image preprocessing of the weights ``training``.
 
-    A model without weights has open_clip's defaults. Mean, deviation and interpolation of ``given``
-    replace these.
+    Without this name, it is the preprocessing that all published weights of the model share, or
+    open_clip's default if there are none. ``given`` may replace mean, deviation and interpolation.
+    Raises ModelError: a value is not possible, or the published weights differ.
     """
     overlay = {key: given[key] for key in ("mean", "std", "interpolation") if key in given}
     for key in overlay.keys() & {"mean", "std"}:
@@ -181,28 +197,16 @@ def _preprocess(name: str, training: str, given: dict[str, Any]) -> PreprocessCf
     if any(other != found[0] for other in found):
         raise ModelError(
             f"The weights that open_clip knows of {name} differ in mean, deviation or size of "
-            "their images: name those whose transforms yours were trained with, "
+            "their images: name the weights that were trained with the same transforms as yours, "
             f"{' or '.join(published(name))}, or give --mean and --std."
         )
     return PreprocessCfg(**found[0])
 
 
-def _check_size(given: dict[str, Any], own: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return the input size of the model; another size is refused."""
-    wanted = tuple(given.get("input_size", own))
-    if wanted != own[-len(wanted) :]:
-        advice = f'"vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args'
-        raise ModelError(
-            f"The model was built for inputs (C, H, W) of {own} and takes none of {wanted} "
-            f"(--input-size): build it for them with {advice}."
-        )
-    return own
-
-
 def _create(name: str, arguments: dict[str, Any], config: dict[str, Any]) -> nn.Module:
     own = {key: config[key] for key in arguments}
     own |= {"pretrained_image": False, "pretrained_text": False}
-    # open_clip warns of the random weights, which are replaced at once.
+    # open_clip warns of random weights, but the caller replaces these weights at once.
     logging.root.addFilter(_serious)
     try:
         model: nn.Module = open_clip.create_model(name, **own)
@@ -220,17 +224,17 @@ def _serious(record: logging.LogRecord) -> bool:
 def _adapted(
     state: dict[str, Tensor], model: nn.Module, arguments: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Convert older layouts into the layout of the model, by functions of open_clip.
+    """Return ``state`` in the layout of the model, converted by functions of open_clip.
 
-    Unlike open_clip, position embeddings are resized only if ``arguments`` ask for another size,
-    and a missing ``logit_bias`` is not invented.
+    Position embeddings are resized only if ``arguments`` give another size, and a missing
+    ``logit_bias`` stays missing; open_clip would resize and add them silently.
     """
     expected = model.state_dict()
     try:
         adapted: dict[str, Tensor] = convert.convert_state_dict(model, dict(state))
         if "positional_embedding" in adapted and not hasattr(model, "positional_embedding"):
             adapted = clip_model.convert_to_custom_text_state_dict(adapted)
-        for name in ("logit_scale", "logit_bias"):  # a number, or a vector of one
+        for name in ("logit_scale", "logit_bias"):  # files store a number or a vector of one
             if name in adapted and name in expected and adapted[name].numel() == 1:
                 adapted[name] = adapted[name].reshape(expected[name].shape)
         if "image_size" in arguments.get("vision_cfg", {}):
@@ -243,7 +247,7 @@ def _adapted(
 
 
 def _resize_trunk(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """Set the input size of a timm vision tower, which is built with its own size."""
+    """Give a timm vision tower the image size in ``arguments``; open_clip does not use it."""
     size = arguments.get("vision_cfg", {}).get("image_size")
     if size is None or not isinstance(model.visual, TimmModel):
         return
@@ -252,7 +256,7 @@ def _resize_trunk(model: nn.Module, arguments: dict[str, Any]) -> None:
         kind = type(trunk).__name__
         raise ModelError(f"The vision tower {kind} takes images of its own size only.")
     try:
-        model.visual.set_input_size(_pair(size))
+        model.visual.set_input_size(to_2tuple(size))
     except _MISFIT as error:
         raise ModelError(f"The vision tower takes no images of size {size}: {error}") from error
 
@@ -263,11 +267,7 @@ def _refuse_torchscript(path: Path, name: str | None) -> None:
     found = tags.repository(name) if name is not None else None
     repo = f"open_clip_model.safetensors of the Hugging Face repository {found and found.repo}"
     raise ModelError(
-        f"The weights {path} are a TorchScript archive, as OpenAI publishes its models: a program "
-        f"with weights, which is not run. Give {repo if found else 'a safetensors file'} instead."
+        f"The weights {path} are a TorchScript archive, as OpenAI publishes its models. It "
+        "contains a program, which is not run: give "
+        f"{repo if found else 'a safetensors file'} instead."
     )
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)

@@ -1,8 +1,8 @@
 """Ranks in image-caption retrieval, in both directions, by cosine similarity.
 
-Papers call "recall@k" the share of queries with at least one correct item among the first k: a hit
-rate (rank < k). The recall@k of textbooks is the share of a query's relevant items among the first
-k, which differs for several captions per image.
+In papers on retrieval, "recall@k" is a hit rate: the share of queries with at least one correct
+item among the first k (rank < k). In textbooks, it is the share of a query's correct items that are
+among the first k. Both differ if an image has several captions.
 """
 
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.numerics import tf32_allowed
 from tasks.common.cell.prediction_samples import leaders
 
-#: Number of scores in memory: 64 MiB of float32.
+#: Number of scores in memory at the same time: 64 MiB of float32.
 _SCORES = 2**24
 
-#: Index and score of the best candidates of some queries.
+#: (index, score) of the best candidates, for each of some queries.
 Leading = list[list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks from 0 and best items, int32, of n images and m captions."""
+    """Ranks (int32, counted from 0) and best items of n images and m captions."""
 
     image_to_text: np.ndarray  # (n,) rank of the best own caption
     text_to_image: np.ndarray  # (m,) rank of the caption's image
-    best_caption: np.ndarray  # (n,) caption with the highest score; of equal ones any
-    best_image: np.ndarray  # (m,) image with the highest score; of equal ones any
-    leading: Leading = field(default_factory=list)  # of some images; of equal ones wrong ones first
+    best_caption: np.ndarray  # (n,) a caption with the highest score
+    best_image: np.ndarray  # (m,) an image with the highest score
+    leading: Leading = field(default_factory=list)  # of some images; in ties wrong captions first
 
 
 def pair_ranks(
@@ -39,14 +39,10 @@ def pair_ranks(
 ) -> Ranks:
     """Rank each image's captions and each caption's image by unit embeddings (n, d), (m, d).
 
-    A rank is the number of wrong items that score at least as high as the best correct item. So
-    ties count against the model: otherwise a constant embedding would score. Equal captions of
-    different images count against it too. Leading captions are those of the images ``shown``
-    (ascending).
-
-    Raises:
-        DataError: an image has no caption.
-        NumericsError: NaN or infinity.
+    A rank is the number of wrong items that score at least as high as the best correct item. Ties
+    count as wrong, so that constant embeddings get bad ranks. Equal captions of different images
+    count as wrong too. ``shown`` are the images, in ascending order, with leading captions.
+    Raises DataError: an image has no caption. Raises NumericsError: a score is NaN or infinite.
     """
     bare = np.setdiff1d(np.arange(len(images)), image_of)
     if len(bare):
@@ -65,9 +61,9 @@ def _ranks(
 ) -> tuple[np.ndarray, np.ndarray, Leading]:
     """Return ranks of best correct candidates, best candidates, and leading candidates.
 
-    Candidate ``item[j]`` is correct for ``query[j]``. A matrix product rounds an entry by its place
-    and by the shape of the product. So scores are compared within one product only, and equal
-    candidates share one column of it; otherwise rounding would break their ties.
+    Candidate ``item[j]`` is correct for ``query[j]``. In a matrix product, the rounding of an entry
+    depends on its place and on the shape of the product. So only scores of one product are
+    compared, and equal candidates share one column; otherwise rounding could break their ties.
     """
     distinct, place = torch.unique(candidates, dim=0, return_inverse=True)
     ranks, best, leading = [], [], []

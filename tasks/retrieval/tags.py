@@ -1,4 +1,7 @@
-"""Names of CLIP models, caption files, missing parts. Short names import nothing heavy."""
+"""Names of CLIP models and of caption files, and what a run still needs.
+
+The import is fast. A name that is not short imports open_clip, which takes seconds.
+"""
 
 import os.path
 from pathlib import Path
@@ -11,7 +14,7 @@ from tasks.common.request import DataRequest, Missing, ModelRequest
 COCO_FILE, FLICKR30K_FILE = "dataset_coco.json", "dataset_flickr30k.json"
 FREE_FILE = "captions.json"
 
-#: Kinds of caption files; a folder holds one kind.
+#: Kinds of caption files, each with its file names; a folder holds one kind.
 KINDS = (
     (COCO_FILE,),
     (FLICKR30K_FILE,),
@@ -24,15 +27,15 @@ KINDS = (
 
 LAYOUT = (
     f"A folder with images and one of these is expected: {COCO_FILE} (MS-COCO) or {FLICKR30K_FILE} "
-    f"(Flickr30k), Karpathy's splits; {FREE_FILE} of the same format; captions.csv or "
+    f"(Flickr30k), with Karpathy's splits; {FREE_FILE} of the same format; captions.csv or "
     "captions.jsonl (image, caption, split); train.csv and test.csv, or train.jsonl and test.jsonl "
     "(image, caption)"
 )
 
 #: Published checkpoints ``<open_clip model>.<open_clip's tag>`` and repositories, by short name.
-#: OpenAI trained with QuickGELU, which the ``-quickgelu`` configurations have. open_clip has the
-#: tag ``openai`` under ``ViT-B-32`` too: there it warns, and computes the exact GELU. Repositories
-#: are copied from open_clip: its import takes seconds, and the plan of a grid must not.
+#: OpenAI trained with QuickGELU, as in the ``-quickgelu`` configurations. open_clip also accepts
+#: ``ViT-B-32.openai``, but then computes the exact GELU with a warning. The repositories are copied
+#: from open_clip, because planning a grid must not import it.
 _PUBLISHED = {
     "clip_vit_b32": ("ViT-B-32-quickgelu.openai", "timm/vit_base_patch32_clip_224.openai"),
     "clip_vit_b16": ("ViT-B-16-quickgelu.openai", "timm/vit_base_patch16_clip_224.openai"),
@@ -47,15 +50,15 @@ SHORT_NAMES = {short: full for short, (full, _) in _PUBLISHED.items()}
 _REPOSITORIES = dict(_PUBLISHED.values())
 _TOKENIZERS = {name: f"timm/{name}" for name in ("ViT-B-16-SigLIP", "ViT-B-16-SigLIP2")}
 DEMO_NAMES = ("demo_clip",)
-#: Name of the data that come with the demo model.
+#: Name of the data of the demo model.
 DEMO_DATA = "digit-scenes"
-#: Parts of a model that can be quantized, and measurements; the default first.
+#: Parts of a model that can be quantized, and kinds of evaluation; the default is first.
 SCOPES = ("both", "vision", "text")
 EVALUATIONS = ("retrieval", "zero-shot")
 
 #: open_clip's names of checkpoints in a repository, best first.
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-#: Files with the vocabulary of a tokenizer.
+#: Names of files that may hold the vocabulary of a tokenizer.
 VOCABULARIES = (
     "tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.json",
     "vocab.txt",
@@ -63,12 +66,12 @@ VOCABULARIES = (
 
 
 def parts(scope: str | None) -> dict[str, str]:
-    """Return the towers of a scope; each tower is a scope of its own."""
+    """Return {tower: scope} for the towers of a scope; the scope of one tower has its name."""
     return {name: name for name in ("vision", "text") if scope in (None, SCOPES[0], name)}
 
 
 def full_name(name: str) -> str:
-    """Return ``<open_clip model>.<tag>``, or an untagged name as given. Raises ModelError."""
+    """Return ``<open_clip model>.<tag>``, or the given name if it has no tag. Raises ModelError."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     import open_clip
@@ -85,16 +88,20 @@ def full_name(name: str) -> str:
         local = " It has none: give a local file with --weights and the name without a tag."
         known = suggest(tag, tags) if tags else local
         raise ModelError(f"open_clip has no weights '{tag}' for {model}.{known}")
-    # Weights for QuickGELU are registered under the name for GELU too, where GELU is computed.
-    variants = (one for one in published(model) if one.endswith(f".{tag}"))
-    fitting = name if _fits_activation(model, tag) else next(variants, None)
-    if fitting is None:
-        raise ModelError(f"The weights '{tag}' have another activation than {model}: use others.")
-    return fitting
+    if _fits_activation(model, tag):
+        return name
+    # open_clip also has weights for QuickGELU under the name for GELU, where it computes GELU.
+    for other in published(model):
+        if other.endswith(f".{tag}"):
+            return other
+    raise ModelError(f"The weights '{tag}' have another activation than {model}: use others.")
 
 
 def published(model: str) -> list[str]:
-    """Return each ``model.tag`` of open_clip for a model, with ``-quickgelu`` for QuickGELU."""
+    """Return each ``model.tag`` of open_clip for ``model`` and its ``-quickgelu`` variant.
+
+    Tags with weights for the other activation are left out.
+    """
     import open_clip
 
     return [
@@ -119,7 +126,7 @@ def repository(tag: str) -> Repository | None:
     import open_clip
 
     model, _, name = tag.partition(".")
-    # open_clip writes "owner/repository/", or "owner/repository/file" for files with other names.
+    # open_clip has "owner/repository/", or "owner/repository/file" if the file has another name.
     repo, file = os.path.split(open_clip.get_pretrained_cfg(model, name).get("hf_hub", ""))
     if not repo:
         return None
@@ -148,7 +155,7 @@ def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     """Return the missing captions or, for zero-shot classification, the missing ImageNet."""
     if data.calibration_data is not None and not data.calibration_data.is_dir():
-        advice = f"It was given as calibration data. {LAYOUT}."
+        advice = f"You gave it as calibration data. {LAYOUT}."
         return Missing(f"the folder {data.calibration_data}", advice)
     calibrates = data.calibration_data is None
     if data.evaluation == "zero-shot":
@@ -159,17 +166,17 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
         return None if brings_data else Missing("a data set of captions", advice)
     if not data.path.is_dir():
         return Missing(f"the folder {data.path}", f"{LAYOUT}.")
-    found = caption_files(data.path)
+    found = caption_kinds(data.path)
     if not found:
         return Missing(f"the captions in {data.path}", f"{LAYOUT}.")
-    folders = ["train2014", "val2014"] if calibrates else ["val2014"]  # test images are of val2014
+    folders = ["train2014", "val2014"] if calibrates else ["val2014"]  # val2014: test images
     absent = [str(data.path / part) for part in folders if not (data.path / part).is_dir()]
     if found != [(COCO_FILE,)] or not absent:
         return None
     return Missing(f"the folder {' and the folder '.join(absent)}", f"{LAYOUT}.")
 
 
-def caption_files(root: Path) -> list[tuple[str, ...]]:
+def caption_kinds(root: Path) -> list[tuple[str, ...]]:
     """Return the kinds of caption files of which a folder holds at least one file."""
     return [kind for kind in KINDS if any((root / name).is_file() for name in kind)]
 
@@ -193,7 +200,7 @@ def tokenizer_folder(request: ModelRequest) -> Path | None:
 
 
 def missing_tokenizer(request: ModelRequest) -> Missing | None:
-    """Return the tokenizer if it is neither in open_clip nor local, and the hub does not answer."""
+    """Return the tokenizer if it is not in open_clip, not local, and cannot be fetched."""
     if request.name in DEMO_NAMES:
         return None
     model = full_name(request.name).partition(".")[0]

@@ -1,4 +1,4 @@
-"""The retrieval task."""
+"""The retrieval task: how its models are quantized and evaluated."""
 
 import copy
 from dataclasses import replace
@@ -11,7 +11,7 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
-from tasks.common.data.class_names import told_apart
+from tasks.common.data.class_names import distinct_names
 from tasks.common.data.folders import open_folder
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
@@ -33,23 +33,23 @@ from tasks.retrieval.zero_shot import (
 
 
 class TwoTowers(nn.Module):
-    """Model for evaluation: chains of quantized towers, and the float ``model`` for others."""
+    """Model for evaluation: the chains of quantized towers, and float towers of ``model``."""
 
     def __init__(self, model: nn.Module, chains: Chains) -> None:
         super().__init__()
         self.chains = nn.ModuleDict(chains)
-        # A model whose towers have all become chains is not run any more.
+        # The float model is not needed if all its towers are chains.
         self.model = model if len(chains) < len(TOWERS) else None
         self.register_buffer("logit_scale", model.logit_scale.detach().clone(), persistent=False)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Return embeddings (B, d), not normalised, of images (B, C, H, W)."""
+        """Return embeddings (B, d) of images (B, C, H, W), not normalised."""
         if "vision" in self.chains:
             return self.chains["vision"](images)
         return self.model.encode_image(images)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Return embeddings (B, d), not normalised, of token ids (B, L)."""
+        """Return embeddings (B, d) of token ids (B, L), not normalised."""
         return self.chains["text"](ids) if "text" in self.chains else self.model.encode_text(ids)
 
 
@@ -76,14 +76,14 @@ class RetrievalTask(Task):
         found = {"vision": model.get_submodule("visual")}
         if isinstance(getattr(model, "text", None), nn.Module):
             found["text"] = model.get_submodule("text")
-        else:  # open_clip's CLIP keeps the parts of the text tower beside the image tower
+        else:  # open_clip's CLIP holds the layers of the text tower itself
             found["text"] = copy.copy(model)
             rest = {key: child for key, child in model.named_children() if key != "visual"}
             found["text"]._modules = rest
         return {name: module for name, module in found.items() if name not in chains}
 
     def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
-        """Return an image and a caption of zeros."""
+        """Return an image of zeros and a caption of zeros, for the towers that are chains."""
         assert loaded.input_shape is not None
         assert loaded.context_length is not None
         inputs = {
@@ -93,7 +93,7 @@ class RetrievalTask(Task):
         return {name: inputs[name] for name in chains}
 
     def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-        """Return images with one caption each."""
+        """Return calibration images, each with one caption."""
         return calibration_set(loaded, data, recipe)
 
     def divergences(
@@ -104,19 +104,20 @@ class RetrievalTask(Task):
         device: torch.device,
         batch_size: int,
     ) -> dict[str, Divergence]:
-        """Return the contrastive divergence of each tower; the other is in full precision."""
+        """Return the contrastive divergence of each tower, with the other in full precision."""
         if recipe.temperature != Recipe.model_fields["temperature"].default:
-            raise RecipeError("The divergence takes the model's own scale: leave temperature out.")
+            raise RecipeError("Retrieval uses the model's own scale: leave temperature out.")
         if not (recipe.reconstruct or recipe.reconstruct_mlp):
             return dict.fromkeys(TOWERS, Divergence())  # not used
         model = loaded.model.to(device)
         encoders = {"vision": model.encode_image, "text": model.encode_text}
-        sizes = {"batch": recipe.divergence_batch, "size": batch_size}
         made: dict[str, Divergence] = {}
         for name, other in (("text", "vision"), ("vision", "text")):
             if name in tags.parts(recipe.scope):
-                inputs = Samples.of(images.inputs[other])
-                made[name] = contrastive(model, encoders[other], inputs, **sizes)
+                inputs, batch = Samples.of(images.inputs[other]), recipe.divergence_batch
+                made[name] = contrastive(
+                    model, encoders[other], inputs, batch=batch, size=batch_size
+                )
         return made
 
     def evaluate(
@@ -129,7 +130,7 @@ class RetrievalTask(Task):
         workers: int,
         on_progress: OnProgress,
     ) -> Evaluation:
-        """Measure recalls on the test pairs, or zero-shot accuracy on the images of a folder."""
+        """Measure recall on the test pairs, or zero-shot accuracy on images in class folders."""
         assert isinstance(model, TwoTowers)
         assert loaded.tokenizer is not None
         encoders = Encoders(
@@ -147,7 +148,7 @@ class RetrievalTask(Task):
         names = class_names(data.path, folders)
         embedded = class_embeddings(encoders, names, batch_size, on_progress)
         classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
-        source = replace(source.head(data.limit), class_names=told_apart(names, folders))
+        source = replace(source.head(data.limit), class_names=distinct_names(names, folders))
         transform = loaded.eval_transform
         images = Images(source.ids, source.targets, source.read, transform, data.skip_corrupt)
         found = evaluate(classifier, images, source, device, batch_size, workers, on_progress)

@@ -1,4 +1,4 @@
-"""Captions to token ids, by the tokenizers of open_clip."""
+"""Tokenizers of open_clip, which turn captions into token ids."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tasks.common.hashing import file_sha256
 from tasks.common.models.hub import Repository, cached_file, hub_answers
 from tasks.retrieval.tags import VOCABULARIES
 
-#: Captions for the comparison of a tokenizer with its file.
+#: Captions for the check that a tokenizer agrees with its file.
 _PROBES = (
     "a photo of a cat",
     "Two dogs, on the grass.",
@@ -31,24 +31,24 @@ class Tokenizer:
 
     tokenizer: SimpleTokenizer | HFTokenizer
     context_length: int  # L
-    vocabulary: int  # number of tokens of the model
-    origin: str = ""  # description of its files, for records
+    vocabulary: int  # number of tokens that the model knows
+    origin: str = ""  # repository and sha256 of the tokenizer's file, for records
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """Return token ids (n, L) int64. Raises ModelError for an id that the model lacks."""
+        """Return token ids (n, L) int64. Raises ModelError: the model does not know an id."""
         if not captions:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
         ids: Tensor = self.tokenizer(captions, context_length=self.context_length)
         largest = int(ids.max())
         if largest >= self.vocabulary:
             raise ModelError(
-                f"The tokenizer gives the id {largest}, the model knows {self.vocabulary} tokens: "
-                "they do not fit."
+                f"The tokenizer gives the id {largest}, but the model knows {self.vocabulary} "
+                "tokens: use the tokenizer of this model."
             )
         return ids
 
     def lengths(self, captions: list[str]) -> list[int]:
-        """Return the number of tokens of each uncut caption, with start and end tokens."""
+        """Return the number of tokens of each whole caption, including start and end tokens."""
         own = self.tokenizer
         if isinstance(own, SimpleTokenizer):
             return [len(own.encode(caption)) + 2 for caption in captions]
@@ -64,7 +64,7 @@ class Tokenizer:
 def build_tokenizer(
     model: str, text: Mapping[str, Any], folder: Path | None, vocabulary: int
 ) -> Tokenizer:
-    """Return the tokenizer of ``model`` by the part ``text`` of its configuration.
+    """Return the tokenizer of ``model``; ``text`` is the text part of open_clip's configuration.
 
     ``folder`` holds the files of the tokenizer; None takes those of the Hugging Face hub.
     Raises ModelError: the tokenizer is missing, does not work, or differs from its file.
@@ -76,7 +76,7 @@ def build_tokenizer(
         found, file = _hugging_face(model, str(repo), folder, settings)
         origin = f"; tokenizer {repo} sha256 {file_sha256(file)[:16]}"
         return Tokenizer(found, length, vocabulary, origin)
-    if "siglip" in model.lower():  # open_clip would fetch a vocabulary from an address in its code
+    if "siglip" in model.lower():  # open_clip would download a vocabulary from a fixed address
         raise ModelError(f"{model} names no tokenizer: give hf_tokenizer_name in its text_cfg.")
     try:
         return Tokenizer(SimpleTokenizer(context_length=length, **settings), length, vocabulary)
@@ -89,7 +89,7 @@ def build_tokenizer(
 def _hugging_face(
     model: str, repo: str, folder: Path | None, settings: dict[str, Any]
 ) -> tuple[HFTokenizer, Path]:
-    """Return a tokenizer that transformers builds, and the file with the same tokens."""
+    """Return the tokenizer that transformers builds, and its file, which agrees with it."""
     complete = cached_file(Repository(repo, ("tokenizer.json",))) is not None
     local = folder is not None or complete or not hub_answers()
     source = repo if folder is None else str(folder)
@@ -101,18 +101,16 @@ def _hugging_face(
         raise ModelError(
             f"The tokenizer of {model} could not be read {place}: "
             f"{' '.join(str(error).split())[:300]} Its files (tokenizer.json, "
-            f"tokenizer_config.json) are those of the Hugging Face repository {repo}; beside local "
-            f"weights they belong into <folder of weights>/{model}-tokenizer."
+            f"tokenizer_config.json) are in the Hugging Face repository {repo}; for local weights "
+            f"copy them into <folder of weights>/{model}-tokenizer."
         ) from error
     if folder is None:
         file = cached_file(Repository(repo, VOCABULARIES))
     else:
         file = next((folder / name for name in VOCABULARIES if (folder / name).is_file()), None)
     if file is None:
-        raise ModelError(
-            f"The tokenizer in {source} has no vocabulary: none of {', '.join(VOCABULARIES)} is "
-            "there."
-        )
+        files = ", ".join(VOCABULARIES)
+        raise ModelError(f"The tokenizer in {source} has no vocabulary: there is none of {files}.")
     if file.name != "tokenizer.json":
         return found, file
     own = tokenizers.Tokenizer.from_file(str(file))
@@ -124,8 +122,8 @@ def _hugging_face(
         if wanted != given:
             raise ModelError(
                 f"transformers {transformers.__version__} changes the tokenizer in {source}: "
-                f"'{caption}' has the tokens {wanted} by its tokenizer.json, but {given} as it is "
-                "built. Install another version of transformers, or correct tokenizer_class in its "
-                "tokenizer_config.json."
+                f"'{caption}' has the tokens {wanted} in tokenizer.json, but {given} in "
+                "transformers. Install another version of transformers, or correct tokenizer_class "
+                "in tokenizer_config.json."
             )
     return found, file

@@ -1,7 +1,8 @@
-"""Towers of open_clip's CLIP models as chains; their attention is written out.
+"""Towers of open_clip's CLIP models as chains of blocks with explicit attention.
 
-A vision tower is open_clip's own ViT, or a timm ViT inside open_clip's adapter. A text tower is
-open_clip's transformer of token ids, inside the model (CLIP) or in a part of it (CustomTextCLIP).
+A vision tower is open_clip's own ViT, or a timm ViT inside open_clip's ``TimmModel``. A text tower
+is open_clip's transformer of token ids: ``CLIP`` holds its layers, ``CustomTextCLIP`` has them in
+the part ``text``.
 """
 
 from collections.abc import Sequence
@@ -27,71 +28,62 @@ from fimaq_core.recipe import Recipe
 TOWERS = ("vision", "text")
 #: The MLP of a block. OpenAI's models compute GELU as ``x sigmoid(1.702 x)``.
 _MLP = MlpPart("mlp", fc1="c_fc", act="gelu", fc2="c_proj", gelu=(nn.GELU, QuickGELU))
-#: Poolings of a fixed position, and of a position that depends on the text.
+#: Kinds of text pooling: at a fixed position, and at a position that depends on the token ids.
 _FIXED, _BY_TOKEN = {"first": 0, "last": -1}, ("argmax", "eos")
 
 
 def build_towers(model: nn.Module, recipe: Recipe, towers: Sequence[str]) -> dict[str, BlockChain]:
     """Turn towers of a CLIP model into chains, by name; the chains take over its parameters.
 
-    "vision" maps images (n, 3, H, W), and "text" token ids (n, L) int64, to embeddings (n, d), not
-    normalised. In full precision they equal ``encode_image`` and ``encode_text`` up to rounding.
+    The chain "vision" maps images (n, 3, H, W) to embeddings (n, d); "text" maps token ids (n, L)
+    int64. Embeddings are not normalised. In full precision, the chains equal ``encode_image`` and
+    ``encode_text`` up to rounding.
     Raises ModelError: the model or a tower is not supported.
     """
     for name in towers:
         check_tower(model, name)
-    made = {}
-    for name in towers:
-        vision = name == "vision"
-        made[name] = _vision_tower(model.visual, recipe) if vision else _text_tower(model, recipe)
-    return made
+    build = {"vision": _vision_tower, "text": _text_tower}
+    return {name: build[name](model, recipe) for name in towers}
 
 
 def check_tower(model: nn.Module, name: str) -> None:
     """Raise ModelError unless ``model`` is a CLIP model of open_clip and has the tower ``name``."""
     if type(model) not in (CLIP, CustomTextCLIP):
-        raise _unsupported(_typed("A model", model), "open_clip's CLIP and CustomTextCLIP are")
+        raise _unsupported("A model", "open_clip's CLIP and CustomTextCLIP", model)
     if name not in TOWERS:
         raise ModelError(f"There is no tower '{name}'.{suggest(name, TOWERS)}")
 
 
-def _unsupported(what: str, advice: str) -> ModelError:
-    return ModelError(f"{what} is not supported: {advice}.")
-
-
-def _typed(what: str, one: object) -> str:
-    return f"{what} of type {type(one).__name__}"
+def _unsupported(what: str, supported: str, found: object = None) -> ModelError:
+    """Return the error for ``what``; the message gives the type of ``found``."""
+    kind = "" if found is None else f" of type {type(found).__name__}"
+    return ModelError(f"{what}{kind} is not supported. Supported: {supported}.")
 
 
 class ExplicitBlock(nn.Module):
-    """open_clip's ``ResidualAttentionBlock`` on sequences (B, N, C), with an end of the tower.
+    """open_clip's ``ResidualAttentionBlock`` on sequences (B, N, C), with explicit attention.
 
-    ``mask`` (context, context) or None is added to the scores. ``after`` follows the last block.
+    ``mask`` (context, context) or None is added to the attention scores. ``after`` is applied to
+    the output: the last block of a tower without projection has its pooling there.
     """
 
     mask: Tensor | None
 
-    def __init__(
-        self,
-        block: ResidualAttentionBlock,
-        mask: Tensor | None,
-        recipe: Recipe,
-        after: nn.Module | None,
-    ) -> None:
+    def __init__(self, block: ResidualAttentionBlock, mask: Tensor | None, recipe: Recipe) -> None:
         super().__init__()
         if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
-            what = _typed("A transformer block", block) + " (or with cross attention)"
-            raise _unsupported(what, "only ResidualAttentionBlock is")
+            supported = "ResidualAttentionBlock without cross attention"
+            raise _unsupported("A transformer block", supported, block)
         self.ln_1, self.ls_1, self.ln_2 = block.ln_1, block.ls_1, block.ln_2
         self.mlp, self.ls_2 = block.mlp, block.ls_2
         self.attn = ExplicitMultiheadAttention(block.attn, recipe)
         self.attn.batch_first = True
-        # Follows from the context's length, so no checkpoint needs it.
+        # The mask follows from the context length, so checkpoints do not store it.
         self.register_buffer("mask", mask, persistent=False)
         if type(self.mlp) is not nn.Sequential or len(self.mlp) != 3:
-            raise _unsupported(_typed("An MLP", self.mlp), "two linear layers and GELU are")
+            raise _unsupported("An MLP", "two linear layers with GELU between them", self.mlp)
         swap_linears(self.mlp, _MLP, recipe)
-        self.after = nn.Identity() if after is None else after
+        self.after: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         normed, tokens = self.ln_1(x), x.shape[1]
@@ -101,39 +93,33 @@ class ExplicitBlock(nn.Module):
 
 
 def _block_segments(
-    transformer: nn.Module,
-    prefix: str,
-    embedding: nn.Module,
-    mask: Tensor | None,
-    recipe: Recipe,
-    after: nn.Module | None,
+    transformer: nn.Module, prefix: str, embedding: nn.Module, mask: Tensor | None, recipe: Recipe
 ) -> list[Segment]:
-    """Return one segment per block; ``embedding`` precedes the first, ``after`` ends the last."""
+    """Return one segment per block, with ``embedding`` before the first block."""
     if type(transformer) is not Transformer:
-        raise _unsupported(_typed("A transformer", transformer), "only Transformer is")
-    segments, last = [], len(transformer.resblocks) - 1
+        raise _unsupported("A transformer", "open_clip's Transformer", transformer)
+    segments: list[Segment] = []
     for number, original in enumerate(transformer.resblocks):
-        block = ExplicitBlock(original, mask, recipe, after if number == last else None)
+        block = ExplicitBlock(original, mask, recipe)
         pairs = norm_pair(block.ln_1, "attn.qkv") + norm_pair(block.ln_2, "mlp.c_fc")
-        before, label = embedding if number == 0 else None, f"{prefix}.resblocks.{number}"
+        before, label = None if segments else embedding, f"{prefix}.resblocks.{number}"
         segments.append(Segment(label, "block", block, before=before, pairs=pairs, mlps=(_MLP,)))
     return segments
 
 
-def _projection(owner: nn.Module, weight: nn.Module | nn.Parameter, recipe: Recipe) -> QuantLinear:
-    """Return the projection to the embedding of a linear layer or a matrix (width, d)."""
+def _projection(weight: nn.Module | nn.Parameter, recipe: Recipe) -> QuantLinear:
+    """Return the projection to embeddings; ``weight`` is a linear layer or a matrix (width, d)."""
     if isinstance(weight, nn.Linear):
         return QuantLinear.from_float(weight, recipe.w_bits, recipe.classifier_bits)
     if not isinstance(weight, nn.Parameter):
-        what = f"{_typed('A projection', weight)} in {type(owner).__name__}"
-        raise _unsupported(what, "a linear layer or a matrix is")
-    # The only weight that is copied: weight files and searches need contiguous tensors.
+        raise _unsupported("A projection", "a linear layer or a matrix", weight)
+    # Files of weights and searches need contiguous tensors, so this weight is a copy.
     matrix = nn.Parameter(weight.detach().t().contiguous())
     return linear_of(matrix, None, recipe, recipe.classifier_bits)
 
 
 class _Patches(nn.Module):
-    """Between patch convolution and first block: (B, C, h, w) to (B, 1 + h * w, C)."""
+    """Patch features (B, C, h, w) to tokens (B, 1 + h * w, C): class token, positions and norm."""
 
     def __init__(self, tower: ClipVisionTransformer) -> None:
         super().__init__()
@@ -148,7 +134,7 @@ class _Patches(nn.Module):
 
 
 class _PooledPatches(nn.Module):
-    """Between last block and projection: class token or mean of the others, and the norm."""
+    """Tokens (B, 1 + N, C) to features (B, C): class token or mean of the patches, and the norm."""
 
     def __init__(self, tower: ClipVisionTransformer) -> None:
         super().__init__()
@@ -162,27 +148,28 @@ class _PooledPatches(nn.Module):
         return self.ln_post(x) if self.norm_last else x
 
 
-def _vision_tower(tower: nn.Module, recipe: Recipe) -> BlockChain:
+def _vision_tower(model: nn.Module, recipe: Recipe) -> BlockChain:
+    tower = model.visual
     if type(tower) is TimmModel:
         return _timm_tower(tower, recipe)
     if type(tower) is not ClipVisionTransformer:
-        known = "open_clip's VisionTransformer and a timm VisionTransformer in TimmModel are"
-        raise _unsupported(_typed("A vision tower", tower), known)
-    what, known = "VisionTransformer with", "pool_type 'tok' and 'avg' are"
+        supported = "open_clip's VisionTransformer, and timm's VisionTransformer in TimmModel"
+        raise _unsupported("A vision tower", supported, tower)
+    supported = "pool_type 'tok' or 'avg', without attentional_pool and output_tokens"
     if tower.attn_pool is not None:
-        raise _unsupported(f"{what} attentional_pool (CoCa)", known)
+        raise _unsupported("VisionTransformer with attentional_pool (CoCa)", supported)
     if tower.pool_type not in ("tok", "avg"):
-        raise _unsupported(f"{what} pool_type '{tower.pool_type}'", known)
+        raise _unsupported(f"VisionTransformer with pool_type '{tower.pool_type}'", supported)
     if tower.output_tokens:
-        raise _unsupported(f"{what} output_tokens", "load the model without it")
+        raise _unsupported("VisionTransformer with output_tokens", supported)
     conv = QuantConv2d.from_float(tower.conv1, recipe.w_bits, recipe.patch_input_bits)
     segments, pooling = [Segment("visual.conv1", "patch_embed", conv)], _PooledPatches(tower)
-    after = pooling if tower.proj is None else None
-    segments += _block_segments(
-        tower.transformer, "visual.transformer", _Patches(tower), None, recipe, after
-    )
-    if tower.proj is not None:
-        layer = _projection(tower, tower.proj, recipe)
+    label, embedding = "visual.transformer", _Patches(tower)
+    segments += _block_segments(tower.transformer, label, embedding, None, recipe)
+    if tower.proj is None:
+        segments[-1].block.after = pooling
+    else:
+        layer = _projection(tower.proj, recipe)
         segments.append(Segment("visual.proj", "projection", layer, before=pooling))
     return BlockChain(segments)
 
@@ -190,9 +177,9 @@ def _vision_tower(tower: nn.Module, recipe: Recipe) -> BlockChain:
 def _timm_tower(tower: TimmModel, recipe: Recipe) -> BlockChain:
     trunk = tower.trunk
     if type(trunk) is not VisionTransformer:
-        raise _unsupported(_typed("TimmModel with a trunk", trunk), "VisionTransformer is")
+        raise _unsupported("TimmModel with a trunk", "timm's VisionTransformer", trunk)
     if trunk.attn_pool is None and not trunk.global_pool:
-        raise _unsupported("TimmModel with a trunk that does not pool its tokens", "pooling is")
+        raise _unsupported("TimmModel with a trunk that does not pool", "trunks that pool tokens")
     heads = _timm_heads(tower, recipe)
     segments, rest = vit_body(trunk, recipe, "visual.trunk.", ends=not heads)
     for label, head in heads:
@@ -205,23 +192,23 @@ def _timm_heads(tower: TimmModel, recipe: Recipe) -> list[tuple[str, nn.Module]]
     """Return the projections of the trunk's pooled features, by name."""
     heads: list[tuple[str, nn.Module]] = []
     if not isinstance(tower.trunk.head, nn.Identity):
-        heads.append(("visual.trunk.head", _projection(tower.trunk, tower.trunk.head, recipe)))
+        heads.append(("visual.trunk.head", _projection(tower.trunk.head, recipe)))
     for name, part in tower.head.named_children():
         if isinstance(part, nn.Dropout):
             continue
         if type(part) is Mlp and isinstance(part.norm, nn.Identity):
             swap_linears(part, MlpPart(name), recipe, recipe.classifier_bits)
         elif isinstance(part, nn.Linear):
-            part = _projection(tower, part, recipe)
+            part = _projection(part, recipe)
         else:
             what = f"TimmModel with {type(part).__name__} in its head"
-            raise _unsupported(what, "a linear layer or an MLP is")
+            raise _unsupported(what, "a linear layer or an MLP")
         heads.append((f"visual.head.{name}", part))
     return heads
 
 
 class _Tokens(nn.Module):
-    """Before the first block: token ids (B, L) to (B, L, C), without a product to quantize."""
+    """Token ids (B, L) to embedded tokens (B, L, C). It has no product to quantize."""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -233,9 +220,10 @@ class _Tokens(nn.Module):
 
 
 class PooledPosition(nn.Module):
-    """Position (B,) of the pooled token: the first one of the highest id, or of ``eos_id``.
+    """Position (B,) of the pooled token of each text (B, L).
 
-    A text without ``eos_id`` is pooled at its first token, as in open_clip.
+    For ``pool_type`` "argmax" it is the first token with the highest id. For "eos" it is the first
+    token ``eos_id``, or position 0 in a text without this token, as in open_clip.
     """
 
     def __init__(self, pool_type: str, eos_id: int) -> None:
@@ -248,9 +236,9 @@ class PooledPosition(nn.Module):
 
 
 class _PooledToken(nn.Module):
-    """Between last block and projection: one token, (B, L, C) to (B, C), and its norm.
+    """Tokens (B, L, C) to one token per text (B, C), followed by the norm.
 
-    ``side`` holds positions (B,) that depend on the text.
+    The token is at the fixed ``position``, or at the positions (B,) in ``side``.
     """
 
     def __init__(self, ln_final: nn.Module, position: int | None) -> None:
@@ -268,28 +256,28 @@ def _text_tower(model: nn.Module, recipe: Recipe) -> BlockChain:
     else:
         tower, prefix = model.text, "text."
         if type(tower) is not TextTransformer:
-            raise _unsupported(_typed("A text tower", tower), "open_clip's TextTransformer is")
+            raise _unsupported("A text tower", "open_clip's TextTransformer", tower)
         for option in ("use_pad_mask", "output_tokens"):
             if getattr(tower, option):
-                raise _unsupported(f"TextTransformer with {option}", "load the model without it")
+                raise _unsupported(f"TextTransformer with {option}", f"models without {option}")
         pool_type, eos_id = tower.pool_type, tower.eos_id
     by_token, matrix = pool_type in _BY_TOKEN, tower.text_projection
     if not by_token and pool_type not in _FIXED:
         known = ", ".join(f"'{name}'" for name in (*_BY_TOKEN, *_FIXED))
-        raise _unsupported(f"A text tower with pool_type '{pool_type}'", f"{known} are")
+        raise _unsupported(f"A text tower with pool_type '{pool_type}'", f"pool_type {known}")
     if len(tower.positional_embedding) != tower.context_length:
-        what = "A text tower with a class token of its own (embed_cls)"
-        raise _unsupported(what, "pooling at a word is")
+        what = "A text tower with its own class token (embed_cls)"
+        raise _unsupported(what, "pooling at a token of the text")
     if matrix is None and by_token:
-        # The position of the token travels beside the blocks, to a part before a block.
+        # A chain gives the pooled position to a part before a block, here the projection.
         what = f"A text tower without projection and with pool_type '{pool_type}'"
-        raise _unsupported(what, "a projection is")
+        raise _unsupported(what, "a projection, or pooling at a fixed position")
     pooling = _PooledToken(tower.ln_final, _FIXED.get(pool_type))
-    after, label = pooling if matrix is None else None, f"{prefix}transformer"
-    segments = _block_segments(
-        tower.transformer, label, _Tokens(tower), tower.attn_mask, recipe, after
-    )
-    if matrix is not None:
-        layer, label = _projection(tower, matrix, recipe), f"{prefix}text_projection"
+    label, embedding = f"{prefix}transformer", _Tokens(tower)
+    segments = _block_segments(tower.transformer, label, embedding, tower.attn_mask, recipe)
+    if matrix is None:
+        segments[-1].block.after = pooling
+    else:
+        layer, label = _projection(matrix, recipe), f"{prefix}text_projection"
         segments.append(Segment(label, "projection", layer, before=pooling, takes_side=by_token))
     return BlockChain(segments, side=PooledPosition(pool_type, eos_id) if by_token else None)

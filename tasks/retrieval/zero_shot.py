@@ -1,7 +1,7 @@
 """Zero-shot classification by class names (Radford et al., ICML 2021, arXiv:2103.00020).
 
-A class is the mean direction of the embeddings of its name in several templates. An image gets the
-class with the most similar direction.
+The text of a class is its name in several templates. The class is represented by the mean of the
+unit embeddings of these texts. An image gets the class with the highest cosine similarity.
 """
 
 import hashlib
@@ -19,25 +19,26 @@ from tasks.common.record import Dataset
 from tasks.retrieval.evaluate import Encode, Encoders, embed_texts, normalised
 
 CLASSNAMES_FILE = "classnames.txt"
-#: The order of classes that counts here, since the weights know none.
+#: Words for the order of classes in messages: the weights of CLIP have no classes.
 LINES = f"of the lines in {CLASSNAMES_FILE}"
-Template = Callable[[str], str]
-TEMPLATES: tuple[Template, ...] = tuple(OPENAI_IMAGENET_TEMPLATES)
+#: Functions from a class name to a text.
+TEMPLATES: tuple[Callable[[str], str], ...] = tuple(OPENAI_IMAGENET_TEMPLATES)
 _FORM = "one name per line, in the order of the labels"
-#: Number of classes whose texts are in memory together.
+#: Number of classes whose texts are in memory at the same time.
 _CLASSES = 50
 
 
 def imagenet_names(folders: Sequence[str]) -> tuple[str, ...]:
-    """Return the names that the authors of CLIP give to classes with these WordNet ids."""
+    """Return the names that the authors of CLIP gave to the classes with these WordNet ids."""
     names = dict(zip(wordnet_ids(), IMAGENET_CLASSNAMES, strict=True))
     return tuple(names[folder] for folder in folders)
 
 
 def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the classes ``folders``: the lines of ``classnames.txt`` in ``root``.
+    """Return the names of the classes ``folders`` from ``classnames.txt`` in ``root``.
 
-    Without this file, ImageNet's classes have the names of the authors of CLIP. Raises DataError.
+    Without this file, ImageNet's classes have the names of the authors of CLIP.
+    Raises DataError: there are no names, or the file does not have one name per class.
     """
     path, classes = root / CLASSNAMES_FILE, len(folders)
     if not path.is_file():
@@ -60,7 +61,7 @@ def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def named_classes(dataset: Dataset, names: Sequence[str], folders: Sequence[str]) -> Dataset:
-    """Return the entry for the record: names and templates count in its fingerprint."""
+    """Return the entry for the record; its fingerprint includes class names and templates."""
     texts = [template(name) for name in names for template in TEMPLATES]
     fingerprint = hashlib.sha256("\n".join([dataset.fingerprint, *texts]).encode()).hexdigest()
     usual = dataset.name != IMAGENET or tuple(names) == imagenet_names(folders)
@@ -73,9 +74,9 @@ def class_embeddings(
     names: Sequence[str],
     batch_size: int,
     on_progress: OnProgress,
-    templates: Sequence[Template] = TEMPLATES,
+    templates: Sequence[Callable[[str], str]] = TEMPLATES,
 ) -> Tensor:
-    """Return unit embeddings (classes, d): means over ``templates``. Raises ModelError."""
+    """Return unit embeddings (classes, d), the means over ``templates``. Raises ModelError."""
     total = len(names) * len(templates)
     found = []
     for start in range(0, len(names), _CLASSES):
@@ -93,18 +94,19 @@ def class_embeddings(
 class ZeroShotClassifier(nn.Module):
     """Images (B, C, H, W) to logits (B, classes): cosine similarities times exp(``logit_scale``).
 
-    The factor does not change ranks; it gives the probabilities that the model was trained for.
+    The factor does not change ranks. With it, softmax gives the probabilities of the training.
     """
 
     def __init__(self, encode_image: Encode, embeddings: Tensor, logit_scale: Tensor) -> None:
         super().__init__()
         self.encode_image = encode_image
-        # Classes with equal embeddings tie as one column; a product rounds columns by their place.
+        # Classes with equal embeddings share a column, so they tie: a matrix product may round
+        # equal columns differently.
         distinct, place = torch.unique(embeddings, dim=0, return_inverse=True)
         scale = logit_scale.detach().float().exp().to(embeddings.device)
         self.register_buffer("weight", scale * distinct.T)
         self.register_buffer("place", place)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Raise NumericsError for an embedding that is NaN, infinite or zero."""
+        """Return logits. Raises NumericsError: an embedding is NaN, infinite or zero."""
         return (normalised(self.encode_image(images)) @ self.weight)[:, self.place]

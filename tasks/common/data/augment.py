@@ -1,4 +1,4 @@
-"""Random warps of images made of digits, on whole batches (PIL per image would slow training)."""
+"""Random warps of images of digits. They take whole batches, which is faster than single images."""
 
 import math
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from torch import Tensor
 class RandomDigitWarp:
     """Warps each cell of an image: rotation, scale, shear, shift and a smooth elastic displacement.
 
-    Each cell holds one digit, which never leaves its cell. Digits are never flipped or exchanged,
-    so labels stay valid. The global generator of torch draws every value uniformly from plus or
-    minus its limit.
+    Each cell holds one digit, which stays in its cell and is never flipped, so labels stay valid.
+    The fields are limits: every value is uniform in [-limit, limit], drawn by torch's global
+    generator.
 
     Example:
         >>> RandomDigitWarp(degrees=5.0)(torch.rand(8, 1, 28, 56)).shape
@@ -25,13 +25,13 @@ class RandomDigitWarp:
     scale: float = 0.15  # relative change of width and of height
     shear: float = 0.2  # horizontal, in pixels per pixel
     shift: float = 2.0  # in pixels, in each direction
-    elastic: float = 1.5  # in pixels, of the 4 x 4 control points of the elastic warp
-    contrast: float = 0.3  # of stroke weight: log2 of the exponent of pixel values
-    rows: int = 1  # of cells
+    elastic: float = 1.5  # displacement of 4 x 4 control points, in pixels
+    contrast: float = 0.3  # log2 of the exponent of pixel values; it changes the stroke width
+    rows: int = 1  # number of rows of cells
     columns: int = 2
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Warp images ([b, ]1, rows * h, columns * h), float32 in [0, 1]."""
+        """Return warped images ([b, ]1, rows * h, columns * h), float32 in [0, 1]."""
         batch = images if images.ndim == 4 else images[None]
         # (b, 1, rows * h, columns * h) -> (rows * columns * b, 1, h, h): one image per digit
         rows = batch.chunk(self.rows, dim=-2)
@@ -45,7 +45,7 @@ class RandomDigitWarp:
         return torch.cat(rows, dim=-2).reshape(images.shape)
 
     def _grid(self, digits: Tensor) -> Tensor:
-        """Draw the sampling grid (n, h, h, 2) in coordinates of ``grid_sample``."""
+        """Draw the sampling grid (n, h, h, 2) for ``torch.nn.functional.grid_sample``."""
         count, _, size, _ = digits.shape
         pixel = 2.0 / size
         angle = _uniform((count,), digits) * math.radians(self.degrees)

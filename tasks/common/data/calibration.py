@@ -1,4 +1,4 @@
-"""Calibration samples of every task: the first readable images in an order, or a list of images."""
+"""Calibration images of all tasks: the first readable images in an order, or a given list."""
 
 import json
 from collections import Counter
@@ -12,22 +12,22 @@ from tasks.common.data.images import Images, seeded_item
 
 
 class Taken(NamedTuple):
-    """Transformed images."""
+    """Calibration images after their transforms."""
 
-    images: list[Any]  # (C, H, W) float32 each, of any size
-    positions: list[int]  # of each image in the data
+    images: list[Any]  # each (C, H, W) float32, of any size
+    positions: list[int]  # position of each image in the data
     skipped: list[str]  # ids of damaged images
 
 
 def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> Taken:
-    """Take the first ``wanted`` readable images in ``order``; each has its own seed for transforms.
+    """Take the first ``wanted`` readable images in ``order`` (positions), transformed by ``seed``.
 
-    Raises DataError: there are fewer images, or an image is damaged and not to be skipped.
+    Raises DataError: there are fewer images, or a damaged image is not skipped.
     """
     if len(images) < wanted:
         raise DataError(
             f"{wanted} calibration images are asked for, but there are {len(images)}: "
-            "lower --calibration-images or give more."
+            "lower --calibration-images or give more images."
         )
     found = Taken([], [], [])
     for index in map(int, order):
@@ -46,10 +46,10 @@ def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> Taken:
 
 
 def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str) -> list[int]:
-    """Return the positions among the distinct ``ids`` of the data of the images in a list.
+    """Return the position in ``ids`` of each image in ``names``, the content of the list ``path``.
 
-    The list ``names`` comes from ``path``; a name may have another Unicode form than the id.
-    Raises DataError: an image is not in the data ``what`` (for people), or twice in the list.
+    A name may have another Unicode form than the id. ``what`` is the data set, for messages.
+    Raises DataError: an image is not in the data, or more than once in the list.
     """
     own = {name: place for place, name in enumerate(ids)}
     positions = {composed(name): place for name, place in own.items()} | own
@@ -58,7 +58,7 @@ def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str
     if unknown:
         raise DataError(
             f"The calibration list {path} names {len(unknown)} images that are not in {what}, such "
-            f"as {unknown[0]!r} (ids there are such as {ids[0]!r})."
+            f"as {unknown[0]!r} (ids in the data are such as {ids[0]!r})."
         )
     chosen = [position for name in names if (position := found[name]) is not None]
     twice = [ids[position] for position, count in Counter(chosen).items() if count > 1]
@@ -72,7 +72,7 @@ class Listed(NamedTuple):
     """Content of a calibration list."""
 
     ids: list[str]  # ids or paths of the images
-    calibration: dict[str, Any] | None  # entry of a result record; None for a text file
+    calibration: dict[str, Any] | None  # this entry of a result record; None for a text file
 
 
 def read_list(path: Path) -> Listed:

@@ -1,19 +1,19 @@
-"""Names of classes for people, from the names of their image folders."""
+"""Class names to show, from the names of image folders, and matching of class names."""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from unicodedata import normalize
 
-#: Form of the names of ImageNet's class folders, such as n01440764.
+#: Pattern of the names of ImageNet's class folders, such as n01440764.
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def readable_names(folders: Sequence[str]) -> tuple[str, ...]:
-    """Return a name per class: timm's first word for ImageNet-1k, else the name of the folder."""
+    """Return one name per class: timm's first name for ImageNet-1k, else the folder's name."""
     if not any(WORDNET_ID.fullmatch(folder) for folder in folders):
         return tuple(folders)
-    from timm.data import ImageNetInfo  # heavy, and needed for ImageNet only
+    from timm.data import ImageNetInfo  # slow to import, needed for ImageNet only
 
     info = ImageNetInfo("imagenet-1k")
     known = set(info.label_names())
@@ -21,26 +21,28 @@ def readable_names(folders: Sequence[str]) -> tuple[str, ...]:
         info.label_name_to_description(folder).split(",")[0] if folder in known else folder
         for folder in folders
     ]
-    return told_apart(words, folders)
+    return distinct_names(words, folders)
 
 
-def told_apart(names: Sequence[str], folders: Sequence[str]) -> tuple[str, ...]:
-    """Return ``names``, with the folder added to equal names: ImageNet has two cranes."""
+def distinct_names(names: Sequence[str], folders: Sequence[str]) -> tuple[str, ...]:
+    """Return ``names`` with the folder added to equal names: ImageNet has two classes "crane"."""
     count = Counter(names)
     pairs = zip(names, folders, strict=True)
     return tuple(f"{name} ({folder})" if count[name] > 1 else name for name, folder in pairs)
 
 
 def by_name(classes: Sequence[str], others: Sequence[str]) -> dict[int, int]:
-    """Return the label in ``classes`` by position in ``others``: of the same name, else of the only
-    name left that differs in case, spaces and underscores alone.
+    """Match two lists of names: return {position in ``others``: position in ``classes``}.
+
+    Equal names match first. Then names match that differ in case, spaces and underscores only.
+    A name that appears twice among the names left does not match.
     """
     found: dict[int, int] = {}
-    ways: tuple[Callable[[str], str], ...] = (str, _simplified)
-    for way in ways:
+    forms: tuple[Callable[[str], str], ...] = (str, _simplified)
+    for form in forms:
         taken = set(found.values())
-        left = {label: way(name) for label, name in enumerate(classes) if label not in taken}
-        rest = {spot: way(name) for spot, name in enumerate(others) if spot not in found}
+        left = {label: form(name) for label, name in enumerate(classes) if label not in taken}
+        rest = {spot: form(name) for spot, name in enumerate(others) if spot not in found}
         counts = Counter(left.values()), Counter(rest.values())
         labels = {text: label for label, text in left.items()}
         for spot, text in rest.items():

@@ -1,4 +1,4 @@
-"""Order of class folders, which gives each class its label. Imports nothing heavy."""
+"""Order of class folders, which gives each class its label. The import is fast."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,24 +9,25 @@ from tasks.common.data.class_names import WORDNET_ID, by_name
 from tasks.common.data.files import composed, counted, parse_json, read_text
 from tasks.common.hashing import file_sha256
 
-#: Orders with a name: by characters as torchvision sorts, by numbers in names as timm sorts.
+#: Named orders: text order (torchvision: by characters), natural order (timm: by numbers in names).
 TEXT, NATURAL = "text", "natural"
-#: Recorded names of the order of a file, and of the class names in a checkpoint.
+#: Names in records for the order of a file, and for the order of class names in a checkpoint.
 FILE, CHECKPOINT = "file", "checkpoint"
-#: File in a data folder with the order for users who give none; grids have no option for it.
-STANDING = "class_order.txt"
+#: File in the data folder that gives the order if the user gives none, such as for a whole grid.
+DEFAULT_FILE = "class_order.txt"
 
 HELP = (
     "Order of the class folders: text (torchvision's: 0, 1, 10, 2), natural (timm's: 0, 1, 2, 10), "
     "or a file with one class name per line or a JSON object {name: label}. Needed only where text "
-    f"and natural order differ, and {STANDING} in the data folder does not tell."
+    f"and natural order differ, and the data folder has no file {DEFAULT_FILE}."
 )
 
 
 def chosen(order: str | None, root: Path | None) -> str | None:
-    """Return the order of the user, else the path of the file in the data folder ``root``."""
-    standing = None if root is None else root / STANDING
-    return str(standing) if order is None and standing is not None and standing.is_file() else order
+    """Return the user's ``order``, or else the path of the file in the data folder ``root``."""
+    if order is None and root is not None and (root / DEFAULT_FILE).is_file():
+        return str(root / DEFAULT_FILE)
+    return order
 
 
 def order_identity(order: str) -> str:
@@ -49,11 +50,11 @@ def ordered(
         where: the folder that holds them.
         order: ``text``, ``natural`` or the path of a file; None if the user gave no order.
         known: class names by label in the checkpoint; None for no names, empty for unreadable ones.
-        labels: False if labels are not used, so that no order has to be chosen.
-        wanted: description of the order that the user is asked for.
+        labels: False if labels are not used, so that the order does not matter.
+        wanted: description of the right order, for the message.
 
     Raises:
-        DataError: no order is given and none is clear, or a file does not fit.
+        DataError: no order is given and the order is not clear, or a file does not fit.
     """
     text = sorted(classes, key=composed)
     if (twice := _first_twice(map(composed, text))) is not None:
@@ -75,7 +76,7 @@ def ordered(
             f"The labels of the classes in {where} are not clear: {problem}. Give the order "
             f"{wanted}: --class-order text (torchvision), --class-order natural (timm), or "
             "--class-order FILE with one class name per line, or write it to "
-            f"{where.parent / STANDING}, which all commands read."
+            f"{where.parent / DEFAULT_FILE}, which all commands read."
         )
     return text, TEXT
 
@@ -83,15 +84,18 @@ def ordered(
 def _unclear(
     text: list[str], natural: list[str], stored: list[str], known: Sequence[str] | None
 ) -> str:
-    """Return the reason why labels are not clear without an order; empty if they are."""
-    ids = [all(map(WORDNET_ID.fullmatch, names)) for names in (known or (), text)]
-    if known and len(known) == len(text) and ids[0] == ids[1]:  # names that should match
+    """Return the reason why labels are not clear without an order; empty if they are clear.
+
+    ``text`` and ``natural`` are the folders in these orders. ``stored`` are the folders sorted as
+    stored, where decomposed accents sort differently from composed accents.
+    """
+    are_ids = [all(map(WORDNET_ID.fullmatch, names)) for names in (known or (), text)]
+    if known and len(known) == len(text) and are_ids[0] == are_ids[1]:
         own = by_name([*map(composed, known)], [*map(composed, text)])
         odd = next(name for spot, name in enumerate(text) if spot not in own)
         names = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
         mismatch = f"do not match the folders, such as {odd!r}"
         return f"the class names in the weights file ({names}) {mismatch}"
-    # Names with decomposed accents have another place than their composed forms.
     decomposed = "as the names are stored (decomposed Unicode)"
     for words, other in {"in natural order": natural, decomposed: stored}.items():
         if other != text:
@@ -101,7 +105,7 @@ def _unclear(
 
 
 def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -> list[str]:
-    """Describe the effect on labels of the class names in a checkpoint, ``known``.
+    """Describe the effect of the class names in the checkpoint (``known``) on the labels.
 
     ``names`` and ``order`` are the results of :func:`ordered`.
     """
@@ -109,15 +113,15 @@ def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -
         return []
     matched = _by_known(known, names)
     if order == CHECKPOINT:
-        alike = ", alike but for case, spaces and underscores, such as {!r} for {!r}"
+        alike = ", apart from case, spaces and underscores, such as {!r} for {!r}"
         pairs = zip(names, known, strict=True)
         odd = [alike.format(*pair) for pair in pairs if composed(pair[0]) != composed(pair[1])]
         return [f"labels follow the class names in the weights file{''.join(odd[:1])}"]
     if matched and matched != [*names]:
         label = _first_difference(names, matched)
         return [
-            f"labels follow the class order given ({order}), against the class names in the "
-            f"weights file: label {label} is {names[label]!r}, in the weights file {known[label]!r}"
+            f"labels follow the given class order ({order}), not the class names in the weights "
+            f"file: label {label} is {names[label]!r}, but {known[label]!r} in the weights file"
         ]
     if matched or order == FILE:
         return []
@@ -126,14 +130,14 @@ def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -
 
 
 def _by_known(known: Sequence[str] | None, folders: Sequence[str]) -> list[str]:
-    """Return the folders in the order of class names ``known``; empty if the names differ."""
+    """Return the folders in the order of the class names ``known``; empty if names differ."""
     found = by_name([*map(composed, known or ())], [*map(composed, folders)])
     fits = known is not None and len(found) == len(folders) == len(known)
     return [folders[spot] for spot in sorted(found, key=found.__getitem__)] if fits else []
 
 
 def read_class_order(path: Path) -> list[str]:
-    """Return class names by label from text with one name per line, or from JSON.
+    """Return class names by label from a text file with one name per line, or from a JSON file.
 
     JSON is a list, ``{name: label}`` or ``{label: name}``.
     Raises DataError: the file cannot be read, or labels are not 0, 1, 2, ... once each.
@@ -149,10 +153,10 @@ def read_class_order(path: Path) -> list[str]:
 
 
 def names_by_label(content: object, turned: bool = False) -> list[str] | None:
-    """Return class names by label from a list or a mapping; None if it is neither.
+    """Return class names by label from a list or a mapping; None for other content.
 
-    Labels are 0, 1, 2, ... once each, as numbers or text of digits. A mapping whose names and
-    labels look alike is ``{label: name}``, or ``{name: label}`` if it is ``turned``.
+    Labels are 0, 1, 2, ... once each, as integers or digits. If both keys and values can be labels,
+    the mapping is read as ``{label: name}``, or as ``{name: label}`` if ``turned``.
     """
     if isinstance(content, list | tuple):
         return [*content] if all(isinstance(name, str) for name in content) else None
@@ -172,7 +176,7 @@ def names_by_label(content: object, turned: bool = False) -> list[str] | None:
 
 
 def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:
-    """Return the folders in the order of ``listed``, in any Unicode form. Raises DataError."""
+    """Return the folders in the order of the names that ``path`` lists. Raises DataError."""
     folders = {composed(name): name for name in classes}
     listed = [*map(composed, listed)]
     if (twice := _first_twice(listed)) is not None:
@@ -203,18 +207,17 @@ def _first_difference(names: Sequence[str], others: Sequence[str]) -> int:
 
 def _natural(names: list[str]) -> list[str]:
     """Sort names in timm's natural order, which ignores case; keep the order if timm fails."""
-    from timm.utils.misc import natural_key  # heavy, and not needed by plans
+    from timm.utils.misc import natural_key  # slow to import, and plans do not need it
 
     try:
         return sorted(names, key=lambda name: natural_key(composed(name)))
-    except ValueError:  # timm takes a superscript digit for a number
+    except ValueError:  # timm cannot convert a superscript digit to a number
         return names
 
 
 def _file(order: str) -> Path:
-    path = Path(order)
-    if not path.is_file():
-        wanted = "--class-order takes text, natural or a file"
+    if not Path(order).is_file():
         hint = suggest(order, (TEXT, NATURAL))
+        wanted = "--class-order takes text, natural or a file"
         raise DataError(f"{wanted}, and there is no file {order}.{hint}")
-    return path
+    return Path(order)

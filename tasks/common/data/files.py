@@ -1,4 +1,4 @@
-"""Files of data sets: UTF-8 text, JSON, and names of images that must exist."""
+"""Files of data sets: UTF-8 text, JSON, ids of images, and search of files by name."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 from fimaq_core.errors import DataError
 
-#: Names, in lower case, of files and folders that systems and tools leave among data.
+#: Files and folders, in lower case, that operating systems and tools create among data.
 _LEFTOVERS = {
     "__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin",
     "system volume information", "@eadir", "lost+found", "__pycache__",
@@ -19,7 +19,7 @@ _LEFTOVERS = {
 
 
 def state_of(path: Path) -> tuple[int, int]:
-    """Return time of change (ns) and size of a file, which tell if it changed. Raises DataError."""
+    """Return (time in ns, size) of a file; they differ after a change. Raises DataError."""
     try:
         state = path.stat()
     except OSError as error:
@@ -28,7 +28,7 @@ def state_of(path: Path) -> tuple[int, int]:
 
 
 def read_text(path: Path) -> str:
-    """Return UTF-8 text without a byte order mark, line ends unchanged. Raises DataError."""
+    """Return UTF-8 text without byte order mark and with its own line ends. Raises DataError."""
     try:
         return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
@@ -39,7 +39,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, where: str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Return the content of JSON text. Raises DataError."""
+    """Return the content of JSON text; ``hook`` is applied to each object. Raises DataError."""
     try:
         return json.loads(text, object_hook=hook)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -47,14 +47,15 @@ def parse_json(text: str, where: str, hook: Callable[[dict[str, Any]], Any] | No
 
 
 def image_id(name: object, where: str, root: Path | None = None) -> str:
-    """Return the id of an image: its path below the folder of the data, with slashes.
+    """Return the id of the image ``name``: its path below the data folder, with slashes.
 
-    An absolute path is accepted only with ``root``, the folder of the data. Raises DataError.
+    An absolute path needs ``root``, the data folder. ``where`` is the place of the name in a file.
+    Raises DataError: the name is no path below the data folder.
     """
     given = name
     if root is not None and isinstance(name, str) and name.startswith("/"):
         name = id_below(posixpath.normpath(name), root)
-    # Plain text: path objects for all images of MS-COCO take seconds.
+    # Names stay text: Path objects for all images of MS-COCO would take seconds.
     path = posixpath.normpath(name) if isinstance(name, str) else "."
     if path == "." or path.startswith("/") or ".." in str(given).split("/"):
         wanted = "is not the path of an image below the folder of the data"
@@ -63,24 +64,26 @@ def image_id(name: object, where: str, root: Path | None = None) -> str:
 
 
 def composed(name: str) -> str:
-    """Return ``name`` in composed Unicode form (NFC): systems store accents in several forms."""
+    """Return ``name`` in composed Unicode form (NFC), since file systems use several forms."""
     return unicodedata.normalize("NFC", name)
 
 
 def is_hidden(name: str) -> bool:
-    """Return True for files and folders that are no data, such as ``.DS_Store``, ``Thumbs.db``."""
+    """Return True for files and folders that are no data, such as ``Thumbs.db``."""
     return name.startswith(".") or name.lower() in _LEFTOVERS
 
 
 class FilesBelow:
-    """Files below a folder by name, in the given Unicode form (NFC, NFD) or else in another one.
+    """Search of files below a folder by name, in any Unicode form; the given form comes first.
 
-    Each folder is listed once, since a check of every file takes minutes on network storage.
+    Each folder is listed once, since a test of every file would take minutes on network storage.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._real: dict[str, str | None] = {"": ""}
+        #: Path below the folder as stored, by the name that was searched; None if there is none.
+        self._found: dict[str, str | None] = {"": ""}
+        #: Stored names in each listed folder, by composed name.
         self._listings: dict[str, dict[str, list[str]]] = {}
 
     def find(self, name: str) -> str | None:
@@ -89,9 +92,9 @@ class FilesBelow:
         Raises DataError: several files have this name, all in other Unicode forms.
         """
         parent, _, own = name.rpartition("/")
-        if parent not in self._real:
-            self._real[parent] = self.find(parent)
-        place = self._real[parent]
+        if parent not in self._found:
+            self._found[parent] = self.find(parent)
+        place = self._found[parent]
         if place is None:
             return None
         candidates = self._listing(place).get(composed(own), [])
@@ -113,7 +116,7 @@ class FilesBelow:
 
 
 def file_below(root: Path, name: str) -> Path:
-    """Return the path of the file ``name`` below ``root``, even if no such file exists."""
+    """Return the path of the file ``name`` below ``root``; the file may be missing."""
     path = root / name
     return path if os.path.isfile(path) else root / (FilesBelow(root).find(name) or name)
 
@@ -139,7 +142,7 @@ def found_files(folder: Path, images: Iterable[str]) -> tuple[list[Path], list[s
 
 
 def id_below(name: str, root: Path | None) -> str:
-    """Return the id of a line in a list: a path below ``root`` becomes the id of its image."""
+    """Return the id of an image in a list; an absolute path below ``root`` becomes relative."""
     path = Path(name)
     if root is None or not path.is_absolute():
         return name
@@ -153,6 +156,6 @@ def counted(count: int, what: str) -> str:
 
 
 def named(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names, and the number of further names."""
+    """Return the first names, and the number of the others."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""Labelled images in class folders, in the layout of ImageNet."""
+"""Labelled images in class folders, as in ImageNet."""
 
 import hashlib
 import os
@@ -17,24 +17,24 @@ from tasks.common.data.imagenet import IMAGENET, LAYOUT, is_imagenet
 from tasks.common.data.images import file_reader, is_image
 from tasks.common.record import Dataset
 
-#: Numbers of images of ImageNet-1k. Published results are on the 50,000 images of ``val``.
+#: Numbers of images in ImageNet-1k. Papers report results on the 50,000 images of ``val``.
 _COUNTS = {"train": 1_281_167, "val": 50_000}
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One part (train or val/test) of a data set."""
+    """One part of a data set with labels, such as ``train`` or ``val``."""
 
     name: str  # of the data set
     split: str  # of the part
     ids: list[str]  # of the samples, in order
-    targets: list[int]  # their labels
+    targets: list[int]  # labels of the samples
     classes: int  # number of classes
     read: Callable[[int], Image.Image]  # image at a position
     class_names: Sequence[str] = ()  # names of the class folders by label
-    class_order: str | None = None  # name of the order of labels; None if classes are no folders
+    class_order: str | None = None  # name of the class order; None if classes are no folders
     left_out: Sequence[str] = ()  # paths of files that are neither hidden nor images
-    label_notes: Sequence[str] = ()  # effects on labels of the class names in the weights file
+    label_notes: Sequence[str] = ()  # notes on the class names in the weights file
 
     @cached_property
     def fingerprint(self) -> str:
@@ -44,7 +44,7 @@ class Source:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def head(self, limit: int | None) -> "Source":
-        """Return the first ``limit`` samples, as a split with a name of its own."""
+        """Return the first ``limit`` samples, as a split with its own name."""
         if limit is None or limit >= len(self.ids):
             return self
         ids, targets = self.ids[:limit], self.targets[:limit]
@@ -63,10 +63,10 @@ class Source:
         )
 
     def notes(self) -> list[str]:
-        """Describe what the user did not ask for: files left out, labels by the weights file."""
-        files = f"{counted(len(self.left_out), 'file')} left out"
-        left = f"{files}, since Pillow opens no image there: {named(self.left_out)}"
-        return [*([left] if self.left_out else []), *self.label_notes]
+        """Describe files that were left out, and labels that follow the weights file."""
+        files = counted(len(self.left_out), "file")
+        note = f"{files} that Pillow cannot open as an image, left out: {named(self.left_out)}"
+        return [*([note] if self.left_out else []), *self.label_notes]
 
 
 def open_folder(
@@ -79,9 +79,9 @@ def open_folder(
 ) -> Source:
     """Open the part ``train`` or ``val`` of the data folder ``root``.
 
-    ``order``, ``known``, ``labels`` and ``wanted`` are those of
-    :func:`tasks.common.data.class_order.ordered`.
-    Raises DataError: no folder, no images, other classes than in the other part, or unclear labels.
+    The other arguments are those of :func:`tasks.common.data.class_order.ordered`.
+    Raises DataError: there is no folder or no image, the two parts have different classes, or the
+    labels are not clear.
     """
     folder = root / part
     if not folder.is_dir():
@@ -94,7 +94,7 @@ def open_folder(
     if sibling.is_dir():
         own, others = ({*map(composed, found)} for found in (classes, _class_folders(sibling)))
         if own != others:
-            only = f"{', '.join(sorted(own ^ others)[:5])} is in one of them only"
+            only = f"only one of them has {', '.join(sorted(own ^ others)[:5])}"
             raise DataError(f"{folder} and {sibling} do not have the same classes: {only}.")
     # The time of a folder changes when a file is added or removed.
     changed = tuple((folder / name).stat().st_mtime_ns for name in ("", *names))
@@ -111,7 +111,7 @@ def _class_folders(folder: Path) -> list[str]:
 def _listed_folder(
     root: Path, part: str, names: tuple[str, ...], order: str, changed: tuple[int, ...]
 ) -> Source:
-    """List a folder once per process until it changes: the files of ImageNet take minutes."""
+    """List a folder once per process until it has ``changed``; listing ImageNet takes minutes."""
     folder = root / part
     prefix = os.path.join(folder, "")
     loose = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
@@ -121,7 +121,7 @@ def _listed_folder(
         below = path[len(prefix) :]
         if any(map(is_hidden, below.split(os.sep))):
             return False
-        # Only files with unusual suffixes are opened here. Reading reports damaged files.
+        # Only files with unusual suffixes are opened here. Damaged files are found when read.
         if is_image_file(path) or is_image(Path(path)):
             return True
         left_out.append(f"{part}/{Path(below).as_posix()}")
@@ -145,6 +145,6 @@ def _listed_folder(
 
 
 def data_name(part: str, count: int, classes: Sequence[str]) -> str:
-    """Return the name of a data set: ImageNet only for its WordNet ids and number of images."""
+    """Return the name of a data set: ImageNet if its classes and number of images are complete."""
     official = count == _COUNTS.get(part) and is_imagenet(classes)
     return IMAGENET if official else f"folder-{len(classes)}-classes"

@@ -1,4 +1,4 @@
-"""ImageNet: its name, its classes and its layout. Imports nothing heavy."""
+"""ImageNet: its name, its classes and its layout. The import is fast."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -15,7 +15,7 @@ LAYOUT = (
 @cache
 def wordnet_ids() -> tuple[str, ...]:
     """Return the WordNet ids of the 1000 classes of ImageNet-1k by label (timm's list)."""
-    from timm.data import ImageNetInfo  # heavy, and needed for ImageNet only
+    from timm.data import ImageNetInfo  # slow to import, needed for ImageNet only
 
     return tuple(ImageNetInfo("imagenet-1k").label_names())
 
@@ -27,7 +27,10 @@ def is_imagenet(classes: Iterable[str]) -> bool:
 
 
 def missing_imagenet(data: DataRequest, brings_data: bool, calibrates: bool) -> Missing | None:
-    """Return the missing parts of ImageNet: ``val``, and for calibration ``train``."""
+    """Return the missing parts of ImageNet: ``val``, and for calibration ``train``.
+
+    Nothing is missing without a data folder if the model brings its own data (``brings_data``).
+    """
     if data.path is None:
         advice = (
             "Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an "
@@ -38,5 +41,5 @@ def missing_imagenet(data: DataRequest, brings_data: bool, calibrates: bool) -> 
     absent = [str(data.path / part) for part in parts if not (data.path / part).is_dir()]
     if not absent:
         return None
-    source = "ImageNet-1k (ILSVRC 2012) can be had from its site after registration"
+    source = "ImageNet-1k (ILSVRC 2012) is available at its site after registration"
     return Missing(f"the folder {' and the folder '.join(absent)}", f"{LAYOUT}; {source}.")

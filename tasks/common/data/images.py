@@ -1,4 +1,4 @@
-"""Images as samples: reading, transforms with a seed per image, batches, and model outputs."""
+"""Images as samples: reading, transforms with one seed per image, batches, and model outputs."""
 
 import hashlib
 import logging
@@ -20,24 +20,24 @@ from torch.utils.data import Dataset as TorchDataset
 from fimaq_core.errors import DataError, ModelError
 from tasks.common.data.files import counted, named
 
-#: Errors of Pillow and of :func:`as_rgb` for files that they cannot read.
+#: Errors of Pillow and of :func:`open_rgb` for files that cannot be read.
 DAMAGED = (
     OSError, UnidentifiedImageError, SyntaxError, ValueError, RuntimeError,
     Image.DecompressionBombError,
 )  # fmt: skip
-#: Formats whose 16-bit grey values have the full range; others may hold signed values.
+#: Formats whose 16-bit grey values are unsigned; other formats may hold signed values.
 _WIDE_FORMATS = ("PNG", "PPM", "TIFF", "JPEG2000")
-#: Numbers of tags of TIFF, and a value.
+#: Numbers of two TIFF tags, and the value of the second for inverted grey.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-#: Kinds of Pillow's warnings: a word in the text, and the description of such images in a note.
-#: The last kind matches all other warnings.
+#: Kinds of Pillow's warnings: a word in the warning, and the words for users. The last kind
+#: matches all other warnings.
 _WARNINGS = (
     ("exif", "damaged EXIF metadata"),
     ("metadata", "damaged metadata"),
     ("transparency", "a palette with transparency, which was dropped"),
     ("decompression bomb", "so many pixels that Pillow warns of a decompression bomb"),
-    ("truncated", "a truncated part that Pillow could do without"),
-    ("", "another flaw that Pillow read past (--verbose shows which)"),
+    ("truncated", "a truncated part that Pillow does not need"),
+    ("", "another flaw that Pillow ignores (--verbose shows which)"),
 )
 
 #: One sample: image, label and position.
@@ -45,57 +45,57 @@ Sample = tuple[Tensor, int, int]
 
 
 class UnknownRange(ValueError):
-    """An image that cannot be converted to 8 bits, since its values have no defined range."""
+    """An image that cannot be converted to 8 bits, because its values have no defined range."""
 
 
 def grey_bits(image: Image.Image) -> int | None:
-    """Return the bits of wide grey values (mode ``I``, ``I;16``, ``F``); None for other modes.
+    """Return the number of bits of grey values with more than 8 bits; None for other images.
 
-    Raises UnknownRange for 32-bit integers, signed values and floats: writers use other ranges.
+    Raises UnknownRange: the values are 32-bit integers, signed, or floats, which have no one range.
     """
     if not image.mode.startswith(("I", "F")):
         return None
     if image.format in _WIDE_FORMATS and image.mode.startswith("I;16"):
         return int(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0])
     if image.format in ("PNG", "PPM") and image.mode == "I":
-        return 16  # Pillow scales PPM to 16 bits, and older versions open 16-bit PNG in this mode
+        return 16  # Pillow scales PPM to 16 bits; older versions open 16-bit PNG in mode I
     kind = "float" if image.mode == "F" else "integer"
     values = f"{kind} values without a defined range (Pillow's mode {image.mode})"
     raise UnknownRange(f"has {values}: convert it to 8 bits")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert an opened image to 8-bit RGB.
+    """Convert an opened image to 8-bit RGB. Raises UnknownRange.
 
-    The high byte of 16-bit grey counts, as in Pillow for 16-bit colour and in OpenCV for grey.
-    Raises UnknownRange: see :func:`grey_bits`.
+    16-bit grey keeps its high byte, as in OpenCV, and as in Pillow for 16-bit colour.
     """
     bits = grey_bits(image)
     if bits is None:
         return image.convert("RGB")
     values = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
     if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        values = 255 - values  # Pillow inverts 8-bit TIFF only
+        values = 255 - values  # Pillow does this for 8-bit TIFF only
     return Image.fromarray(values).convert("RGB")
 
 
 def open_rgb(path: Path) -> Image.Image:
     """Read an image file (the first frame of an animation) as 8-bit RGB. Raises :data:`DAMAGED`."""
     with Image.open(path) as image:
-        # Pillow maps files with a known name into memory, and then swaps the sides of turned TIFF.
+        # Without a name, Pillow does not map the file into memory. Pillow exchanges height and
+        # width of a mapped TIFF file that is rotated.
         image.filename = ""
         return as_rgb(image)
 
 
 def is_image(path: Path) -> bool:
-    """Return True for an image file, or for a damaged file with the suffix of an image."""
+    """Return True for an image file, and for a damaged file that has the suffix of an image."""
     if not path.is_file():
         return False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                # Pillow also opens films, printed pages and containers that it cannot decode.
+                # Pillow also opens videos, PostScript and formats that it cannot decode.
                 kind = Image.MIME.get(image.format or "", "image/")
                 return kind.startswith("image/") and not isinstance(image, ImageFile.StubImageFile)
     except Image.DecompressionBombError:
@@ -114,18 +114,18 @@ def file_reader(paths: Sequence[Path]) -> Callable[[int], Image.Image]:
 class Images(TorchDataset[Sample | DataError | None]):
     """Samples with stable ids. An item is (image, label, position).
 
-    The item of a damaged image is None, or an error for the caller to raise: an error raised in a
-    process that loads data would come inside a traceback.
+    The item of a damaged image is None, or an error that the caller raises: an error that a
+    data-loading process raises would reach the user inside a traceback.
     """
 
     ids: Sequence[str]
     targets: Sequence[int]  # labels
     read: Callable[[int], Image.Image]  # PIL image at a position
     transform: Callable[[Any], Tensor]  # PIL image to float32 tensor
-    skip_corrupt: bool  # damaged images become None, not an error
+    skip_corrupt: bool  # True: a damaged image becomes None instead of an error
 
     def __post_init__(self) -> None:
-        # One bit per kind of warning, in memory shared with the processes that load data.
+        # One byte per image, with one bit per kind of warning. Loading processes share this memory.
         self._warned = mmap.mmap(-1, max(1, len(self.ids)))
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class Images(TorchDataset[Sample | DataError | None]):
             advice = "or leave such images out with --skip-corrupt"
             return DataError(f"The image {self.ids[index]} {problem}, {advice}.")
         for warning in caught:
-            if issubclass(warning.category, (UserWarning, RuntimeWarning)):  # for users
+            if issubclass(warning.category, (UserWarning, RuntimeWarning)):  # not for developers
                 text = str(warning.message)
                 logging.getLogger(__name__).info("%s: %s", self.ids[index], text)
                 kind = [word in text.lower() for word, _ in _WARNINGS].index(True)
@@ -165,9 +165,9 @@ class Images(TorchDataset[Sample | DataError | None]):
 
 
 def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:
-    """Return the image at ``index``; ``seed`` and its id seed its transforms. Raises DataError.
+    """Return the image at ``index``, transformed with a seed made of ``seed`` and the image's id.
 
-    The generators of Python, NumPy and PyTorch keep their state.
+    The global generators of Python, NumPy and PyTorch keep their state. Raises DataError.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     digest = hashlib.sha256(f"{seed}/{images.ids[index]}".encode()).digest()
@@ -189,7 +189,7 @@ def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:
 def collate(
     items: list[Sample | DataError | None],
 ) -> tuple[Tensor, Tensor, Tensor] | DataError | None:
-    """Stack items; return the error of a damaged image alone, and None if no image is left."""
+    """Stack the items of a batch. Return the error of a damaged image, or None for no images."""
     kept = [item for item in items if item is not None]
     damaged = next((item for item in kept if isinstance(item, DataError)), None)
     if damaged is not None or not kept:
@@ -205,7 +205,7 @@ class Outputs:
     values: Tensor  # (B, ...) float32, on the device of the model
     targets: Tensor  # (B,) on the CPU
     positions: Tensor  # (B,) on the CPU
-    done: int  # number of images so far, including damaged images
+    done: int  # number of images read so far, including damaged images
 
 
 def image_outputs(
@@ -217,14 +217,11 @@ def image_outputs(
 ) -> Iterator[Outputs]:
     """Yield the outputs of ``model`` for ``images`` in their order, without skipped images.
 
-    Raises DataError for a damaged image, and ModelError if the model does not take these images.
+    Raises DataError: an image is damaged. Raises ModelError: the model does not take these images.
     """
+    cuda = device.type == "cuda"
     loader = DataLoader(
-        images,
-        batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
+        images, batch_size, num_workers=workers, collate_fn=collate, pin_memory=cuda
     )
     done = 0
     for batch in loader:

@@ -1,4 +1,4 @@
-"""Original images of samples, by id, for people to look at."""
+"""Original images of samples by id, for reports."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ from tasks.common.data.images import DAMAGED, UnknownRange, open_rgb
 
 
 def originals_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """Return the image files with these ids, paths below ``root``, as RGB.
+    """Return the images with these ids (paths below ``root``) as RGB.
 
-    Ids may come from files of other people. Raises DataError: an id leads out of the folder, has
-    no file, or its file is no image.
+    Ids are not trusted. Raises DataError: an id leads out of the folder, its file is missing, or
+    the file is no image.
     """
     found = {}
     for name in ids:
@@ -26,7 +26,7 @@ def originals_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
             if not path.is_file():
                 raise DataError(f"There is no image of the sample {name!r}: {path} was looked for.")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the evaluation has reported them
+                warnings.simplefilter("ignore")  # the evaluation has reported these warnings
                 found[name] = open_rgb(path)
         except UnknownRange as error:
             raise DataError(f"The image {path} {error}.") from error
@@ -46,12 +46,12 @@ def class_originals(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
 def known_originals(
     ids: Sequence[str], known: Sequence[str], read: Callable[[int], Image.Image], what: str
 ) -> dict[str, Image.Image]:
-    """Return the images of ``ids`` as RGB; ``read`` takes a position among the ids ``known``.
+    """Return the images of ``ids`` as RGB; ``read`` takes a position in ``known``.
 
-    Raises DataError: an id is not in the data ``what`` (for people), or an image is damaged.
+    ``known`` are the ids of the data ``what``. Raises DataError: an id is unknown, or an image is
+    damaged.
     """
-    wanted = set(ids)
-    positions = {name: position for position, name in enumerate(known) if name in wanted}
+    positions = {name: position for position, name in enumerate(known)}
     found = {}
     for name in ids:
         if name not in positions:

@@ -1,4 +1,4 @@
-"""Demo models of a task: architecture, weights, and facts recorded about them."""
+"""Demo models of a task: architecture, trained weights, and metadata."""
 
 import importlib
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tasks.common.request import ModelRequest
 
 @dataclass(frozen=True)
 class DemoSpec:
-    """Architecture of a demo model; its module is imported only to build the model."""
+    """Architecture of a demo model; ``module`` is imported only when the model is built."""
 
     module: str
     cls: str  # name of the class
@@ -52,9 +52,9 @@ class DemoModels:
         return self.folder / f"{name}.safetensors"
 
     def load(self, request: ModelRequest, weights: Path | None) -> tuple[nn.Module, StoredWeights]:
-        """Build a model with its own weights or with the file ``weights``; return both.
+        """Return a model and its weights, from the file ``weights`` or else its trained weights.
 
-        Raises ModelError for arguments, preprocessing or weights that do not fit.
+        Raises ModelError: arguments, preprocessing or weights do not fit.
         """
         if request.model_args:
             raise ModelError("Demo models take no --model-args: their weights fix the structure.")

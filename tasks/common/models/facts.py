@@ -5,13 +5,13 @@ or the two operands of a product (Bayesian Bits: van Baalen et al., NeurIPS 2020
 A quantizer that is off counts as 32 bits, so a MAC in full precision counts 32 x 32 BOPs. "Full
 precision" means the same chain with all quantizers off.
 
-MACs are those of linear layers, convolutions and attention products as they are computed, so the
-padding of windows and convolutions counts. Sizes count every value of the chain: weights in their
-bits; scales and zero points as overhead; biases, norms, embeddings and tables in 32 bits.
+MACs count linear layers, convolutions and attention products, including the padding of windows and
+convolutions. Sizes count every value of the chain: weights in their bits; scales and zero points
+as overhead; biases, norms, embeddings and tables in 32 bits.
 
-Softmax, norms, GELU, additions and the quantization itself are not counted. Nothing is measured on
-hardware: quantization is simulated, so neither the checkpoint nor the running time is smaller. The
-numbers say what integer storage and integer arithmetic would need.
+Softmax, norms, GELU, additions and the quantization itself are not counted. The numbers are those
+of integer storage and integer arithmetic. They are not measured: quantization is simulated, so the
+checkpoint is not smaller and the model is not faster.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,12 +32,12 @@ from tasks.common.record import LayerEntry
 
 
 class LayerFacts(LayerEntry):
-    """Entry of a layer that multiplies in the module map, and its sizes and operations."""
+    """Module map entry of a layer that multiplies, with its sizes and operations."""
 
-    weight_shape: tuple[int, ...] | None  # None for a product
+    weight_shape: tuple[int, ...] | None  # None for an attention product
     weights: int  # number of weights
     size_bits: int  # of all weights, without the overhead
-    overhead_bits: int  # of the scales and zero points of its quantizers
+    overhead_bits: int  # of all scales and zero points
     macs: int  # per image
     bops: int  # per image
 
@@ -46,21 +46,21 @@ class LayerFacts(LayerEntry):
 class ValueFacts:
     """Values in full precision, of 32 bits each."""
 
-    name: str  # of the module, or of the tensor if the module has children too
-    kind: str  # class of the module, bias, parameter or buffer
+    name: str  # of the module; of the tensor if the module has children
+    kind: str  # class of the module; for a tensor "bias", "parameter" or "buffer"
     values: int  # number of values
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts about the layers in order, about values in full precision, and their sums."""
+    """Layers in order, values in full precision, and sums over both."""
 
     layers: list[LayerFacts]
     full_precision: list[ValueFacts]
 
     @property
     def totals(self) -> dict[str, int | float]:
-        """Sums: sizes in bits, operations per image, ratios of full precision to quantized."""
+        """Sums: sizes in bits, operations per image, and ratios (full precision / quantized)."""
         weights, weight_bits, overhead, macs, bops = (
             sum(getattr(layer, name) for layer in self.layers)
             for name in ("weights", "size_bits", "overhead_bits", "macs", "bops")
@@ -90,7 +90,7 @@ class ModelFacts:
 
 
 def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
-    """Return facts about ``chain``, which does not change. A chain not calibrated has no overhead.
+    """Return facts about ``chain``; a chain that is not calibrated has no overhead.
 
     ``image`` and the error are those of :func:`count_macs`.
     """
@@ -101,15 +101,16 @@ def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
         shape = None if isinstance(layer, QuantMatMul) else tuple(layer.weight.shape)
         weights = 0 if shape is None else prod(shape)
         second = entry.weight_bits if entry.other_bits is None else entry.other_bits
-        own = {
-            "weight_shape": shape,
-            "weights": weights,
-            "size_bits": weights * entry.weight_bits,
-            "overhead_bits": _overhead(layer),
-            "macs": macs[name],
-            "bops": macs[name] * entry.input_bits * second,
-        }
-        layers.append(LayerFacts(**dict(entry), **own))
+        facts = LayerFacts(
+            **dict(entry),
+            weight_shape=shape,
+            weights=weights,
+            size_bits=weights * entry.weight_bits,
+            overhead_bits=_overhead(layer),
+            macs=macs[name],
+            bops=macs[name] * entry.input_bits * second,
+        )
+        layers.append(facts)
     return ModelFacts(layers, list(_full_precision(chain)))
 
 
@@ -133,19 +134,20 @@ def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Mod
 def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
     """Return the MACs of every layer of ``chain`` for one input (1, ...) in full precision.
 
-    PyTorch counts operations while the input passes. A layer that is used twice counts twice. Only
-    the shape of the input matters. A predictor may take several inputs per image.
+    PyTorch's counter sees one forward pass, so a layer that runs twice counts twice. Only the shape
+    of the input matters. A chain that begins with a predictor may take several inputs per image.
     Raises ValueError: the input is not one image.
     """
     if image.shape[0] != 1 and chain.segment(0).kind != "predictor":
         raise ValueError(f"one image is needed, got {image.shape[0]}")
+    # Hooks, since the counter itself misses layers that a chain holds at two places.
     flops = FlopCounterMode(display=False)
     macs = dict.fromkeys((name for name, _ in _multiplying_layers(chain)), 0)
 
     def count(name: str, sign: int, *_: object) -> None:
         macs[name] += sign * flops.get_total_flops() // 2  # one MAC is two operations
 
-    switched = [(layer, layer.quantized) for _, layer in quant_layers(chain)]
+    states = [(layer, layer.quantized) for _, layer in quant_layers(chain)]
     handles = []
     for name, layer in _multiplying_layers(chain):
         handles.append(layer.register_forward_pre_hook(partial(count, name, -1)))
@@ -157,13 +159,13 @@ def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
-        for layer, on in switched:
-            layer.quantized = on
+        for layer, quantized in states:
+            layer.quantized = quantized
     return macs
 
 
 def _multiplying_layers(chain: BlockChain) -> Iterator[tuple[str, Layer]]:
-    """Yield every layer that multiplies, by its name in the module map."""
+    """Yield (name in the module map, layer) of every layer that multiplies."""
     for prefix, part in chain_parts(chain):
         for name, module in part.named_modules(prefix=prefix):
             if isinstance(module, Layer):
@@ -171,9 +173,9 @@ def _multiplying_layers(chain: BlockChain) -> Iterator[tuple[str, Layer]]:
 
 
 def _overhead(layer: Layer) -> int:
-    """Return the bits that the quantizers of a layer keep beside codes.
+    """Return the bits that the quantizers of a layer store besides integer codes.
 
-    Zero points have the bits of their quantizer, all other values 32 bits.
+    A zero point has the bits of its quantizer. All other values have 32 bits.
     """
     quantizers: tuple[Any, ...] = ()
     if isinstance(layer, QuantMatMul):
@@ -190,7 +192,7 @@ def _overhead(layer: Layer) -> int:
 
 
 def _full_precision(chain: BlockChain) -> Iterator[ValueFacts]:
-    """Yield biases of layers, and all floating-point values of a checkpoint outside layers."""
+    """Yield the biases of multiplying layers, and all floating-point values of other modules."""
     for prefix, part in chain_parts(chain):
         inside: set[int] = set()
         for name, module in part.named_modules(prefix=prefix):
@@ -198,23 +200,18 @@ def _full_precision(chain: BlockChain) -> Iterator[ValueFacts]:
                 continue
             if isinstance(module, Layer):
                 inside.update(id(child) for child in module.modules())
-                if count := 0 if isinstance(module, QuantMatMul) else _bias_values(module):
+                # A quantized layer adds its bias, or the one that calibration computed instead.
+                biases = (getattr(module, key, None) for key in ("quantized_bias", "bias"))
+                count = next((one.numel() for one in biases if one is not None and one.numel()), 0)
+                if count:
                     yield ValueFacts(f"{name}.bias", "bias", count)
                 continue
             yield from _own_values(name, module)
 
 
-def _bias_values(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> int:
-    """Return the number of values in the bias that the quantized form adds."""
-    own = getattr(layer, "quantized_bias", None)
-    if own is not None and own.numel():
-        return int(own.numel())
-    return 0 if layer.bias is None else layer.bias.numel()
-
-
 def _own_values(name: str, module: nn.Module) -> Iterator[ValueFacts]:
-    """Yield the values of ``module`` itself: one entry, or one per tensor if it has children."""
-    # A buffer may be looked up from a smaller table; then only the table has to be stored.
+    """Yield one entry for ``module`` itself, or one per tensor if it has children."""
+    # A buffer may be computed from a smaller table. Then only the table has to be stored.
     tables: dict[str, int] = getattr(module, "looked_up", {})
     counts = {
         key: tables.get(key, value.numel())

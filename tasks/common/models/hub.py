@@ -1,4 +1,4 @@
-"""Names of models, their weight files, and the Hugging Face hub. Imports nothing heavy."""
+"""Names of models, their weight files, and the Hugging Face hub. The import is fast."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from tasks.common.hashing import SUFFIXES, file_sha256
 from tasks.common.request import Missing, ModelRequest
 
 _NOT_AT_THE_HUB = (
-    "The Hugging Face hub does not have them, and nothing is fetched from elsewhere: "
+    "The Hugging Face hub does not have them, and there is no other place to fetch them from: "
     "give the file with --weights."
 )
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at the hub, and the names that its file may have, in the order of trials."""
+    """A repository at the hub, and the possible names of its file; the first found is used."""
 
     repo: str
     files: tuple[str, ...]
@@ -30,18 +30,17 @@ class Repository:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Names of the models of a task, and the places of their weights."""
+    """Names of the models of a task, and where their weights are."""
 
     demo_names: tuple[str, ...]  # models that come with this repository
-    demo_folder: Path  # of <demo name>.safetensors and .json (tag, sha256)
-    full_name: Callable[[str], str]  # model.tag, or the untagged model; raises ModelError
-    choices: Callable[[str], list[str]]  # each model.tag that an untagged name may mean
-    untagged: str  # reason, for people, why an untagged name is refused
-    repository: Callable[[str], Repository | None]  # of a model.tag; None if no hub has it
-    repositories: str = ""  # name of all repositories; empty if it does not follow from the model
+    demo_folder: Path  # holds <demo name>.safetensors and <demo name>.json (tag, sha256)
+    full_name: Callable[[str], str]  # returns model.tag, or a model without tag; ModelError
+    choices: Callable[[str], list[str]]  # returns each model.tag that a name without tag may mean
+    untagged: str  # reason, for messages, why a name without tag is not enough
+    repository: Callable[[str], Repository | None]  # of a model.tag; None if the hub has none
 
     def local_weights(self, request: ModelRequest) -> Path | None:
-        """Return the given weights file, else the file of the weights folder with the full name."""
+        """Return the given weights file, or the file of the model in the weights folder."""
         if request.weights is not None:
             return request.weights
         if request.weights_folder is None or request.name in self.demo_names:
@@ -51,11 +50,11 @@ class Catalogue:
         return next(filter(Path.is_file, files), None)
 
     def model_tag(self, request: ModelRequest) -> str:
-        """Return the identity of model and weights, ``model.tag``.
+        """Return ``model.tag``, which identifies model and weights.
 
-        A weights file keeps the published tag only if it has the name of that tag. Otherwise the
+        A local weights file has the published tag if the file is named ``model.tag``. Otherwise the
         tag is ``local-`` and the first 12 digits of its sha256.
-        Raises ModelError: the model is unknown, or its name does not name weights.
+        Raises ModelError: the model is unknown, or there is neither a tag nor a weights file.
         """
         weights = self.local_weights(request)
         if weights is not None and not weights.is_file():
@@ -73,7 +72,7 @@ class Catalogue:
         return name
 
     def weights_digest(self, request: ModelRequest) -> str | None:
-        """Return the sha256 of local weights or, from the metadata, of demo weights; else None."""
+        """Return the sha256 of local weights or of demo weights (from their metadata), or None."""
         weights = self.local_weights(request)
         if weights is not None:
             return file_sha256(weights)
@@ -82,28 +81,27 @@ class Catalogue:
         return None
 
     def missing_weights(self, request: ModelRequest) -> Missing | None:
-        """Return the weights if they are neither local nor cached and the hub does not answer."""
-        if request.name in self.demo_names and self.local_weights(request) is None:
+        """Return the weights if they are neither local nor cached and cannot be fetched."""
+        local = self.local_weights(request) is not None
+        if request.name in self.demo_names and not local:
             path = self.demo_folder / f"{request.name}.safetensors"
             advice = "They belong to the repository; `python scripts/train_demo.py` makes new ones."
             return None if path.is_file() else Missing(f"the weights of {request.name}", advice)
         tag = self.model_tag(request)
-        if self.local_weights(request) is not None:
+        if local:
             return None
         found = self.repository(tag)
         if found is None:
             return Missing(f"the weights of {tag}", _NOT_AT_THE_HUB)
         if cached_file(found) is not None or hub_answers():
             return None
-        what, place = f"the weights of {tag}", f" ({self.repositories})"
-        if not self.repositories:
-            what, place = f"{what} (repository {found.repo})", ""
+        what = f"the weights of {tag} (repository {found.repo})"
         folder = f"in the folder {request.weights_folder}, " if request.weights_folder else ""
         return Missing(
             what,
-            f"Looked for {folder}in the Hugging Face cache and at its hub{place}, which does not "
-            "answer. Run once with a network, or give a folder with <name>.safetensors: "
-            "WEIGHTS=/path for make, --weights for a grid, --weights-folder for an adapter.",
+            f"Looked {folder}in the Hugging Face cache and at its hub, which does not answer. Run "
+            "once with a network, or give a folder with <name>.safetensors: WEIGHTS=/path for "
+            "make, --weights for a grid, --weights-folder for an adapter.",
         )
 
     def fetch(self, tag: str) -> Path:
@@ -124,7 +122,7 @@ def demo_metadata(folder: Path, name: str) -> dict[str, Any]:
 
 
 def cached_file(repository: Repository) -> Path | None:
-    """Return the file in the local Hugging Face cache, or None."""
+    """Return the first file of the repository in the local Hugging Face cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     for file in repository.files:
@@ -135,7 +133,7 @@ def cached_file(repository: Repository) -> Path | None:
 
 
 def download(repository: Repository, what: str) -> Path:
-    """Download the first file that the repository has; ``what`` names it in messages.
+    """Download the first file that the repository has; ``what`` is its description in messages.
 
     Raises ModelError: the hub does not answer, or the repository has none of the files.
     """
@@ -164,7 +162,7 @@ def hub_answers(seconds: float = 5.0) -> bool:
         return False
     proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
     if any(os.environ.get(name) for name in proxies):
-        return True  # behind a proxy only a real request could tell
+        return True  # behind a proxy, only a download can show it
     address = urlparse(constants.ENDPOINT)
     port = address.port or (443 if address.scheme == "https" else 80)
     try:

@@ -1,4 +1,4 @@
-"""Text and JSON of ``inspect``: facts about a checkpoint."""
+"""Text and JSON output of the command ``inspect``: facts about a checkpoint."""
 
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -14,7 +14,7 @@ from tasks.common.models.facts import ModelFacts
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.registry import defaults
 
-#: Explanations of stages whose name does not explain itself.
+#: Explanations of stages whose names are not clear.
 _MEANINGS = {"mlp": " (MLPs reconstructed, full precision)"}
 
 
@@ -25,12 +25,12 @@ class Inspection:
     checkpoint: Path
     task: str  # name of the task
     tag: str  # `model.tag`
-    stage: str  # last stage of the checkpoint, by its own header
+    stage: str  # last finished stage, from the header of the checkpoint
     fingerprint: Fingerprint  # weights, calibration, numerics and recipe of the checkpoint
     facts: ModelFacts
-    untouched: tuple[str, ...] = ()  # parts in full precision, which the checkpoint lacks
-    entry: str | None = None  # of the file with the float weights, if it has entries
-    preprocessing: Preprocessing | None = None  # if the task tells it
+    untouched: tuple[str, ...] = ()  # parts in full precision that are not in the checkpoint
+    entry: str | None = None  # entry of the float weights in their file; None if it has none
+    preprocessing: Preprocessing | None = None  # None if the task does not describe it
 
     def content(self) -> dict[str, Any]:
         """Return all facts as JSON values; sizes are in bits."""
@@ -62,7 +62,7 @@ class Inspection:
         }
 
     def text(self) -> str:
-        """Return tables of layers and of values in full precision, sums, and the origin."""
+        """Return tables of layers and of values in full precision, the sums, and the origin."""
         content = self.content()
         tables = [
             tabulate(content[name], "keys", "simple", missingval="-")
@@ -72,25 +72,26 @@ class Inspection:
 
     def _sums(self) -> list[str]:
         sums = self.facts.totals
-        ratio = {name: f"ratio {sums[f'{name}_ratio']:.2f}" for name in ("weight", "size", "bops")}
-        bits = {
-            name: f"{int(value)} bits ({ceil(value / 8)} bytes)" for name, value in sums.items()
-        }
-        weights, size = (
-            f"{bits[name]}; full precision {bits[f'full_{name}']}"
-            for name in ("weight_bits", "size_bits")
-        )
+
+        def bits(name: str) -> str:
+            return f"{sums[name]} bits ({ceil(sums[name] / 8)} bytes)"
+
+        def compared(name: str) -> str:
+            full, ratio = bits(f"full_{name}_bits"), sums[f"{name}_ratio"]
+            return f"{bits(f'{name}_bits')}; full precision {full}; ratio {ratio:.2f}"
+
         return [
-            f"weights: {weights}; {ratio['weight']}",
-            f"overhead (scales and zero points): {bits['overhead_bits']}",
+            f"weights: {compared('weight')}",
+            f"overhead (scales and zero points): {bits('overhead_bits')}",
             f"in full precision: {sums['full_precision_values']} values, "
-            + bits["full_precision_bits"],
-            f"whole model: {size}; {ratio['size']}",
-            f"BOPs per image: {sums['bops']}; full precision {sums['full_bops']}; {ratio['bops']}",
+            + bits("full_precision_bits"),
+            f"whole model: {compared('size')}",
+            f"BOPs per image: {sums['bops']}; full precision {sums['full_bops']}; "
+            f"ratio {sums['bops_ratio']:.2f}",
             f"MACs per image: {sums['macs']}; quantized {sums['quantized_macs']} "
             f"({100 * sums['quantized_share']:.2f} %)",
-            "not counted: softmax, norms, GELU, additions, quantizing itself; "
-            "quantization is simulated, so file and running time are not smaller",
+            "not counted: softmax, norms, GELU, additions, the quantization itself; "
+            "quantization is simulated, so the file is not smaller and the model not faster",
         ]
 
     def _origin(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Module map of a quantized model: quantized layers, and modules left in full precision."""
+"""Module map of a quantized model: its quantized layers and its modules in full precision."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -12,7 +12,7 @@ from fimaq_core.recipe import OFF
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.record import LayerEntry, ModuleMap
 
-#: Layers that multiply, including float layers that no family swapped.
+#: Layers that multiply, including float layers that are not swapped for quantized ones.
 Layer = nn.Linear | nn.Conv2d | nn.ConvTranspose2d | QuantMatMul
 
 _KINDS = {
@@ -21,14 +21,14 @@ _KINDS = {
     nn.Conv2d: "convolution",
     nn.ConvTranspose2d: "transposed convolution",
 }
-#: Modules without children that the map does not list.
+#: Modules without children that the map leaves out.
 _NOT_LISTED = nn.Identity | nn.Dropout | ActivationQuantizer
 
 
 def module_map(chain: BlockChain, part: str = "") -> ModuleMap:
-    """Return the module map of ``chain``; names are those of the original model after ``part``.
+    """Return the module map of ``chain``: ``part`` and the names of modules in the float model.
 
-    A quantizable layer whose quantizers are all off is in full precision.
+    A quantizable layer is in full precision if all its quantizers are off.
     """
     quantized = []
     for segment in chain:
@@ -52,7 +52,7 @@ def whole_map(chains: Mapping[str, BlockChain], untouched: Mapping[str, nn.Modul
 
 
 def chain_parts(chain: BlockChain) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) of each segment: the part before its block, the block, the part kept."""
+    """Yield (name, module) of all parts of a chain: per segment ``before``, block and ``keep``."""
     for segment in chain:
         yield f"{segment.label}.before", segment.before
         yield segment.label, segment.block
@@ -66,7 +66,7 @@ def part_name(part: str, name: str) -> str:
 
 
 def merge_logs(log: ReconstructionLog, part: str, own: ReconstructionLog) -> None:
-    """Add the log ``own`` of one part of the model to ``log``."""
+    """Add the log ``own`` of one part of the model to the log of the model."""
     for field in fields(log):
         value = getattr(own, field.name)
         if isinstance(value, dict):
@@ -80,7 +80,7 @@ def merge_logs(log: ReconstructionLog, part: str, own: ReconstructionLog) -> Non
 
 
 def layer_entry(name: str, layer: Layer) -> LayerEntry:
-    """Return the entry of one layer; a float layer has 32 bits and no quantizers."""
+    """Return the module map entry of a layer; a float layer has 32 bits and no quantizers."""
     weight = other = given = None
     if isinstance(layer, QuantMatMul):
         given, other = layer.a_quantizer, layer.b_quantizer
@@ -116,7 +116,7 @@ def _off(entry: LayerEntry) -> bool:
 
 
 def _leaves(module: nn.Module, prefix: str) -> list[str]:
-    """Return the modules in full precision without children, by name and class."""
+    """Return name and class of all modules in full precision that have no children."""
     found = []
     for name, child in module.named_modules():
         where, kind = f"{prefix}.{name}".rstrip("."), type(child).__name__

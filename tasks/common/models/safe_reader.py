@@ -1,4 +1,4 @@
-"""Content of local weight files, read without running anything in them."""
+"""Reader of local weight files that never runs code from them."""
 
 import pickle
 import re
@@ -16,16 +16,15 @@ from safetensors.torch import load_file
 from fimaq_core.errors import ModelError
 from tasks.common.hashing import SUFFIXES
 
-#: Errors of the readers that mean a damaged file, and of a damaged ZIP archive.
+#: Errors of the readers for a damaged file.
 _BROKEN = (
     SafetensorError, RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError,
-    LookupError, AssertionError, ArithmeticError, struct.error,
+    LookupError, AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-_BROKEN_ZIP = (OSError, zipfile.BadZipFile, RuntimeError, EOFError, zlib.error)
 
 
 class Inert:
-    """Replaces an object beside the weights. It keeps nothing and calls nothing."""
+    """Stand-in for an object beside the weights. It stores nothing and calls nothing."""
 
     def __new__(cls, *_: Any) -> Any:
         return super().__new__(cls)
@@ -38,25 +37,25 @@ class Inert:
 
 
 class Array(Inert):
-    """Replaces a NumPy array."""
+    """Stand-in for a NumPy array."""
 
 
 class _Mapping:
-    """Becomes a dictionary that may have attributes for the weights-only reader."""
+    """Stand-in for a mapping: an ordinary dictionary that may have attributes."""
 
     def __new__(cls, *_: Any) -> Any:
         return OrderedDict()
 
 
 class _List:
-    """Becomes a plain list."""
+    """Stand-in for a sequence: an ordinary list."""
 
     def __new__(cls, *_: Any) -> Any:
         return []
 
 
-#: Classes and functions, by module, that the files of trainers name beside the weights. None of
-#: them is imported or called: the class on the left replaces it. Any other name is an error.
+#: Stand-ins and the classes and functions, by module, that they replace in the files of trainers.
+#: The replaced ones are never imported or called. Any other name in a file is an error.
 _STAND_INS: dict[type, dict[str, str]] = {
     Inert: {
         "argparse": "Namespace",
@@ -89,17 +88,16 @@ _STAND_INS: dict[type, dict[str, str]] = {
 
 
 def read_content(path: Path) -> Any:
-    """Return the content of a weights file, with stand-ins for all objects but tensors.
+    """Return the content of a weights file: tensors, and stand-ins for other objects.
 
-    Raises:
-        ModelError: the file is missing, damaged, a program, or names unknown classes or functions.
+    Raises ModelError: the file is missing, damaged, a program, or names unknown objects.
     """
     if not path.is_file():
         raise ModelError(f"There is no weights file {path}.")
     if is_torchscript(path):
         raise ModelError(
-            f"The weights {path} are a TorchScript archive: a program with weights, which is not "
-            "run. Give the weights as safetensors."
+            f"The weights {path} are a TorchScript archive. It contains a program, which is not "
+            "run: give the weights as safetensors."
         )
     stand_ins: list[Any] = [
         (own, f"{module}.{name}")
@@ -142,10 +140,10 @@ def _member(path: Path, name: str) -> bytes | None:
         with zipfile.ZipFile(path) as archive:
             found = [one for one in archive.namelist() if one.rpartition("/")[2] == name]
             return archive.open(found[0]).read(2) if found else None
-    except _BROKEN_ZIP:
+    except _BROKEN:
         return None
 
 
 def is_torchscript(path: Path) -> bool:
-    """Return True for an archive of ``torch.jit.save``: only it holds constants."""
+    """Return True for an archive of ``torch.jit.save``, the only kind with ``constants.pkl``."""
     return _member(path, "constants.pkl") is not None

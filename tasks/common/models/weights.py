@@ -1,4 +1,4 @@
-"""Weights of local files: entries of checkpoints, names of tensors, and loading into a model."""
+"""Weights of local files: choice of the entry, names of the tensors, loading into a model."""
 
 import difflib
 import re
@@ -16,22 +16,22 @@ from tasks.common.data.class_order import names_by_label
 from tasks.common.hashing import file_sha256
 from tasks.common.models.safe_reader import Array, Inert, read_content
 
-#: Entries of a checkpoint that hold weights, in timm's order of preference
-#: (``timm.models._helpers.load_state_dict``): averaged weights come first.
+#: Names of entries that hold weights, in timm's order of preference: averaged weights come first
+#: (``timm.models._helpers.load_state_dict``).
 _PREFERRED = ("state_dict_ema", "model_ema", "state_dict", "model")
-#: Further entries that hold weights, even if other tensors lie beside them.
+#: Names of further entries that hold weights; tensors beside such an entry are no weights.
 _WRAPPERS = (
     "model_state_dict", "net", "network", "module", "params", "params_ema", "ema", "weights",
 )  # fmt: skip
-#: Parts that wrappers insert into names: torch.compile, FSDP, activation checkpointing.
+#: Parts that torch.compile, FSDP and activation checkpointing insert into names of tensors.
 _INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-#: First parts that wrappers and trainers put before names: DataParallel, Lightning and others.
+#: First parts that DataParallel, Lightning and other trainers put before names of tensors.
 _PREFIXES = ("module.", "model.", "net.", "network.", "_forward_module.")
 #: Names of entries with averaged weights.
 _AVERAGED = re.compile(r"(?i:(?<![a-z])(?:ema|swa)(?![a-z])|averag)|(?<![A-Z])(?:EMA|SWA)")
 #: Names of the values that optimizers keep for each parameter.
 _OPTIMIZER = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
-#: Name of the entry for tensors of the file itself, where other entries lie deeper.
+#: Name of the entry for tensors at the top of a file that has other entries too.
 _TOP = "."
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -41,30 +41,26 @@ class StoredWeights:
     """Weights of a file."""
 
     path: Path
-    state: dict[str, Tensor]  # by the names of the model, without parts that wrappers add to names
-    entry: str | None = None  # the entry that was taken; None if the file is one state dict
+    state: dict[str, Tensor]  # by the names that the model uses
+    entry: str | None = None  # entry that was taken; None if the file is one state dict
     entries: tuple[str, ...] = ()  # all entries that hold weights
     class_names: tuple[str, ...] | None = None  # by label; empty for names that cannot be read
 
     def sha256(self, model: nn.Module, *, altered: bool) -> str:
-        """Return the identity of these weights in ``model``: the sha256 of file or tensors.
+        """Return the sha256 that identifies these weights, loaded into ``model``.
 
-        The tensors are hashed if arguments of the user ``altered`` the loaded weights, or if the
-        file has several entries.
+        It is the sha256 of the file. If the user ``altered`` the weights by arguments, or the file
+        has several entries, it is the sha256 of the tensors of ``model``.
         """
         return state_sha256(model) if altered or len(self.entries) > 1 else file_sha256(self.path)
 
 
 def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
-    """Read weights from safetensors, or with the weights-only reader from a file of ``torch.save``.
+    """Read weights from a file of safetensors or ``torch.save``; its suffix does not matter.
 
-    Args:
-        path: the file. Its content decides how to read it; its suffix does not matter.
-        entry: the entry to take, such as ``state_dict``; None takes the entry that timm prefers.
-
-    Raises:
-        ModelError: the file is missing, damaged, of another kind or contains code, has no such
-            entry, or has several entries and no known preference among them.
+    ``entry`` is the entry to take, such as ``state_dict``; None takes the entry that timm prefers.
+    Raises ModelError: the file cannot be read safely, has no such entry, or has several entries
+    and timm prefers none of them.
     """
     content = read_content(path)
     states: dict[str, dict[str, Tensor]] = {}
@@ -77,7 +73,7 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
     entries = tuple(filter(None, states))
     counter = states.get("ema_state_dict", {}).get("steps")
     if "state_dict" in states and counter is not None and counter.ndim == 0:
-        # EMAHook of mmengine saves the averaged weights as ``state_dict``, with this counter.
+        # EMAHook of mmengine stores this counter, and the averaged weights as ``state_dict``.
         del states["ema_state_dict"]["steps"]
         remarks = {
             "state_dict": " (averaged: mmengine swaps them)",
@@ -91,10 +87,11 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
 
 
 def _states(content: dict[Any, Any], depth: int = 4) -> dict[str, dict[str, Tensor]]:
-    """Return the state dicts by the names of their entries, joined by dots; ``""`` is ``content``.
+    """Return every state dict in ``content`` by its path of entries, joined by dots.
 
-    Optimizers are skipped: their tensors have names of the model too. Tensors beside an inner
-    state dict are skipped if no name of theirs has a dot: they are no weights of a model.
+    The path ``""`` means the tensors of ``content`` itself. Entries of optimizers are skipped,
+    since they have the tensor names of the model. Tensors beside an inner state dict are skipped
+    if none of their names has a dot, since they are no weights of a model.
     """
     inner: dict[str, dict[str, Tensor]] = {}
     for name, value in content.items():
@@ -116,7 +113,7 @@ def _chosen(names: list[str], wanted: str | None, path: Path) -> str:
     """Return the entry that the user wants, else the entry that timm prefers."""
     given = [one for one in names if wanted in (None, one) or one.startswith(f"{wanted}.")]
     if not given:
-        lone = " It is one state dict: leave it out."
+        lone = " The file is one state dict: leave the option out."
         known = suggest(str(wanted), names) if any(names) else lone
         raise ModelError(f"The weights {path} have no entry '{wanted}' (--weights-entry).{known}")
     best = _preferred(given)
@@ -130,7 +127,7 @@ def _chosen(names: list[str], wanted: str | None, path: Path) -> str:
 
 
 def _preferred(names: list[str]) -> list[str]:
-    """Return the names that timm's order of preference leaves, level by level."""
+    """Return the name that timm prefers, level by level; several names if it prefers none."""
     if len(names) == 1 or _TOP in names:
         return [_TOP] if _TOP in names else names
     first = {name.partition(".")[0] for name in names}
@@ -144,7 +141,10 @@ def _preferred(names: list[str]) -> list[str]:
 
 
 def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the weights by the names of the model, without what wrappers added."""
+    """Return the weights by the names of the model, without the parts that wrappers added.
+
+    Raises ModelError: a tensor has no float values that can be loaded, or a name appears twice.
+    """
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         if name == "n_averaged" and value.ndim == 0:  # of torch.optim.swa_utils.AveragedModel
@@ -153,9 +153,9 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if value.is_meta:
             problem = "on the device 'meta', without values"
         elif value.layout is not torch.strided:
-            problem = f"in the layout {_short(value.layout)}"
+            problem = f"in the layout {_type_name(value.layout)}"
         elif value.is_quantized or (value.is_floating_point() and value.dtype not in _FLOATS):
-            problem = f"as {_short(value.dtype)}"
+            problem = f"as {_type_name(value.dtype)}"
         if problem:
             advice = "save it as a dense tensor of float32, float16 or bfloat16"
             raise ModelError(f"The weights {path} have '{name}' {problem}: {advice}.")
@@ -173,14 +173,14 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _short(kind: torch.dtype | torch.layout) -> str:
+def _type_name(kind: torch.dtype | torch.layout) -> str:
     return str(kind).removeprefix("torch.")
 
 
 def _class_names(content: dict[Any, Any]) -> tuple[str, ...] | None:
-    """Return the names of the classes that trainers keep beside the weights, by label.
+    """Return the class names that trainers store beside the weights, by label.
 
-    None for a file without names; empty for names that cannot be read (NumPy labels, gaps).
+    The result is None for a file without names, and empty for names that cannot be read.
     """
     meta = content.get("meta")
     inner = meta.get("dataset_meta") if isinstance(meta, dict) else None
@@ -197,9 +197,9 @@ def _class_names(content: dict[Any, Any]) -> tuple[str, ...] | None:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load ``state`` into ``model`` strictly; ``where`` names its origin in messages.
+    """Load ``state`` into ``model``; ``where`` is the origin of the weights, for messages.
 
-    Raises ModelError for other names, shapes or types, and NumericsError for NaN or infinity.
+    Raises ModelError: names, shapes or types differ. Raises NumericsError: NaN or infinite values.
     """
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -217,30 +217,30 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """Describe the differences between two state dicts in at most 8 lines; empty for none.
+    """Describe the differences between two state dicts in at most 8 lines; empty if they fit.
 
-    Names that resemble each other, such as ``fc_norm.weight`` and ``norm.weight``, come first.
+    Similar names, such as ``fc_norm.weight`` and ``norm.weight``, come first.
     """
     missing = [name for name in expected if name not in state]
     surplus = [name for name in state if name not in expected]
     common = [(name, expected[name], state[name]) for name in state if name in expected]
     shapes = [name for name, own, given in common if own.shape != given.shape]
     kinds = [
-        f"{name} is {_short(given.dtype)}"
+        f"{name} is {_type_name(given.dtype)}"
         for name, own, given in common
         if own.is_floating_point() and not given.is_floating_point()
     ]
     if not (missing or surplus or shapes or kinds):
         return ""
-    pairs = _nearest(missing, surplus)
+    pairs = _similar_names(missing, surplus)
     found = {
         "Missing names": [*(own for own, _ in pairs), *missing],
         "Unexpected names": [*(given for _, given in pairs), *surplus],
         "Shape mismatch": shapes,
         "Not floating point, as quantized weights are": kinds,
     }
-    lines = [". ".join(f"{what}: {_some(names)}" for what, names in found.items() if names) + "."]
-    lines += [f"  near: the model has '{own}', the file '{given}'" for own, given in pairs[:3]]
+    lines = [". ".join(f"{what}: {_brief(names)}" for what, names in found.items() if names) + "."]
+    lines += [f"  similar: the model has '{own}', the file '{given}'" for own, given in pairs[:3]]
     for name in shapes[:3]:
         given, own = tuple(state[name].shape), tuple(expected[name].shape)
         lines.append(f"  '{name}' is {given} in the file, {own} in the model")
@@ -248,21 +248,18 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     return "\n".join([*lines, advice])
 
 
-def _nearest(missing: list[str], surplus: list[str]) -> list[tuple[str, str]]:
-    """Return pairs of names that resemble each other, the nearest first.
+def _similar_names(missing: list[str], surplus: list[str]) -> list[tuple[str, str]]:
+    """Return pairs of similar names, the most similar first.
 
-    Of all names that differ in numbers only, the first is compared; of each kind 60 at most.
+    Of names that differ in numbers only, the last is compared; at most 60 names of each side.
     """
-    kinds: list[dict[str, str]] = [{}, {}]
-    for kind, names in zip(kinds, (missing, surplus), strict=True):
-        for name in names:
-            kind.setdefault(re.sub(r"\d+", "#", name), name)
+    kinds = [{re.sub(r"\d+", "#", name): name for name in names} for names in (missing, surplus)]
     left, right = ([*kind.values()][:60] for kind in kinds)
     pairs = [(own, one) for own in left for one in difflib.get_close_matches(own, right, n=1)]
     return sorted(pairs, key=lambda pair: -difflib.SequenceMatcher(None, *pair).ratio())
 
 
-def _some(names: Iterable[str]) -> str:
+def _brief(names: Iterable[str]) -> str:
     """Return the count of distinct names and the first three."""
     listed = list(dict.fromkeys(names))
     more = " and more" if len(listed) > 3 else ""

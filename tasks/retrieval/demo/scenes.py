@@ -1,8 +1,8 @@
 """Scenes of two to four real handwritten digits with captions: image-text data without a download.
 
 A scene has 2 x 2 cells, numbered row by row, with small and large digits. Scenes come in groups of
-four that differ in one digit, one size or one place: without such near misses, a model that reads
-half of a scene would find its caption.
+four. Within a group, a scene differs from the first scene in one digit, one size or one place.
+Without such near misses, a model could find the caption after reading half of a scene.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from tasks.common.demo.digits import (
 CELL_SIZE = 24
 CELLS = 4
 CANVAS_SIZE = (2 * CELL_SIZE, 2 * CELL_SIZE)
-#: First and last side of a digit in pixels: small, large.
+#: Smallest and largest side in pixels of a small digit, and of a large digit.
 SIZES = ((14, 16), (22, 24))
 GROUP = 4
 
@@ -40,7 +40,7 @@ SIZE_WORDS = ("small", "large")
 PLACE_WORDS = ("top left", "top right", "bottom left", "bottom right")
 NUM_FACTS = 1 + 2 * 10
 
-#: Forms of captions: the text of one digit, the text between two, and before the last.
+#: Forms of captions: the text of one digit, the text between two digits, and before the last one.
 _FORMS = (
     ("a {size} {digit} {place}", ", ", " and "),
     ("{place} a {size} {digit}", ", ", " and "),
@@ -49,7 +49,7 @@ _FORMS = (
 )
 NUM_FORMS = len(_FORMS)
 
-#: Of the pixels of `train` in [0, 1]; constants, so that preprocessing never changes.
+#: Mean and standard deviation of the pixels of `train` in [0, 1]; they never change.
 PIXEL_MEAN = 0.0657
 PIXEL_STD = 0.2103
 
@@ -61,7 +61,7 @@ _SCENES = {"train": 4096, "val": 500, "test": 1000}
 class ScenePlan:
     """Digits and captions of n scenes; arrays are int64 (n, 4), one column per cell."""
 
-    facts: np.ndarray  # see :func:`fact_of`
+    facts: np.ndarray  # digit and size, or empty: see :func:`fact_of`
     sources: np.ndarray  # indices of the digits; -1 for an empty cell
     sizes: np.ndarray  # sides of their images in pixels
     offsets: np.ndarray  # (n, 4, 2): top and left in the cell
@@ -69,12 +69,12 @@ class ScenePlan:
 
 
 def fact_of(digit: int, large: int) -> int:
-    """Return the fact of a cell with a digit; the fact of an empty cell is 0."""
+    """Return the number (1 to 20) of a digit and its size; an empty cell has the fact 0."""
     return 1 + 2 * digit + large
 
 
 def write_caption(facts: Sequence[int], order: Sequence[int], form: int) -> str:
-    """Write the caption of the facts of four cells, in this order and form, without empty cells.
+    """Write the caption of a scene; ``order`` is the order of its four cells, empty ones left out.
 
     Different facts give different captions, for every order and form.
     """
@@ -89,7 +89,7 @@ def write_caption(facts: Sequence[int], order: Sequence[int], form: int) -> str:
 
 
 def draw_facts(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the distinct facts (count, 4) of scenes in groups of near misses."""
+    """Draw the facts (count, 4) of different scenes in groups of near misses."""
     rows: list[np.ndarray] = []
     seen: set[tuple[int, ...]] = set()
     while len(rows) < count:
@@ -103,7 +103,7 @@ def draw_facts(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_scenes(part: str, count: int, rng: np.random.Generator) -> ScenePlan:
-    """Draw ``count`` scenes of the digits of one part, with distinct captions."""
+    """Draw ``count`` scenes from the digits of one part, with different captions."""
     check_part(part, _DATA)
     facts = draw_facts(count, rng)
     dealer = DigitDealer(part, rng)
@@ -134,15 +134,16 @@ def compose_scenes(plan: ScenePlan) -> np.ndarray:
 
 
 class DigitScenes(DigitSamples):
-    """One part: 4,096 scenes in `train`, 500 in `val`, 1,000 in `test`; ValueError for other parts.
+    """Scenes of one part: 4,096 in `train`, 500 in `val`, 1,000 in `test`.
 
-    An id such as ``test/00017-1234+____+0456+____`` holds the position and the digit of each cell.
+    An id such as ``test/00017-1234+____+0456+____`` gives the position of the scene and the index
+    of the digit in each cell. Raises ValueError: there is no such part.
     """
 
     def __init__(self, part: str, transform: Callable[[Image.Image], Any] | None = None) -> None:
         check_part(part, _DATA)
         self.part, self.transform = part, transform
-        # One stream of random numbers per part, different from the streams of the digit pairs.
+        # Each part has its own random numbers. The last 1 makes them differ from the digit pairs.
         rng = np.random.default_rng([SEED, PARTS.index(part), 1])
         self.plan = draw_scenes(part, _SCENES[part], rng)
         self.pixels = compose_scenes(self.plan)
@@ -160,7 +161,7 @@ class DigitScenes(DigitSamples):
 
 
 def scene_warp() -> RandomDigitWarp:
-    """Return the warp of training scenes, too mild to change a size or a place into another."""
+    """Return the warp of training scenes; it cannot change the size or place of a digit."""
     return RandomDigitWarp(
         degrees=10.0, scale=0.1, shear=0.15, shift=1.0, elastic=1.0, contrast=0.3, rows=2, columns=2
     )
@@ -172,7 +173,7 @@ def eval_transform() -> v2.Compose:
 
 
 def train_transform() -> v2.Compose:
-    """Return `eval_transform` with a random warp of each cell (never flipped)."""
+    """Return `eval_transform` with a random warp of each cell, without flips."""
     return v2.Compose([*to_tensor(), scene_warp(), *_normalize()])
 
 
@@ -184,7 +185,7 @@ def _draw_scene(rng: np.random.Generator) -> np.ndarray:
 
 
 def _change_one(row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Change one digit or one size, or exchange a cell with another (empty or not)."""
+    """Change one digit or one size, or exchange the contents of two cells."""
     row = row.copy()
     cell = int(rng.choice(np.flatnonzero(row)))
     kind = int(rng.integers(3))
@@ -200,5 +201,5 @@ def _change_one(row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _normalize() -> list[torch.nn.Module]:
-    # Grey three times: open_clip's patch embedding takes three channels.
+    # Grey is repeated, because open_clip's patch embedding takes three channels.
     return [v2.RGB(), v2.Normalize(mean=[PIXEL_MEAN] * 3, std=[PIXEL_STD] * 3)]

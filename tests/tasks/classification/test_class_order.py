@@ -202,7 +202,7 @@ def test_names_of_a_checkpoint_match_but_for_case_spaces_and_underscores() -> No
     labels = ["zebra", "polar_bear", "ant"]
     assert ordered(folders, Path("val"), None, known) == (labels, "checkpoint")
     (note,) = known_notes(labels, "checkpoint", known)
-    assert note.endswith("alike but for case, spaces and underscores, such as 'zebra' for 'Zebra'")
+    assert note.endswith("apart from case, spaces and underscores, such as 'zebra' for 'Zebra'")
     # Names that differ in case only have to match exactly.
     assert ordered(["Ant", "ant"], Path("val"), None, ["ant", "Ant"]) == (
         ["ant", "Ant"],
@@ -234,7 +234,7 @@ def test_names_of_a_checkpoint_that_do_not_match_are_asked_about_or_noted() -> N
     assert known_notes(folders, "text", None) == known_notes(folders, "text", folders) == []
     (note,) = known_notes(folders, "text", ["Bee", "Ant"])
     assert note.endswith(
-        "against the class names in the weights file: label 0 is 'ant', in the weights file 'Bee'"
+        "not the class names in the weights file: label 0 is 'ant', but 'Bee' in the weights file"
     )
 
 

@@ -353,10 +353,10 @@ def test_images_are_told_by_content_and_other_files_are_named(root: Path) -> Non
     assert found.n == 19
     assert found.dataset.left_out == 3
     named = "val/readme, val/ant/labels.csv, val/ant/notes.txt"
-    assert found.notes == [f"3 files left out, since Pillow opens no image there: {named}"]
+    assert found.notes == [f"3 files that Pillow cannot open as an image, left out: {named}"]
     (root / "train" / "bee" / "list.txt").write_text("x")
     assert calibration_set(loaded(), DataRequest(root), recipe()).notes == [
-        "1 file left out, since Pillow opens no image there: train/bee/list.txt"
+        "1 file that Pillow cannot open as an image, left out: train/bee/list.txt"
     ]
 
 

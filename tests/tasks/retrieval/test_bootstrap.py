@@ -45,7 +45,7 @@ def test_measures_of_the_sample_itself(images: int) -> None:
 @pytest.mark.parametrize("weights", [40, 2**22])
 def test_errors_against_explicit_resampling(monkeypatch: pytest.MonkeyPatch, weights: int) -> None:
     """Samples written out image by image, with the same draws."""
-    monkeypatch.setattr(bootstrap, "_WEIGHTS", weights)
+    monkeypatch.setattr(bootstrap, "_MAX_COUNTS", weights)
     forward, backward, image_of = example(12, 0)
     counts = np.concatenate(list(bootstrap._draws(12, len(image_of))))
     assert counts.shape == (RESAMPLES, 12)
@@ -65,7 +65,7 @@ def test_errors_against_explicit_resampling(monkeypatch: pytest.MonkeyPatch, wei
 
 def test_draws_are_multinomial_and_do_not_depend_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = np.concatenate(list(bootstrap._draws(50, 250)))
-    monkeypatch.setattr(bootstrap, "_WEIGHTS", 1700)
+    monkeypatch.setattr(bootstrap, "_MAX_COUNTS", 1700)
     assert np.array_equal(np.concatenate(list(bootstrap._draws(50, 250))), whole)
     assert whole.mean() == 1
     assert whole.var() == pytest.approx(1 - 1 / 50, rel=0.02)

@@ -691,8 +691,8 @@ def test_given_preprocessing_replaces_that_of_the_weights(tmp_path: Path, clip: 
     )
     assert (found.mean, found.std, found.crop_pct) == ((0.25, 0.5, 0.75), (0.5, 0.5, 0.5), None)
     for wrong, message in (
-        ({"input_size": [96, 96]}, r"takes none of \(96, 96\).*image_size"),
-        ({"input_size": [1, 64, 64]}, r"takes none of \(1, 64, 64\)"),
+        ({"input_size": [96, 96]}, r"not \(96, 96\) \(--input-size\).*image_size"),
+        ({"input_size": [1, 64, 64]}, r"not \(1, 64, 64\)"),
         ({"crop_pct": 0.9}, "--crop-pct"),
         ({"interpolation": "box"}, "bicubic and bilinear"),
         ({"mean": [0.5, 0.5]}, "--mean has 2 values"),

@@ -20,7 +20,7 @@ from torch import nn
 from fimaq_core.errors import ModelError
 from tasks.common.data.augment import RandomDigitWarp
 from tasks.common.demo.digits import PARTS, load_digits, split_digits
-from tasks.retrieval.demo import models, scenes, tokens
+from tasks.retrieval.demo import models, scenes
 
 COUNTS = {"train": 4096, "val": 500, "test": 1000}
 FINGERPRINTS = {
@@ -192,17 +192,17 @@ def test_warp_keeps_each_digit_in_its_cell() -> None:
 
 
 def test_every_word_is_one_token_and_nothing_is_cut() -> None:
-    tokenizer = tokens.demo_tokenizer()
+    tokenizer = models.demo_tokenizer()
     for part in PARTS:
         texts = part_of(part).captions
         ids = tokenizer(texts)
-        assert ids.shape == (len(texts), tokens.CONTEXT_LENGTH)
+        assert ids.shape == (len(texts), models.CONTEXT_LENGTH)
         assert ids.dtype == torch.int64
         pieces = [len(re.findall(r"[a-z]+|[,;:]", text)) for text in texts]
         ends = ids.argmax(dim=1)  # Where the text tower reads.
         assert ends.tolist() == [1 + count for count in pieces]
-        assert max(pieces) + 2 <= tokens.CONTEXT_LENGTH
-        assert int(ids.max()) == tokenizer.eot_token_id == tokens.VOCAB_SIZE - 1
+        assert max(pieces) + 2 <= models.CONTEXT_LENGTH
+        assert int(ids.max()) == tokenizer.eot_token_id == models.VOCAB_SIZE - 1
         for text, row, end in zip(
             texts[::50], ids[::50].tolist(), ends[::50].tolist(), strict=True
         ):
@@ -232,8 +232,8 @@ def test_merges_are_learned_from_the_train_captions() -> None:
     """The file has a line that open_clip skips, one line per merge, and no last newline."""
     learned = learn_merges(part_of("train").captions)
     text = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in learned)])
-    assert gzip.decompress(tokens.MERGES_PATH.read_bytes()).decode() == text
-    assert len(learned) + 2 * 256 + 2 == tokens.VOCAB_SIZE
+    assert gzip.decompress(models.MERGES_PATH.read_bytes()).decode() == text
+    assert len(learned) + 2 * 256 + 2 == models.VOCAB_SIZE
 
 
 def test_captions_differ_where_facts_do() -> None:
@@ -265,7 +265,7 @@ def test_model_takes_scenes_and_captions() -> None:
     assert not model.training
     with torch.inference_mode():
         images, texts, scale = model(
-            torch.zeros(2, 3, 48, 48), tokens.demo_tokenizer()(["a large two top left", "a"])
+            torch.zeros(2, 3, 48, 48), models.demo_tokenizer()(["a large two top left", "a"])
         )
     assert images.shape == texts.shape == (2, 64)
     assert scale.ndim == 0
@@ -293,7 +293,7 @@ def test_trained_model_finds_captions_and_scenes() -> None:
     with torch.inference_mode():
         pixels = torch.stack([data[i][0] for i in range(len(data))])
         images = torch.cat([trained().encode_image(batch) for batch in pixels.split(250)])
-        texts = trained().encode_text(tokens.demo_tokenizer()(data.captions))
+        texts = trained().encode_text(models.demo_tokenizer()(data.captions))
     products = (images / images.norm(dim=1, keepdim=True)) @ (
         texts / texts.norm(dim=1, keepdim=True)
     ).T

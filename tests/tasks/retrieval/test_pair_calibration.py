@@ -335,9 +335,9 @@ def test_bad_lists_are_explained(tmp_path: Path) -> None:
     refused({"ids": "img/3.png"}, "is not a result record with calibration ids")
     refused({"ids": [3]}, "is not a result record with calibration ids")
     ids, first = list(pairs.image_ids[:2]), pairs.captions[0]
-    refused({"ids": ids}, "without a caption for each calibration image")
-    refused({"ids": ids, "captions": None}, "without a caption for each calibration image")
-    refused({"ids": ids, "captions": [first]}, "without a caption for each calibration image")
+    refused({"ids": ids}, "without one caption per calibration image")
+    refused({"ids": ids, "captions": None}, "without one caption per calibration image")
+    refused({"ids": ids, "captions": [first]}, "without one caption per calibration image")
     foreign = (
         r"pairs 1 images with captions that they do not have in captions-9-images train, "
         r"such as 'img/4.png' with 'first of 3'"

@@ -21,7 +21,7 @@ from tasks.common.cell.prediction_samples import (
     read_examples,
     shortened,
 )
-from tasks.common.data.class_names import readable_names, told_apart
+from tasks.common.data.class_names import readable_names, distinct_names
 
 CLASSES = {
     "sample": "val/a/1.png",
@@ -102,7 +102,7 @@ def test_names_of_classes() -> None:
         "crane (n03126707)",
         "n99999999",
     )
-    assert told_apart(["a", "b", "a"], ["x", "y", "z"]) == ("a (x)", "b", "a (z)")
+    assert distinct_names(["a", "b", "a"], ["x", "y", "z"]) == ("a (x)", "b", "a (z)")
 
 
 def write(folder: Path, content: object) -> None:

@@ -207,8 +207,8 @@ def test_other_warnings_are_counted_too() -> None:
         assert isinstance(images[index], tuple)
     assert images.notes() == [
         "1 image with damaged EXIF metadata: a",
-        "1 image with a truncated part that Pillow could do without: b",
-        "1 image with another flaw that Pillow read past (--verbose shows which): c",
+        "1 image with a truncated part that Pillow does not need: b",
+        "1 image with another flaw that Pillow ignores (--verbose shows which): c",
     ]
 
 

@@ -163,7 +163,7 @@ def test_entries_that_are_not_there(tmp_path: Path) -> None:
     for plain in (saved(state(), tmp_path / "b.pth"), tmp_path / "b.safetensors"):
         assert (read_weights(plain).entry, read_weights(plain).entries) == (None, ())
         with pytest.raises(
-            ModelError, match=r"no entry 'model' .*It is one state dict: leave it out"
+            ModelError, match=r"no entry 'model' .*The file is one state dict: leave the option out"
         ):
             read_weights(plain, "model")
 
@@ -461,7 +461,7 @@ def test_missing_and_surplus_names_come_with_the_nearest_pairs() -> None:
     assert "Missing names: 2 ('second.weight', 'second.bias')" in lines[0]
     assert "Unexpected names: 3 ('secnd.weight', 'secnd.bias', 'zzz')" in lines[0]
     assert "Shape mismatch: 1 ('first.bias')" in lines[0]
-    assert "  near: the model has 'second.weight', the file 'secnd.weight'" in lines[1:]
+    assert "  similar: the model has 'second.weight', the file 'secnd.weight'" in lines[1:]
     assert "  'first.bias' is (5,) in the file, (4,) in the model" in lines
 
 
