@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.cli import cli
-from benchmarks.compare.judge import judge
+from benchmarks.compare.judge import compare_pairs
 from benchmarks.compare.pairs import CompareError, alone, pair_up, read_side
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Metric, ResultRecord, bits_name, write_record
@@ -296,8 +296,8 @@ def test_several_seeds_are_averaged_and_bootstrapped(tmp_path: Path):
     pairs = pair_up(
         read_side(tmp_path / "demo_vit" / "fimaq"), read_side(tmp_path / "demo_vit" / "qdrop")
     )
-    (judged,) = judge(pairs, 0.95)
-    (found,) = judged.metrics
+    (compared,) = compare_pairs(pairs, 0.95)
+    (found,) = compared.metrics
     gaps = 100 * np.mean(
         [correct["fimaq", s].astype(float) - correct["qdrop", s] for s in (1, 2)], axis=0
     )
