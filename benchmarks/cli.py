@@ -214,7 +214,7 @@ def compare(run_a: Path, run_b: Path, metric: str, level: float, as_json: bool) 
 
     Exit codes: 0 compared, whatever the result; 2 cannot compare.
     """
-    from benchmarks.compare.judge import compare_pairs
+    from benchmarks.compare.pair_tests import compare_pairs
     from benchmarks.compare.pairs import pair_up, read_side
     from benchmarks.compare.text import comparison_text, json_text
 

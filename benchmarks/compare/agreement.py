@@ -12,8 +12,8 @@ from scipy import stats
 
 from benchmarks.compare.statistics import holm
 from benchmarks.grid.cell import MAIN_METRIC
-from benchmarks.results.scores import CALIBRATION_ONLY, CELL, COLUMNS, PAIRS, Items, is_percent
-from benchmarks.results.scores import scores as score_table
+from benchmarks.results import scores
+from benchmarks.results.scores import CELL, COLUMNS, Items
 from tasks.common.record import ResultRecord
 
 #: Probability of at least one false alarm among all comparisons of an intact installation.
@@ -35,9 +35,10 @@ _SEARCH_SD = 0.2
 #: Replaces zero in logarithms.
 _TINY = 1e-30
 
-#: Kinds of methods by the cause of the spread between processors. A range search has many ties
-#: within rounding; rounding to nearest has few. Methods that are not listed are "reconstruction".
-_KINDS = dict.fromkeys(CALIBRATION_ONLY, "calibration")
+#: Kinds of methods by the cause of the spread between processors. A range search has
+#: near-ties that rounding decides; rounding to nearest has hardly any. All other methods are
+#: "reconstruction".
+_KINDS = dict.fromkeys(scores.CALIBRATION_ONLY, "calibration")
 _KINDS |= {"rtn": "rounding", "fp": "full precision"}
 
 #: Columns of :func:`_prepared` within which variances are pooled.
@@ -50,7 +51,7 @@ def observations(measured: Items) -> pd.DataFrame:
     Returns:
         The columns ``COLUMNS`` of the scores, ``bits`` and ``processor``.
     """
-    table = score_table(measured)[[*COLUMNS, "bits", "item"]]
+    table = scores.scores(measured)[[*COLUMNS, "bits", "item"]]
     figures = [
         {**row, "metric": name, "value": value, "stderr": 0.0}
         for row in table.drop_duplicates("item").to_dict("records")
@@ -118,7 +119,7 @@ def _prepared(table: pd.DataFrame) -> pd.DataFrame:
     Figures share one pool for all data, because another processor seldom finds other ranges in
     calibration, so few cells show the spread.
     """
-    pairs = [metric for pair in PAIRS.values() for metric in pair]
+    pairs = [metric for pair in scores.METRIC_PAIRS.values() for metric in pair]
     rows = table[table["metric"].isin([*MAIN_METRIC.values(), *FIGURES, *pairs])]
     ratios, values = rows["metric"].isin(RATIOS), rows["value"].astype(float)
     return rows.assign(
@@ -142,5 +143,5 @@ def _known_sd(rows: pd.DataFrame) -> np.ndarray:
     """Return the known standard deviation of each row; for percentages one sample, 100 / n."""
     metric, one = rows["metric"], 100 / rows["n"].astype(float)
     one = one.clip(lower=_SEARCH_SD).where(rows["kind"] == "calibration", one)
-    kinds = [metric.isin(RATIOS), metric == PASSES, metric.map(is_percent).astype(bool)]
+    kinds = [metric.isin(RATIOS), metric == PASSES, metric.map(scores.is_percent).astype(bool)]
     return np.select(kinds, [_RATIO_SD, _PASSES_SD, one], _RANK_SD)

@@ -220,11 +220,18 @@ def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> list[
         here = unstated & (rows["task"] == theirs) & (rows["dataset"] == name)
         for row in rows[here].to_dict("records"):
             method, metric = row["method"], row["metric"]
-            known = {"task": task, "dataset": dataset, "bits": UNSTATED, "seeds": 0}
-            known["method"] = names.methods[method].id if method in names.methods else method
-            known |= {"metric": entry.metrics.get(metric, metric), "published": row["value"]}
-            why = "context only: the source names neither model nor bits"
-            found.append({**row, **known, "verdict": NOT_COMPARABLE, "reason": why})
+            changes = {
+                "task": task,
+                "dataset": dataset,
+                "method": names.methods[method].id if method in names.methods else method,
+                "bits": UNSTATED,
+                "metric": entry.metrics.get(metric, metric),
+                "seeds": 0,
+                "published": row["value"],
+                "verdict": NOT_COMPARABLE,
+                "reason": "context only: the source names neither model nor bits",
+            }
+            found.append({**row, **changes})
     return found
 
 

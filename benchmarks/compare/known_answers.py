@@ -69,10 +69,7 @@ def _wrong_fisher_passes() -> list[str]:
 
     answers = {
         "Fisher passes": (sorted(objective.update_steps), [0, 3, 6]),
-        "gradients of the passes": (
-            rounded(objective.state.gradients),
-            [1.0, 1.0, 2.0, 2.0, 4.0, 4.0],
-        ),
+        "gradient per pass": (rounded(objective.state.gradients), [1.0, 1.0, 2.0, 2.0, 4.0, 4.0]),
         "diagonal Fisher weight": (rounded(objective.state.diagonal), [2.3333] * 2),
     }
     return [

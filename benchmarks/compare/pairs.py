@@ -146,9 +146,8 @@ def pair_up(a: Side, b: Side) -> list[Pair]:
         pair = pairs.setdefault(key[:-1], Pair(shared, {}, {}))
         pair.a[file.record.seed], pair.b[file.record.seed] = file, partner
     if not pairs:
-        why = _difference(a, b, names)
-        shared = ", ".join(names)
-        raise CompareError(f"Nothing to compare: the records of a pair share {shared}, and {why}.")
+        rule = f"the records of a pair share {', '.join(names)}"
+        raise CompareError(f"Nothing to compare: {rule}, and {_difference(a, b, names)}.")
     return list(pairs.values())
 
 
@@ -163,11 +162,10 @@ def _difference(a: Side, b: Side, names: Sequence[str]) -> str:
     """Return the fields in which all records of one side differ from those of the other."""
     apart = []
     for name in names:
-        one, other = (sorted({file.fields[name] or "none" for file in s.files}) for s in (a, b))
-        if not set(one) & set(other):
-            texts = (
-                ", ".join(v[:4]) + f" and {len(v) - 4} more" * (len(v) > 4) for v in (one, other)
-            )
+        values = [sorted({file.fields[name] or "none" for file in side.files}) for side in (a, b)]
+        if not set(values[0]) & set(values[1]):
+            more = [f" and {len(found) - 4} more" if len(found) > 4 else "" for found in values]
+            texts = [", ".join(found[:4]) + rest for found, rest in zip(values, more, strict=True)]
             apart.append(f"{name} ({'; '.join(texts)})")
     if apart:
         return f"the two sides differ in {', '.join(apart)}"

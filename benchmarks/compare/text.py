@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.compare.judge import ComparedPair, MetricComparison, p_text
+from benchmarks.compare.pair_tests import ComparedPair, MetricComparison, p_text
 from benchmarks.compare.pairs import Pair, RecordFile, Side, alone
 from benchmarks.compare.statistics import RESAMPLES
 from benchmarks.console import printable

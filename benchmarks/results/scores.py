@@ -22,7 +22,7 @@ COLUMNS = [
 #: Columns that are equal for cells that differ in their seed only.
 CELL = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
 #: Pairs of metrics that share the cells of one small table, by the title of this table.
-PAIRS = {
+METRIC_PAIRS = {
     "Image to text / text to image R@1": ("i2t_R@1", "t2i_R@1"),
     "Box / mask AP": ("AP_box", "AP_mask"),
 }

@@ -162,10 +162,6 @@ class Reproduction:
         sentence = f"Compared {count(verdicts.sum(), 'number')}: {counts}{rest and f' ({rest})'}."
         return sentence, 0 if set(verdicts.index) == {diff.REPRODUCED} else 1
 
-    def texts(self) -> dict[str, str]:
-        """Return the texts of the table by file ending: Markdown, CSV and LaTeX."""
-        return {"md": self.markdown(), "csv": self.csv(), "tex": self.tex()}
-
     def markdown(self, width: int | None = None) -> str:
         """Return the table with legend and notes, split to fit the ``width`` of a terminal."""
         table, seeds = self.table, seeds_of(self.measured)

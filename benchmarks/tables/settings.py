@@ -10,7 +10,7 @@ from fimaq_core.recipe import METHODS, Recipe, make_recipe
 from tasks.common import registry
 from tasks.common.record import recipe_of
 
-#: Columns of :func:`marks`.
+#: Columns of the main table that describe a method.
 MARKS = ("special quantizers", "optimised")
 #: Settings that are always named, because they influence the numbers most.
 _ALWAYS = (
@@ -19,27 +19,25 @@ _ALWAYS = (
 )  # fmt: skip
 
 
-def special_quantizers(recipe: Recipe | None) -> str:
-    """Return the places of non-uniform quantizers, such as ``softmax, GELU``, or ``-``."""
+def recipe_marks(recipe: Recipe | None) -> tuple[str, str]:
+    """Return the texts of :data:`MARKS` for a recipe; ``-`` for none.
+
+    The first names the places of non-uniform quantizers, such as ``softmax, GELU``; the second the
+    parts that are optimised after calibration, such as ``blocks + MLPs``.
+    """
     if recipe is None:
-        return "-"
+        return "-", "-"
     places = {"softmax": recipe.softmax_quantizer, "GELU": recipe.gelu_quantizer}
-    return ", ".join(name for name, kind in places.items() if kind != "uniform") or "-"
-
-
-def optimised(recipe: Recipe | None) -> str:
-    """Return the parts optimised after calibration, such as ``blocks + MLPs``, or ``-``."""
-    if recipe is None:
-        return "-"
     parts = {"blocks": recipe.reconstruct, "MLPs": recipe.reconstruct_mlp, "weights": recipe.refit}
-    return " + ".join(name for name, wanted in parts.items() if wanted) or "-"
+    special = ", ".join(name for name, kind in places.items() if kind != "uniform")
+    return special or "-", " + ".join(name for name, wanted in parts.items() if wanted) or "-"
 
 
 def marks(cells: Cells) -> pd.DataFrame:
     """Return methods × :data:`MARKS` in the order of tables, measured or not."""
     recipes = {cell.method: cell.request.recipe for cell in reversed(cells)}
     methods = in_order(recipes)
-    rows = [(special_quantizers(recipes[name]), optimised(recipes[name])) for name in methods]
+    rows = [recipe_marks(recipes[name]) for name in methods]
     return pd.DataFrame(rows, columns=list(MARKS), index=pd.Index(methods, name="method"))
 
 
@@ -65,10 +63,8 @@ def settings_lines(mine: Items) -> list[str]:
     parts = []
     for name in unique([*_ALWAYS, *changed]):
         methods = [method for method, own in recipes.items() if has_effect(own[0], name)]
-        values, released = (
-            {method: _values(found[method], name) for method in methods}
-            for found in (recipes, originals)
-        )
+        values = {method: _values(recipes[method], name) for method in methods}
+        released = {method: _values(originals[method], name) for method in methods}
         if values:
             beside = "" if released == values else f" (released: {_text(released)})"
             parts.append(f"{name} {_text(values)}{beside}")

@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks.grid.schema import Axes
 from benchmarks.results import scores
-from benchmarks.results.scores import FULL, PAIRS, Cells, Items, in_order, over_seeds, unique
+from benchmarks.results.scores import FULL, METRIC_PAIRS, Cells, Items, in_order, over_seeds, unique
 from benchmarks.tables.ablation import NOTE, axis_tables
 from benchmarks.tables.expected_orders import order_lines
 from benchmarks.tables.layout import PREAMBLE, latex, markdown
@@ -79,7 +79,7 @@ def _tables(mine: Items, planned: Cells) -> tuple[str, list[tuple[str, pd.DataFr
     metric, own = scores.main_metric(mine[0].cell.task, table), table[table["point"] == ""]
     title = f"{scores.metric_title(metric)}, mean ± sd over seeds"
     tables = [(title, wide(own[own["metric"] == metric], cells))]
-    for title, metrics in PAIRS.items():
+    for title, metrics in METRIC_PAIRS.items():
         if set(metrics) <= set(own["metric"]):
             pair = (own[own["metric"] == name] for name in metrics)
             first, second = (wide(rows, cells, lambda mean, _: f"{mean:.2f}") for rows in pair)
@@ -101,6 +101,7 @@ def _best_bold(table: pd.DataFrame, cells: Cells) -> pd.DataFrame:
 def _section_parts(
     section: str, mine: Items, planned: Cells, width: int | None, axes: Axes
 ) -> list[str]:
+    """Return the tables of a section and the lines below them, as Markdown."""
     # The main table and the lines show the grid's own settings; axes have their own tables.
     own, cells = [it for it in mine if not it.cell.point], [c for c in planned if not c.point]
     metric, ((title, main), *tables) = _tables(mine, planned)
@@ -120,16 +121,16 @@ def _section_parts(
     if unfinished > 0:
         lines.append(f"{unfinished} of {len(planned)} cells are not measured: `-`.")
     parts = [f"## {section}: {title}", *markdown(marks(cells).join(main), width, MARKS)]
-    for title, both in tables:
-        parts += [f"{title}:", *markdown(both, width)]
+    for title, pair in tables:
+        parts += [f"{title}:", *markdown(pair, width)]
     parts.append("\n".join(f"- {line}" for line in lines))
     means = pd.concat([_mean_over_models(rows, mark) for mark, rows in by_mark.items()], axis=1)
     if not means.empty and len({cell.model for cell in cells}) > 1:
         parts += ["Mean over models:", *markdown(means.loc[in_order(means.index)].fillna("-"))]
-    found = axis_tables(axes, metric, mine, planned)
-    for title, both in found.items():
-        parts += [f"### {title}", *markdown(both, width)]
-    return [*parts, NOTE] if found else parts
+    by_axis = axis_tables(axes, metric, mine, planned)
+    for title, points in by_axis.items():
+        parts += [f"### {title}", *markdown(points, width)]
+    return [*parts, NOTE] if by_axis else parts
 
 
 def wide(

@@ -100,7 +100,9 @@ def write_published(
     The files cover the whole table and this run: filters do not remove rows from them.
     """
     measured = collect([*expand(grid, Filters(), options), *cells], adapter)
-    paths = _write(options.results / "tables", table.name, Reproduction(table, measured).texts())
+    whole = Reproduction(table, measured)
+    words = {"md": whole.markdown(), "csv": whole.csv(), "tex": whole.tex()}
+    paths = _write(options.results / "tables", table.name, words)
     keys = {cell.key for cell in cells}
     mine = [item for item in measured if item.cell.key in keys]
     found = Reproduction(table, mine, {cell.name for cell in cells})

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.cli import cli
-from benchmarks.compare.judge import compare_pairs
+from benchmarks.compare.pair_tests import compare_pairs
 from benchmarks.compare.pairs import CompareError, alone, pair_up, read_side
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Metric, ResultRecord, bits_name, write_record

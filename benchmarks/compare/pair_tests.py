@@ -12,7 +12,7 @@ from benchmarks.results.outcomes import CompareError, Outcomes, check_alike, clu
 from fimaq_core.errors import CheckpointError, suggest
 
 #: Metrics by which several pairs are compared, unless the user names others.
-MAIN = ("top1", "R@1", "AP_box", "AP_mask")
+_MAIN = ("top1", "R@1", "AP_box", "AP_mask")
 #: Points by which rounding to 32 bits may move a metric that is computed from outcomes.
 _ROUNDING = 0.01
 
@@ -72,7 +72,7 @@ def compare_pairs(
 ) -> list[ComparedPair]:
     """Test all pairs; Holm's method corrects the p-values of a metric for the number of pairs.
 
-    Without ``metrics``, one pair is compared in all its metrics, several pairs in :data:`MAIN`.
+    Without ``metrics``, one pair is compared in all its metrics, several pairs in their main ones.
     Raises CompareError if no pair can be compared, or if no pair has one of ``metrics``.
     """
     compared = []
@@ -96,17 +96,18 @@ def compare_pairs(
 def _compare(
     pair: Pair, level: float, metrics: Sequence[str], short: bool
 ) -> list[MetricComparison]:
+    """Test ``metrics`` of a pair. By default these are all common ones; if ``short``, the main ones."""
     mine, theirs = ([_read(file) for file in side.values()] for side in (pair.a, pair.b))
     for other in (*mine, *theirs):
         check_alike(mine[0], other)
     common = [name for name in mine[0].metrics if all(name in o.metrics for o in (*mine, *theirs))]
     for name in metrics:
         if name not in common:
-            hint = suggest(name, common)
-            raise CompareError(f"There is no metric '{name}' in these outcomes.{hint}")
+            unknown = f"There is no metric '{name}' in these outcomes."
+            raise CompareError(f"{unknown}{suggest(name, common)}")
     if not common:
         raise CompareError(f"The outcomes of {pair.label} have no metric in common.")
-    main = [name for name in common if name in MAIN] if short else []
+    main = [name for name in common if name in _MAIN] if short else []
     return [_test(name, mine, theirs, level) for name in metrics or main or common]
 
 
