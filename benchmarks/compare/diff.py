@@ -293,8 +293,8 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     verdicts = table.loc[table["verdict"] != NOT_COMPARABLE, "verdict"].value_counts()
     if verdicts.empty:
         print(
-            "Nothing is comparable yet: no measured number is on the same data, weights, settings "
-            "and bits as a published one. For that: "
+            "Nothing is comparable yet: no measured number has the same data, weights, settings "
+            "and bits as a published one. To measure such numbers: "
             "make reproduce-table TABLE=fimaq IMAGENET=/path/to/imagenet"
         )
         return nothing

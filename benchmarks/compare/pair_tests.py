@@ -96,7 +96,7 @@ def compare_pairs(
 def _compare(
     pair: Pair, level: float, metrics: Sequence[str], short: bool
 ) -> list[MetricComparison]:
-    """Test ``metrics`` of a pair. By default these are all common ones; if ``short``, the main ones."""
+    """Test ``metrics`` of a pair, by default all common ones (if ``short``, the main ones)."""
     mine, theirs = ([_read(file) for file in side.values()] for side in (pair.a, pair.b))
     for other in (*mine, *theirs):
         check_alike(mine[0], other)
@@ -121,20 +121,20 @@ def _read(file: RecordFile) -> Outcomes:
             again = f"Measure {file.label} again with --force."
             raise CompareError(f"The outcomes beside {file.path} {problem}. {again}")
 
-    check(bool(outcomes.metrics), "hold nothing that can be compared")
+    check(bool(outcomes.metrics), "contain nothing that can be compared")
     check(len(np.unique(outcomes.sample)) == len(outcomes.sample), "name a sample twice")
-    other = "they are another run's"
-    check(clusters == record.n, f"are of {clusters} samples, the record is of {record.n}: {other}")
+    other = "they belong to another run"
+    check(clusters == record.n, f"have {clusters} samples, but the record has {record.n}: {other}")
     if clusters < 2:
-        raise CompareError(f"The outcomes beside {file.path} are of one sample: nothing to test.")
+        raise CompareError(f"The outcomes beside {file.path} have one sample: no test is possible.")
     for name, parts in outcomes.metrics.items():
         for part in parts:
             complete = len(np.unique(outcomes.cluster[part.rows])) == clusters
             whole = complete and bool(np.isfinite(part.score).all())
-            check(whole, f"lack the {name} of some images, or have one that is not finite")
+            check(whole, f"lack the {name} of some images, or it is not finite")
         if (stated := record.metrics.get(name)) is not None:
             found = _value(outcomes, name)
-            values = f"{name} {found:.2f}, the record says {stated.value:.2f}"
+            values = f"{name} {found:.2f}, but the record has {stated.value:.2f}"
             check(abs(stated.value - found) <= _ROUNDING, f"give {values}: {other}")
     return outcomes
 

@@ -74,7 +74,7 @@ class Side:
             other = found.setdefault(tuple(file.fields[name] for name in names), file)
             if other is not file:
                 raise CompareError(
-                    f"{self.path} holds several records of {other.label}, such as "
+                    f"{self.path} contains several records of {other.label}, such as "
                     f"{other.path.parent} and {file.path.parent}: give the folder of one of them."
                 )
         return found
@@ -105,7 +105,7 @@ def read_side(path: Path) -> Side:
     if single.is_file():
         return Side(path, [RecordFile(read_record(single), single)])
     if not path.is_dir():
-        give = "give a cell's folder, its result.json, or a folder that holds some"
+        give = "give a cell's folder, its result.json, or a folder that contains cells"
         raise CompareError(f"There is no {path}: {give}.")
     records, problems = read_records(path)
     if not records:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class CompareError(FimaqError):
-    """Runs that cannot be compared, or their outcomes."""
+    """Runs, or outcomes of runs, that cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,15 @@ def check_alike(one: Outcomes, other: Outcomes) -> None:
     sizes = len(one.sample), len(other.sample)
     if sizes[0] != sizes[1]:
         raise CompareError(
-            f"Other samples: {one.folder} has {sizes[0]}, {other.folder} has {sizes[1]}. Measure "
-            "both with the same images: a run leaves out images that were damaged."
+            f"Different samples: {one.folder} has {sizes[0]}, {other.folder} has {sizes[1]}. "
+            "Measure both with the same images: a run leaves out images that were damaged."
         )
+    where = f"Different samples: {one.folder} and {other.folder}"
+    if unlike := sorted(set(one.sample.tolist()) ^ set(other.sample.tolist())):
+        raise CompareError(f"{where} do not share all samples: only one of them has {unlike[0]}.")
     same = np.array_equal(one.sample, other.sample)
     if not (same and np.array_equal(one.cluster, other.cluster)):
-        unlike = sorted(set(one.sample.tolist()) ^ set(other.sample.tolist()))
-        why = f"such as {unlike[0]}" if unlike else "since their images are grouped differently"
-        where = f"{one.folder} and {other.folder}"
-        raise CompareError(f"Other samples: {where} were not measured on the same, {why}.")
+        raise CompareError(f"{where} have the same samples, but group them differently.")
 
 
 def cluster_sums(first: Sequence[Outcomes], second: Sequence[Outcomes], metric: str) -> np.ndarray:

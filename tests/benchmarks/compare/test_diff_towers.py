@@ -1,4 +1,4 @@
-"""Diff where sources quantize one tower or both, and where they do not even say of what."""
+"""Comparison with sources that quantize one tower, both, or do not name the towers."""
 
 import math
 

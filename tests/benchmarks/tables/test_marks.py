@@ -1,4 +1,4 @@
-"""Marks of methods: special quantizers and what is optimised, from the recipe, measured or not."""
+"""Marks of methods: special quantizers and optimised parts, read from the recipe."""
 
 import benchmark_fakes as fakes
 import pytest

@@ -1,4 +1,4 @@
-"""Published tables as they are printed, written and concluded, from records of their cells."""
+"""Published tables with measured numbers: printing, files and conclusion."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Tables of models of which parts are quantized: scopes stand side by side and are never mixed."""
+"""Tables with scopes (quantized parts of a model): each scope has its own columns and means."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Lines on settings: those that bear on a method, shared ones, and the released ones."""
+"""Lines on settings: those that influence a method, shared values, released values."""
 
 import benchmark_fakes as fakes
 
