@@ -214,15 +214,15 @@ def compare(run_a: Path, run_b: Path, metric: str, level: float, as_json: bool) 
 
     Exit codes: 0 compared, whatever the result; 2 cannot compare.
     """
-    from benchmarks.compare.judge import judge
+    from benchmarks.compare.pair_tests import compare_pairs
     from benchmarks.compare.pairs import pair_up, read_side
     from benchmarks.compare.text import comparison_text, json_text
 
     a, b = read_side(run_a), read_side(run_b)
     wanted = tuple(dict.fromkeys(name.strip() for name in metric.split(",") if name.strip()))
-    judged = judge(pair_up(a, b), level, wanted)
+    compared = compare_pairs(pair_up(a, b), level, wanted)
     text = json_text if as_json else comparison_text
-    click.echo(text(a, b, judged, level))
+    click.echo(text(a, b, compared, level))
 
 
 for command in (published, status, doctor, report):

@@ -1,7 +1,7 @@
-"""Agreement of measured cells with a reference: one test for the whole family of comparisons.
+"""Test of measured cells against a reference, corrected for the number of comparisons.
 
-Rounding differs between processors, and hundreds of optimisation steps turn one rounding into
-another result. A reference holds cells from several processors, which shows how large this is.
+Rounding differs between processors, and hundreds of optimisation steps turn this into different
+results. A reference contains cells from several processors, which show the size of the effect.
 """
 
 import math
@@ -12,44 +12,46 @@ from scipy import stats
 
 from benchmarks.compare.statistics import holm
 from benchmarks.grid.cell import MAIN_METRIC
-from benchmarks.results.scores import CALIBRATION_ONLY, CELL, COLUMNS, PAIRS, Items, is_percent
-from benchmarks.results.scores import scores as score_table
+from benchmarks.results import scores
+from benchmarks.results.scores import CELL, COLUMNS, Items
 from tasks.common.record import ResultRecord
 
-#: Probability that any comparison finds a difference in an intact installation.
+#: Probability of at least one false alarm among all comparisons of an intact installation.
 ALPHA = 0.01
 
-#: Figures of reconstruction, more sensitive to faults than scores. :data:`RATIOS` are compared by
-#: their ratio.
+#: Figures of reconstruction, which are more sensitive to faults than scores: number of Fisher
+#: passes; mean diagonal Fisher weight of the first block, which rounding in earlier blocks cannot
+#: reach; relative error of the blocks' outputs (geometric mean). :data:`RATIOS` are compared as
+#: logarithms.
 PASSES, WEIGHT, ERROR = FIGURES = ("fisher_passes", "fisher_weight", "block_error")
 RATIOS = (WEIGHT, ERROR)
 
-#: Known standard deviations: of the logarithm of a ratio (calibration on another processor may
-#: find another range, which moves it by some percent), of a number of passes, of a median rank,
-#: and of the score after a search among ranges that are nearly as good as each other.
-_RATIO_SD, _PASSES_SD, _RANK_SD, _SEARCH_SD = 0.02, 0.1, 0.5, 0.2
+#: Known standard deviations between processors: of the logarithm of a ratio (another range from
+#: calibration moves it by some percent), of a number of passes, and of a median rank.
+_RATIO_SD, _PASSES_SD, _RANK_SD = 0.02, 0.1, 0.5
+#: The same for a score, in points, after a search that found ranges of nearly equal quality.
+_SEARCH_SD = 0.2
 
-#: Stands for zero in a logarithm.
+#: Replaces zero in logarithms.
 _TINY = 1e-30
 
-#: Kinds of methods by the cause of spread between processors: a search of ranges has near-ties,
-#: rounding has hardly any. All other methods are reconstruction.
-_KINDS = dict.fromkeys(CALIBRATION_ONLY, "calibration")
+#: Kinds of methods by the cause of the spread between processors. A range search has
+#: near-ties that rounding decides; rounding to nearest has hardly any. All other methods are
+#: "reconstruction".
+_KINDS = dict.fromkeys(scores.CALIBRATION_ONLY, "calibration")
 _KINDS |= {"rtn": "rounding", "fp": "full precision"}
 
+#: Columns of :func:`_prepared` within which variances are pooled.
 _POOL = ["pool", "kind", "bits", "metric"]
 
 
 def observations(measured: Items) -> pd.DataFrame:
-    """Return one row per cell and metric, with the processor and the figures of reconstruction.
+    """Return one row per cell and metric; :data:`FIGURES` count as metrics.
 
     Returns:
-        Columns ``COLUMNS`` of the scores, ``bits`` and ``processor``. The :data:`FIGURES` of a
-        cell are the number of its Fisher passes, the mean diagonal Fisher weight of its first
-        block (where rounding has not spread yet), and the relative error of the blocks' outputs
-        (geometric mean).
+        The columns ``COLUMNS`` of the scores, ``bits`` and ``processor``.
     """
-    table = score_table(measured)[[*COLUMNS, "bits", "item"]]
+    table = scores.scores(measured)[[*COLUMNS, "bits", "item"]]
     figures = [
         {**row, "metric": name, "value": value, "stderr": 0.0}
         for row in table.drop_duplicates("item").to_dict("records")
@@ -74,21 +76,21 @@ def _figures(record: ResultRecord) -> dict[str, float]:
 
 
 def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
-    """Test every cell that both tables have for a difference beyond that between processors.
+    """Test each cell of both tables for a difference that processors do not explain.
 
-    A difference of a cell (with its seed) is ``d = mine - mean over the reference's processors``.
-    Its variance is ``s² (1 + 1/k)``: k processors in the reference, and ``s²`` the variance over
-    processors within a cell, pooled over the cells of the same data, scope, bits, metric and kind
-    of method (full precision, rounding, calibration, reconstruction), plus a known variance, such
-    as that of one sample more or less. So ``d`` has Student's t distribution, with Satterthwaite's
-    degrees of freedom. Without a cell from two processors, the variance over seeds stands in;
-    without that, the standard error of a score. The p-values are Holm's, for all rows.
+    The difference is ``d = mine - mean over the k processors of the reference``, for one cell and
+    seed. Its variance is ``s² (1 + 1/k)``. Here ``s²`` is the variance over processors, plus a
+    known variance (:func:`_known_sd`). The variance over processors is pooled over cells of the
+    same data, scope, bits, metric and kind of method. If no cell has two processors, the variance
+    over seeds replaces it; without several seeds, the squared standard error of the score does. So
+    ``d`` has Student's t distribution with Satterthwaite's degrees of freedom.
 
-    Both tables are those of :func:`observations`.
+    Args:
+        reference, mine: tables of :func:`observations`.
 
     Returns:
-        One row per comparison: the cell, ``mean_ref``, ``mean_mine``, ``difference``, ``p``
-        (Holm's). :data:`RATIOS` are compared as logarithms.
+        One row per comparison: the cell, ``mean_ref``, ``mean_mine``, ``difference``, and ``p``
+        after Holm's correction for all rows. :data:`RATIOS` are compared as logarithms.
     """
     theirs, ours = (_prepared(table) for table in (reference, mine))
     same_seed = [*CELL, "seed"]
@@ -112,12 +114,12 @@ def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
 
 
 def _prepared(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows to compare, with the compared value ``x``, ``pool`` and ``kind``.
+    """Return the rows to compare, with their value ``x``, ``pool`` and ``kind``.
 
-    Figures share one pool for all data: another processor rarely finds other ranges in
-    calibration, but then they show it.
+    Figures share one pool for all data, because another processor seldom finds other ranges in
+    calibration, so few cells show the spread.
     """
-    pairs = [metric for pair in PAIRS.values() for metric in pair]
+    pairs = [metric for pair in scores.METRIC_PAIRS.values() for metric in pair]
     rows = table[table["metric"].isin([*MAIN_METRIC.values(), *FIGURES, *pairs])]
     ratios, values = rows["metric"].isin(RATIOS), rows["value"].astype(float)
     return rows.assign(
@@ -138,8 +140,8 @@ def _pooled(rows: pd.DataFrame, same: list[str]) -> pd.DataFrame:
 
 
 def _known_sd(rows: pd.DataFrame) -> np.ndarray:
-    """Return the known standard deviation of each row; of a percentage that of one sample."""
+    """Return the known standard deviation of each row; for percentages one sample, 100 / n."""
     metric, one = rows["metric"], 100 / rows["n"].astype(float)
     one = one.clip(lower=_SEARCH_SD).where(rows["kind"] == "calibration", one)
-    kinds = [metric.isin(RATIOS), metric == PASSES, metric.map(is_percent).astype(bool)]
+    kinds = [metric.isin(RATIOS), metric == PASSES, metric.map(scores.is_percent).astype(bool)]
     return np.select(kinds, [_RATIO_SD, _PASSES_SD, one], _RANK_SD)

@@ -1,4 +1,4 @@
-"""Measured against published numbers: like with like, with a tolerance and a reason per verdict."""
+"""Comparison of measured with published numbers: one verdict and one reason per pair."""
 
 import math
 import sys
@@ -16,6 +16,7 @@ from fimaq_core.recipe import METHODS, Recipe
 from tasks.common import registry
 from tasks.common.record import ResultRecord, bits_name, recipe_of
 
+#: Columns of ``diff.csv``.
 COLUMNS = [
     "task", "dataset", "model", "method", "bits", "metric", "measured", "se", "seeds", "published",
     "variant", "source", "evidence", "difference", "verdict", "reason",
@@ -32,9 +33,9 @@ _STRONG = ("primary", "cited")
 
 
 class Measurement(NamedTuple):
-    """One metric of one model, method and bits under one set of settings, over seeds.
+    """One metric of one model, method, bits and settings, averaged over seeds.
 
-    The fields after ``metric`` are those of :func:`benchmarks.results.scores.over_seeds`.
+    :func:`benchmarks.results.scores.over_seeds` explains the fields after ``metric``.
     """
 
     record: ResultRecord
@@ -49,20 +50,16 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A measurement beside a published number: one of the five verdicts.
+    """Result of the comparison of a measurement with a published number."""
 
-    ``difference`` is measured minus published, NaN if the two are unlike. ``rule`` is the
-    tolerance, or the reason for a missing verdict.
-    """
-
-    verdict: str
-    difference: float
-    rule: str
+    verdict: str  #: one of the five, see :func:`diff`
+    difference: float  #: measured minus published, in points; NaN without a comparable number
+    rule: str  #: the tolerance, or the reason why the two are not comparable
     remarks: tuple[str, ...] = ()
 
     @property
     def reason(self) -> str:
-        """Rule and remarks in one text."""
+        """Rule and remarks as one text."""
         return "; ".join((self.rule, *self.remarks))
 
 
@@ -78,7 +75,7 @@ def settings_key(record: ResultRecord) -> str:
 
 
 def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
-    """Average records of the same settings over seeds; of equal seeds the latest one counts."""
+    """Average records of the same settings over seeds. The latest record of a seed counts."""
     latest: dict[tuple[str, int | None], ResultRecord] = {}
     for record in records:
         key = (settings_key(record), record.seed)
@@ -92,15 +89,15 @@ def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
 
 
 def published_rows() -> pd.DataFrame:
-    """Return the published accuracies; bits that the source does not state are 0."""
+    """Return the published accuracies. Bits are 0 where the source does not state them."""
     table = pd.read_csv(PUBLISHED / "accuracy.csv", dtype=str, keep_default_na=False)
     for column in ("w_bit", "a_bit"):
         table[column] = pd.to_numeric(table[column]).fillna(0).astype(int)
     return table.assign(value=table["value"].astype(float))
 
 
-def bears(recipe: Recipe, name: str) -> bool:
-    """Return True if the setting ``name`` has an effect on the results of a recipe."""
+def has_effect(recipe: Recipe, name: str) -> bool:
+    """Return True if the setting ``name`` influences the results of a recipe."""
     if name in ("reconstruct", "reconstruct_mlp", "refit"):
         return True
     if name.startswith("mlp_"):
@@ -113,13 +110,13 @@ def bears(recipe: Recipe, name: str) -> bool:
 
 
 def changed_settings(recipe: Recipe, task: str) -> dict[str, object]:
-    """Return the settings that bear on the result and are not the released ones of ``task``."""
+    """Return the settings that differ from the released ones of ``task`` and have an effect."""
     changes = recipe.changes(registry.defaults(task))
-    return {name: value for name, value in changes.items() if bears(recipe, name)}
+    return {name: value for name, value in changes.items() if has_effect(recipe, name)}
 
 
-def unlike(item: Measurement, names: Names) -> str | None:
-    """Return why a measurement compares with no published number at all; None if it may."""
+def mismatch(item: Measurement, names: Names) -> str | None:
+    """Return the reason why a measurement compares with no published number; None if it may."""
     record, data = item.record, item.record.dataset
     sets = names.published_on(record.task, data.name)
     if not sets:
@@ -141,8 +138,7 @@ def unlike(item: Measurement, names: Names) -> str | None:
     if record.method == "fp":
         return None
     if record.method not in METHODS:
-        known = "is not known to this version, nor are its released settings"
-        return f"the method '{record.method}' {known}"
+        return f"the method '{record.method}' and its released settings are not known here"
     try:
         recipe = recipe_of(record)
     except FimaqError:
@@ -153,10 +149,10 @@ def unlike(item: Measurement, names: Names) -> str | None:
 
 
 def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFrame:
-    """Return the published rows of the same cell and metric, whatever the variant.
+    """Return the published rows of the same cell and metric, of all variants.
 
-    Full precision has no scope, so it compares with rows of all scopes. A row that leaves the scope
-    open compares with all scopes.
+    Full precision compares with rows of all scopes, since it has none. A row that does not state
+    its scope compares with all scopes.
     """
     record = item.record
     methods = [
@@ -181,16 +177,19 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
 def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> pd.DataFrame:
     """Compare records with published numbers (``rows``; None: all of them).
 
-    A verdict is ``reproduced`` where the difference is within 0.3 points or two standard errors of
-    the measured mean (sampling and seeds), whichever is larger; else ``above`` or ``below``. The
-    sampling error counts although published numbers come from the same images, so the tolerance is
-    rather wide. ``too uncertain`` is a difference within a tolerance of more than one point.
-    ``not comparable`` covers other data, settings or weights, published variants run with another
-    framework, sources that do not name the quantized parts, and weak evidence.
+    The tolerance is 0.3 points or two standard errors of the measured mean (from samples and
+    seeds), whichever is larger. It is rather wide, because published numbers come from the same
+    images. Verdicts:
+
+    - ``reproduced``: the difference is within the tolerance;
+    - ``above``, ``below``: the difference is beyond the tolerance;
+    - ``too uncertain``: within a tolerance of more than one point;
+    - ``not comparable``: other data, settings, weights or framework; a source that does not name
+      the quantized parts; weak evidence.
 
     Returns:
-        :data:`COLUMNS`, with a row per measured metric and published row. A metric without a
-        published number has empty published columns. Published rows that name neither model nor
+        :data:`COLUMNS`, with one row per measured metric and published row. A metric without a
+        published number has empty published columns. Published rows that state neither model nor
         bits come last, without a measured number.
     """
     rows, names = published_rows() if rows is None else rows, load_names()
@@ -214,43 +213,41 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> p
     return table.astype({**numbers, "seeds": int})
 
 
-def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> list[dict[Any, Any]]:
-    """Return published rows of a data set whose source names neither model nor bits."""
-    ids, found = {name: entry.id for name, entry in names.methods.items()}, []
-    unstated = rows[(rows["model"] == UNSTATED) & (rows["w_bit"] == 0) & (rows["a_bit"] == 0)]
+def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> list[dict[str, Any]]:
+    """Return the published rows of a data set whose source states neither model nor bits."""
+    unstated, found = (rows["model"] == UNSTATED) & (rows["w_bit"] == 0) & (rows["a_bit"] == 0), []
     for theirs, name, entry in names.published_on(task, dataset):
-        here = unstated[(unstated["task"] == theirs) & (unstated["dataset"] == name)]
-        own = here.assign(
-            task=task,
-            dataset=dataset,
-            method=here["method"].map(lambda method: ids.get(method, method)),
-            bits=UNSTATED,
-            metric=here["metric"].map(lambda metric, own=entry.metrics: own.get(metric, metric)),
-            seeds=0,
-            published=here["value"],
-            verdict=NOT_COMPARABLE,
-            reason="context only: the source names neither model nor bits",
-        )
-        found += own.to_dict("records")
+        here = unstated & (rows["task"] == theirs) & (rows["dataset"] == name)
+        for row in rows[here].to_dict("records"):
+            method, metric = row["method"], row["metric"]
+            changes = {
+                "task": task,
+                "dataset": dataset,
+                "method": names.methods[method].id if method in names.methods else method,
+                "bits": UNSTATED,
+                "metric": entry.metrics.get(metric, metric),
+                "seeds": 0,
+                "published": row["value"],
+                "verdict": NOT_COMPARABLE,
+                "reason": "context only: the source names neither model nor bits",
+            }
+            found.append({**row, **changes})
     return found
 
 
 def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Judgement:
-    """Compare a measurement with a published row of the same cell; verdicts as in :func:`diff`.
-
-    ``row`` is None where nothing is published.
-    """
-    if why := unlike(item, names):
-        return Judgement(NOT_COMPARABLE, math.nan, why)
+    """Compare a measurement with a published row of the same cell (None: there is no row)."""
+    why = mismatch(item, names)
     if row is None:
-        why = "no published number for this model, method and bits"
-        return Judgement(NOT_COMPARABLE, math.nan, why)
+        why = why or "no published number for this model, method and bits"
+    if row is None or why:
+        return Judgement(NOT_COMPARABLE, math.nan, str(why))
     gap = item.mean - float(row["value"])
     method, variant = names.methods[row["method"]], row["variant"]
     full = item.record.method == "fp"
     weak = [] if row["evidence"] in _STRONG else [f"{row['evidence']} evidence"]
     if not full and names.models[row["model"]].scope == UNSTATED:
-        weak.append("the source does not say what of the model is quantized")
+        weak.append("the source does not name the quantized parts of the model")
     if not weak and method.comparable.get(variant) != item.record.method:
         weak = [f"published variant '{variant}' was run with another framework or recipe"]
     if weak:
@@ -271,8 +268,8 @@ def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Jud
 def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     """Compare all records with published numbers; print and write the table.
 
-    ``show_all`` lists also metrics without a published number. Returns the exit code, ``nothing``
-    if nothing is comparable.
+    ``show_all`` also lists metrics without a published number. Returns the exit code: 0 if all
+    comparable numbers are reproduced, 1 if some are not, ``nothing`` if no number is comparable.
     """
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
@@ -280,8 +277,8 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if not found:
-        nowhere = f"nothing is measured under {results / 'runs'}"
-        print(f"Nothing is comparable yet: {nowhere}. Run `make reproduce-table` first.")
+        where = f"nothing is measured under {results / 'runs'}"
+        print(f"Nothing is comparable yet: {where}. Run `make reproduce-table` first.")
         return nothing
     table = diff([record for _, record in found])
     path = results / "tables" / "diff.csv"
@@ -296,8 +293,8 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     verdicts = table.loc[table["verdict"] != NOT_COMPARABLE, "verdict"].value_counts()
     if verdicts.empty:
         print(
-            "Nothing is comparable yet: no measured number is on the same data, weights, settings "
-            "and bits as a published one. For that: "
+            "Nothing is comparable yet: no measured number has the same data, weights, settings "
+            "and bits as a published one. To measure such numbers: "
             "make reproduce-table TABLE=fimaq IMAGENET=/path/to/imagenet"
         )
         return nothing

@@ -1,7 +1,7 @@
-"""Small problems whose answers are known exactly; they reveal changed code on every processor.
+"""Small problems with exactly known answers, which reveal changed code on every processor.
 
-Scores hide some faults. Ties hardly occur in data, so rounding them up instead of to even changes
-no accuracy. One Fisher pass more or less changes it by less than another processor does.
+Scores hide some faults. Ties are rare in data, so rounding them up instead of to even changes no
+accuracy. One Fisher pass more or less changes the accuracy by less than another processor does.
 """
 
 import torch
@@ -14,8 +14,8 @@ from fimaq_core.recipe import make_recipe
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.tape import Storage, Tape
 
-#: Eight levels of step 0.5 with zero point 3: values from -1.5 to 2. Ties go to the even code, the
-#: rest to the nearest.
+#: Eight levels with step 0.5 and zero point 3: values from -1.5 to 2. Inputs are rounded to the
+#: nearest code, and ties to the even code.
 _SCALE, _ZERO_POINT, _BITS = 0.5, 3.0, 3
 _INPUTS = (
     -9.0, -1.75, -1.25, -0.75, -0.3, -0.25, 0.0, 0.2,
@@ -25,7 +25,7 @@ _ANSWERS = (-1.5, -1.5, -1.0, -1.0, -0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.5
 
 
 def wrong() -> list[str]:
-    """Return a line for each wrong answer; empty for an intact installation."""
+    """Return one line per wrong answer: none for an intact installation."""
     x, right = torch.tensor(_INPUTS), torch.tensor(_ANSWERS)
     scale, zero = torch.tensor([_SCALE]), torch.tensor([_ZERO_POINT])
     quantizer = affine.AffineQuantizer(_BITS)
@@ -41,20 +41,20 @@ def wrong() -> list[str]:
         }
     for name, found in forms.items():
         if (off := found != right).any():
-            inputs, here, there = (_list(values[off]) for values in (x, found, right))
-            lines.append(f"  {name}: {inputs} became {here}, right is {there}")
+            texts = [", ".join(f"{v:g}" for v in values[off]) for values in (x, found, right)]
+            lines.append("  {}: {} became {}, right is {}".format(name, *texts))
     return [*lines, *_wrong_fisher_passes()]
 
 
 class _HalfSquare(Divergence):
-    """Half the squared distance: its gradient at an output is the output's error."""
+    """Half the squared distance. Its gradient with respect to an output is the output's error."""
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return (outputs - reference).square().sum(1).mean() / 2
 
 
 def _wrong_fisher_passes() -> list[str]:
-    """Check three passes of FIMA-Q over an identity, with the block's output off by 1, 2 and 4."""
+    """Check three Fisher passes over an identity block whose output is wrong by 1, 2 and 4."""
     recipe = make_recipe("fimaq", {"loss": "fisher_diag", "steps": 9, "fisher_k": 3})
     chain = BlockChain([Segment(name, name, nn.Identity()) for name in ("block", "head")])
     images, storage = torch.arange(8.0).reshape(4, 2), Storage("device", torch.device("cpu"))
@@ -63,19 +63,17 @@ def _wrong_fisher_passes() -> list[str]:
     objective = BlockObjective(chain, tape, recipe, tape.target, _HalfSquare(), [])
     for error in (1.0, 2.0, 4.0):
         objective.update(lambda x, error=error: x + error)
-    state = objective.state
-    found = {
+
+    def rounded(values: Tensor | None) -> list[float]:
+        return [] if values is None else [round(value, 4) for value in values.flatten().tolist()]
+
+    answers = {
         "Fisher passes": (sorted(objective.update_steps), [0, 3, 6]),
-        "gradient of each pass": (_rounded(state.gradients), [1.0, 1.0, 2.0, 2.0, 4.0, 4.0]),
-        "diagonal Fisher weight": (_rounded(state.diagonal), [2.3333, 2.3333]),
+        "gradient per pass": (rounded(objective.state.gradients), [1.0, 1.0, 2.0, 2.0, 4.0, 4.0]),
+        "diagonal Fisher weight": (rounded(objective.state.diagonal), [2.3333] * 2),
     }
-    wrong = {name: answers for name, answers in found.items() if answers[0] != answers[1]}
-    return [f"  {name}: {here}, right is {right}" for name, (here, right) in wrong.items()]
-
-
-def _rounded(values: Tensor | None) -> list[float]:
-    return [] if values is None else [round(value, 4) for value in values.flatten().tolist()]
-
-
-def _list(values: Tensor) -> str:
-    return ", ".join(f"{value:g}" for value in values.tolist())
+    return [
+        f"  {name}: {found}, right is {right}"
+        for name, (found, right) in answers.items()
+        if found != right
+    ]

@@ -1,4 +1,4 @@
-"""Records of two runs, paired by the fields that they must share."""
+"""Pairs of records of two runs: records that share task, data, model, bits, scope and seed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +9,10 @@ from benchmarks.results.outcomes import CompareError
 from benchmarks.results.scores import read_records, scope_of
 from tasks.common.record import ResultRecord, bits_name, read_record
 
-#: Fields that all pairs share (with full precision the first three), and fields that tell the
-#: records of a pair apart where a side has several of them.
-_NAMES, _CHOICES = ("task", "data", "model", "bits", "scope"), ("method", "variant")
+#: Fields that the records of a pair share; only the first three if one is full precision.
+_SHARED = ("task", "data", "model", "bits", "scope")
+#: Fields that records must also share if one side has several values of them.
+_CHOICES = ("method", "variant")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class RecordFile:
 
     @property
     def full(self) -> bool:
-        """True for full precision."""
+        """True for a record in full precision."""
         return self.record.method == "fp"
 
     @property
@@ -55,25 +56,25 @@ def _subject(fields: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: its path, its records, and messages on unreadable ones."""
+    """One side of a comparison."""
 
     path: Path
     files: Sequence[RecordFile]
-    problems: Sequence[str] = ()
+    problems: Sequence[str] = ()  #: one message for each unreadable record
 
     @property
     def full(self) -> bool:
-        """True if all records are of full precision."""
+        """True if all records are in full precision."""
         return all(file.full for file in self.files)
 
     def by(self, names: Sequence[str]) -> dict[tuple[str, ...], RecordFile]:
-        """Return the records by some fields. Raises CompareError where two of them are equal."""
+        """Return the records by the values of fields. Raises CompareError for equal records."""
         found: dict[tuple[str, ...], RecordFile] = {}
         for file in self.files:
             other = found.setdefault(tuple(file.fields[name] for name in names), file)
             if other is not file:
                 raise CompareError(
-                    f"{self.path} holds several records of {other.label}, such as "
+                    f"{self.path} contains several records of {other.label}, such as "
                     f"{other.path.parent} and {file.path.parent}: give the folder of one of them."
                 )
         return found
@@ -81,30 +82,30 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Records of the same measurement of two methods, by seed; ``key`` has the shared fields."""
+    """Records of two methods that differ in nothing else, by seed."""
 
-    key: Mapping[str, str]
+    key: Mapping[str, str]  #: the shared fields
     a: dict[int | None, RecordFile]
     b: dict[int | None, RecordFile]
 
     @property
     def label(self) -> str:
-        """Name in tables: model, scope, bits, and the fields that tell it from other pairs."""
+        """Name in tables: model, scope, choices (method, variant) and bits."""
         own = [self.key[name] for name in _CHOICES if name in self.key]
         return " ".join([_subject(self.key), *own, self.key["bits"]])
 
 
 def read_side(path: Path) -> Side:
-    """Read the record at ``path`` (``result.json`` or its folder) or all records below it.
+    """Read the record at ``path`` (``result.json`` or its folder), or all records below ``path``.
 
-    Raises CompareError if there is none, CheckpointError if the one record cannot be read. Of
-    several records, unreadable ones are left out and named.
+    Raises CompareError if there is none, and CheckpointError if a single record cannot be read.
+    Among several records, the unreadable ones become ``problems``.
     """
     single = path / "result.json" if (path / "result.json").is_file() else path
     if single.is_file():
         return Side(path, [RecordFile(read_record(single), single)])
     if not path.is_dir():
-        give = "give a cell's folder, its result.json, or a folder that holds some"
+        give = "give a cell's folder, its result.json, or a folder that contains cells"
         raise CompareError(f"There is no {path}: {give}.")
     records, problems = read_records(path)
     if not records:
@@ -116,13 +117,13 @@ def read_side(path: Path) -> Side:
 def pair_up(a: Side, b: Side) -> list[Pair]:
     """Pair the records of two sides.
 
-    A side of full precision alone is paired with everything of the same model on the other side.
-    Raises CompareError if nothing has a partner, or a record has several.
+    A side that is all full precision is paired with all records of the same model on the other
+    side. Raises CompareError if no record has a partner, or if one has several.
     """
     if a.full and not b.full:
         return [Pair(pair.key, pair.b, pair.a) for pair in pair_up(b, a)]
     beside_full = b.full and not a.full
-    if beside_full:  # the folder of a model also holds its full precision
+    if beside_full:  # the folder of a model also contains its full-precision record
         paths = {file.path.resolve() for file in b.files}
         a = replace(a, files=[file for file in a.files if file.path.resolve() not in paths])
     choices = [
@@ -130,8 +131,8 @@ def pair_up(a: Side, b: Side) -> list[Pair]:
         for name in _CHOICES
         if any(len({f.fields[name] for f in s.files if not f.full}) > 1 for s in (a, b))
     ]
-    fields = (*_NAMES, *choices, "seed")
-    names = _NAMES[:3] if beside_full else fields
+    fields = (*_SHARED, *choices, "seed")
+    names = _SHARED[:3] if beside_full else fields
     partners = b.by(names)
     pairs: dict[tuple[str, ...], Pair] = {}
     for key, file in a.by(fields).items():
@@ -145,7 +146,8 @@ def pair_up(a: Side, b: Side) -> list[Pair]:
         pair = pairs.setdefault(key[:-1], Pair(shared, {}, {}))
         pair.a[file.record.seed], pair.b[file.record.seed] = file, partner
     if not pairs:
-        raise CompareError(_nothing_common(a, b, names))
+        rule = f"the records of a pair share {', '.join(names)}"
+        raise CompareError(f"Nothing to compare: {rule}, and {_difference(a, b, names)}.")
     return list(pairs.values())
 
 
@@ -156,14 +158,15 @@ def alone(side: Side, pairs: Sequence[Pair]) -> list[RecordFile]:
     return [file for file in side.files if file.path.resolve() not in used]
 
 
-def _nothing_common(a: Side, b: Side, names: Sequence[str]) -> str:
+def _difference(a: Side, b: Side, names: Sequence[str]) -> str:
+    """Return the fields in which all records of one side differ from those of the other."""
     apart = []
     for name in names:
         values = [sorted({file.fields[name] or "none" for file in side.files}) for side in (a, b)]
         if not set(values[0]) & set(values[1]):
             more = [f" and {len(found) - 4} more" if len(found) > 4 else "" for found in values]
-            listed = [", ".join(found[:4]) + rest for found, rest in zip(values, more, strict=True)]
-            apart.append(f"{name} ({'; '.join(listed)})")
-    why = "no record of one side agrees with one of the other in all of them"
-    why = f"these differ in {', '.join(apart)}" if apart else why
-    return f"Nothing to compare: records are paired that share {', '.join(names)}, and {why}."
+            texts = [", ".join(found[:4]) + rest for found, rest in zip(values, more, strict=True)]
+            apart.append(f"{name} ({'; '.join(texts)})")
+    if apart:
+        return f"the two sides differ in {', '.join(apart)}"
+    return "no two records agree in all of these"

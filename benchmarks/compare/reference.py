@@ -1,4 +1,4 @@
-"""The committed reference of a profile: results of sound installations, to compare with."""
+"""Reference of a profile: committed results of intact installations, for comparison."""
 
 import json
 import math
@@ -21,12 +21,12 @@ from benchmarks.results.scores import COLUMNS, FULL, Items, Measured, count
 from fimaq_core.errors import FimaqError
 from tasks.common.cell.machine import processor
 
-#: Parts of the provenance of a reference.
+#: Keys of the provenance of a reference.
 _ABOUT = {"machine", "versions", "date", "settings", "data"}
 
 
 def provenance(grid: Grid, measured: Items) -> dict[str, Any]:
-    """Return machine, versions, date, settings and data of measurements, without names of hosts."""
+    """Return machine (without host name), versions, date, settings and data of measurements."""
     versions: dict[str, set[str]] = {"python": {platform.python_version()}}
     for item in measured:
         for name, version in item.record.environment.versions.items():
@@ -47,22 +47,21 @@ def _line(about: Mapping[str, Any]) -> str:
 
 
 def _settings(grid: Grid) -> dict[str, Any]:
-    """Return the settings of a grid; those of its sections decide numbers as much."""
-    common = grid.overrides.items()
-    own = {
-        section: {k: v for k, v in grid.overrides_of(section).items() if (k, v) not in common}
-        for section in grid.tasks
-    }
-    sections = {section: found for section, found in own.items() if found}
-    settings = {"variant": grid.variant, "overrides": grid.overrides, "sections": sections}
-    found = json.loads(json.dumps({**settings, "axes": grid.axes}))
-    return {k: v for k, v in found.items() if v or k in ("variant", "overrides")}
+    """Return the settings of a grid and of its sections, in the types of JSON."""
+    common, sections = grid.overrides.items(), {}
+    for section in grid.tasks:
+        own = {k: v for k, v in grid.overrides_of(section).items() if (k, v) not in common}
+        if own:
+            sections[section] = own
+    found = {"variant": grid.variant, "overrides": grid.overrides}
+    found |= {k: v for k, v in (("sections", sections), ("axes", grid.axes)) if v}
+    return dict(json.loads(json.dumps(found)))
 
 
 def _settings_of(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """Return the settings that bear on a section."""
-    own = settings.get("sections", {}).get(section, {})
+    """Return the settings of one section, from those of :func:`_settings`."""
     rest = {name: value for name, value in settings.items() if name != "sections"}
+    own = settings.get("sections", {}).get(section, {})
     return rest | {"overrides": {**settings.get("overrides", {}), **own}}
 
 
@@ -80,7 +79,7 @@ def machine() -> str:
 
 
 def write_reference(grid: Grid, measured: Items, text: str, folder: Path = REFERENCE) -> list[Path]:
-    """Write a profile's reference (CSV, Markdown, provenance, costs) and return the files."""
+    """Write the reference of a profile (CSV, Markdown, provenance, costs); return its files."""
     about = provenance(grid, measured)
     title, _, body = text.partition("\n\n")
     files = {
@@ -95,7 +94,7 @@ def write_reference(grid: Grid, measured: Items, text: str, folder: Path = REFER
 
 
 def add_processor(grid: Grid, measured: Items, folder: Path = REFERENCE) -> Path:
-    """Add another processor's cells to the reference's table, in place of their former rows.
+    """Add the cells of another processor to the table of a reference; replace their old rows.
 
     Raises FimaqError if there is no reference, or if it has other settings or data.
     """
@@ -127,7 +126,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def _read(grid: Grid, folder: Path) -> tuple[pd.DataFrame, dict[str, Any]] | None:
-    """Return the table and the provenance of a reference, if any. Raises FimaqError if damaged."""
+    """Return table and provenance of a reference, if any. Raises FimaqError if damaged."""
     path, about = folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
     if not path.is_file() or not about.is_file():
         return None
@@ -143,18 +142,18 @@ def _read(grid: Grid, folder: Path) -> tuple[pd.DataFrame, dict[str, Any]] | Non
 def compare(grid: Grid, measured: Items, folder: Path = REFERENCE) -> list[str]:
     """Compare finished cells with the committed reference of their profile.
 
-    Returns lines, none without a reference. One begins with ``Agrees with the reference`` or
-    ``DIFFERS from the reference``.
+    Returns the lines to print. The result begins with ``Agrees with the reference`` or ``DIFFERS
+    from the reference``. Without a reference there are no lines.
     """
     try:
         found = _read(grid, folder)
     except FimaqError as error:
-        return [f"{error}. Nothing is compared with it."]
+        return [f"{error}. No result is compared with the reference."]
     if found is None:
         return []
     reference, about = found
     if wrong := known_answers.wrong():
-        why = "the code here gives wrong answers to problems whose answers are known"
+        why = "the code gives wrong answers to problems with known answers"
         return [f"DIFFERS from the reference: {why}.", *wrong]
     where = f"(reference: {_line(about)})"
     alike, lines = _alike(grid, measured, about)
@@ -174,31 +173,32 @@ def compare(grid: Grid, measured: Items, folder: Path = REFERENCE) -> list[str]:
         largest = score.iloc[int(score["difference"].abs().to_numpy().argmax())]
         unit = "points" if scores.is_percent(largest["metric"]) else "ranks"
         gap = f"{largest['difference']:+.2f} {unit} at {_name(largest, grid)}"
-        gap = f"Largest difference of a score: {gap}."
-        return [*lines, f"Agrees with the reference ({basis}). {gap} {where}"]
+        result = f"Agrees with the reference ({basis}). Largest difference of a score: {gap}."
+        return [*lines, f"{result} {where}"]
     lines.append(
-        f"DIFFERS from the reference in {len(off)} of {basis}. Processors do not cause this: check "
-        f"the installation with `make test`, and `git status` for changed code. {where}"
+        f"DIFFERS from the reference in {len(off)} of {basis}. Another processor does not cause "
+        "this: run `make test` to check the installation, and `git status` to find changed code. "
+        f"{where}"
     )
     for row in off.sort_values("p").to_dict("records"):
         values = [row["mean_mine"], row["mean_ref"]]
         values = [math.exp(value) if row["metric"] in RATIOS else value for value in values]
         digits = ".4g" if row["metric"] in FIGURES else ".2f"
         here, there = (f"{value:{digits}}" for value in values)
-        p = f"(p = {row['p']:.1g})"
-        lines.append(f"  {_name(row, grid)}: {here} here, {there} in the reference {p}")
+        text = f"{_name(row, grid)}: {here} here, {there} in the reference (p = {row['p']:.1g})"
+        lines.append(f"  {text}")
     return lines
 
 
 def _alike(
     grid: Grid, measured: Items, about: Mapping[str, Any]
 ) -> tuple[list[Measured], list[str]]:
-    """Return the cells with the reference's settings and data, and a line per other section."""
+    """Return the cells with the reference's settings and data, and one line per other section."""
     alike, lines = [], []
     for section in scores.unique(item.cell.section for item in measured):
         mine = [item for item in measured if item.cell.section == section]
-        name = f" in {section}" if len(grid.tasks) > 1 else ""
-        start = f"Not compared with the reference{name}: it"
+        where = f" in {section}" if len(grid.tasks) > 1 else ""
+        start = f"Not compared with the reference{where}: it"
         theirs = _settings_of(about["settings"], section)
         if theirs != _settings_of(_settings(grid), section):
             lines.append(f"{start} has other settings, {theirs}.")
@@ -210,6 +210,7 @@ def _alike(
 
 
 def _name(row: Any, grid: Grid) -> str:
+    """Return the name of a comparison; data set and variant only if the grid has several."""
     bits = "" if row["bits"] == FULL else f" {row['bits']}"
     scope = re.search(r" \[[^\]]*\]$", row["variant"])  # as variant_name writes it
     subject = f"{row['model']}{scope[0] if scope else ''}"

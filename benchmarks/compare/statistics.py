@@ -11,7 +11,7 @@ from benchmarks.results.outcomes import statistic
 
 RESAMPLES = 10_000
 _SEED = 0
-#: Number of counts that are drawn at a time.
+#: Number of counts per batch of resamples, which limits the memory.
 _COUNTS = 2**22
 
 
@@ -27,8 +27,8 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Numbers of samples that both, only the first, only the second, and neither got right."""
+class PairedCounts:
+    """Numbers of samples that both methods, only one of the two, or neither got right."""
 
     both: int
     first: int
@@ -36,23 +36,23 @@ class Table:
     neither: int
 
     @classmethod
-    def of(cls, x: np.ndarray, y: np.ndarray) -> "Table":
-        """Count the samples (n,) that two methods got right or wrong (bool)."""
+    def of(cls, x: np.ndarray, y: np.ndarray) -> "PairedCounts":
+        """Count the samples from two arrays (n,), bool: right or wrong."""
         return cls(*(int(each.sum()) for each in (x & y, x & ~y, ~x & y, ~x & ~y)))
 
     @property
     def n(self) -> int:
-        """All samples."""
+        """Number of samples."""
         return self.both + self.first + self.second + self.neither
 
     @property
     def difference(self) -> float:
-        """Share of the first minus share of the second."""
+        """Share that the first got right, minus the share of the second."""
         return (self.first - self.second) / self.n
 
     @property
     def cohens_g(self) -> float:
-        """Share of the first among discordant samples, less a half (Cohen, 1988, chapter 5)."""
+        """Cohen's g (1988, chapter 5): share of ``first`` in ``first + second``, minus 0.5."""
         discordant = self.first + self.second
         return self.first / discordant - 0.5 if discordant else 0.0
 
@@ -63,27 +63,23 @@ class Table:
         return math.sqrt(self.first + self.second - gap**2 / self.n) / self.n
 
 
-def mcnemar(table: Table, level: float) -> Interval:
-    """Return McNemar's exact test with Newcombe's interval, in points."""
-    low, high = newcombe(table, level)
-    return Interval(100 * table.difference, 100 * low, 100 * high, p_value(table), 100 * table.se)
+def mcnemar(counts: PairedCounts, level: float) -> Interval:
+    """Return McNemar's exact two-sided binomial test with Newcombe's interval, in points."""
+    discordant = counts.first + counts.second
+    p = float(binomtest(counts.first, discordant).pvalue) if discordant else 1.0
+    low, high = newcombe(counts, level)
+    return Interval(100 * counts.difference, 100 * low, 100 * high, p, 100 * counts.se)
 
 
-def p_value(table: Table) -> float:
-    """Return McNemar's exact two-sided p-value: binomial, of the discordant samples."""
-    discordant = table.first + table.second
-    return float(binomtest(table.first, discordant).pvalue) if discordant else 1.0
-
-
-def newcombe(table: Table, level: float) -> tuple[float, float]:
+def newcombe(counts: PairedCounts, level: float) -> tuple[float, float]:
     """Return the interval of the difference by Newcombe's method 10.
 
-    (Statistics in Medicine 17, 1998, 2635-2650.) The method squares and adds the distances of both
-    shares to the ends of their Wilson intervals, with their correlation φ corrected for continuity.
+    The method (Statistics in Medicine 17, 1998, 2635-2650) adds the squared distances of both
+    shares to the ends of their Wilson intervals. Their correlation φ is corrected for continuity.
     """
-    n, right = table.n, (table.both + table.first, table.both + table.second)
+    n, right = counts.n, (counts.both + counts.first, counts.both + counts.second)
     product = right[0] * (n - right[0]) * right[1] * (n - right[1])
-    excess = table.both * table.neither - table.first * table.second
+    excess = counts.both * counts.neither - counts.first * counts.second
     corrected = max(excess - n / 2, 0.0) if excess > 0 else excess
     phi = corrected / math.sqrt(product) if product else 0.0
     wilson = [binomtest(count, n).proportion_ci(level, method="wilson") for count in right]
@@ -91,21 +87,21 @@ def newcombe(table: Table, level: float) -> tuple[float, float]:
     (down_1, up_1), (down_2, up_2) = ((at - ends.low, ends.high - at) for at, ends in shares)
     low = math.sqrt(max(down_1**2 - 2 * phi * down_1 * up_2 + up_2**2, 0.0))
     high = math.sqrt(max(up_1**2 - 2 * phi * up_1 * down_2 + down_2**2, 0.0))
-    return float(table.difference - low), float(table.difference + high)
+    return float(counts.difference - low), float(counts.difference + high)
 
 
 def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES) -> Interval:
     """Return the bias-corrected and accelerated interval (BCa; Efron, JASA 82, 1987).
 
-    The unit drawn is a cluster, such as an image with its captions. p inverts the interval: it is
-    the largest 1 - level whose interval still holds 0. Its resolution is that of the resamples.
-    Average precision is resampled in its linear part, the contributions of images: the interpolated
-    curve and the categories with objects stay as they are.
+    Whole clusters are drawn, such as an image with its captions. p is the largest ``1 - level``
+    whose interval still contains 0; the number of resamples limits its resolution. For average
+    precision only the contributions of the images are resampled: the interpolated curve and the
+    categories with objects stay fixed.
 
     Args:
         clusters: (G, parts, 2), see :func:`benchmarks.results.outcomes.cluster_sums`.
-        level: of confidence.
-        resamples: their number. They are seeded, so all calls return the same.
+        level: confidence level of the interval.
+        resamples: number of draws. The seed is fixed, so equal calls return equal intervals.
     """
     groups, parts = clusters.shape[:2]
     rows, counts = np.unique(clusters.reshape(groups, -1), axis=0, return_counts=True)
@@ -114,7 +110,7 @@ def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES) ->
     drawn = np.concatenate([
         statistic((draw @ rows).reshape(-1, parts, 2)) for draw in _draws(counts, resamples)
     ])  # fmt: skip
-    # Sums in another order differ in their last digits, which must not count as bias.
+    # Another order of summation changes the last digits, which must not count as bias.
     tiny = 1e-9 * max(1.0, abs(estimate))
 
     def share_below(value: float) -> float:
@@ -137,10 +133,10 @@ def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES) ->
 
 
 def _draws(counts: np.ndarray, resamples: int) -> Iterator[np.ndarray]:
-    """Yield how often each distinct row is drawn, (b, rows), in parts that fit into memory.
+    """Yield the number of times that each distinct row is drawn, (b, rows), batch by batch.
 
-    Equal clusters are interchangeable, so only their number is drawn: 50,000 images that are
-    right or wrong have three distinct rows.
+    Equal clusters are interchangeable, so only their number is drawn: the 50,000 images of a paired
+    comparison have three distinct rows (a difference of -1, 0 or 1).
     """
     generator, kinds, groups = np.random.default_rng(_SEED), len(counts), int(counts.sum())
     few = 8 * kinds < groups
@@ -167,7 +163,7 @@ def _acceleration(rows: np.ndarray, counts: np.ndarray, whole: np.ndarray, parts
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values that hold for the whole family (Holm, Scand. J. of Statistics 6, 1979)."""
+    """Correct p-values for the number of tests (Holm, Scandinavian J. of Statistics 6, 1979)."""
     p = np.array(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
     steps = np.minimum(1.0, np.arange(len(p), 0, -1) * p[order])

@@ -1,23 +1,23 @@
-"""Printed form of a comparison: a table with its verdicts, or JSON."""
+"""Output of the command ``compare``: a table with verdicts, or JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.compare.judge import Judged, MetricComparison, p_text
+from benchmarks.compare.pair_tests import ComparedPair, MetricComparison, p_text
 from benchmarks.compare.pairs import Pair, RecordFile, Side, alone
 from benchmarks.compare.statistics import RESAMPLES
 from benchmarks.console import printable
 
 
-def comparison_text(a: Side, b: Side, judged: Sequence[Judged], level: float) -> str:
-    """Return the table, one verdict per row, and the records that were left out."""
+def comparison_text(a: Side, b: Side, compared: Sequence[ComparedPair], level: float) -> str:
+    """Return the table, one verdict per row, notes, and the records that were left out."""
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
-    several = len(judged) > 1
+    several = len(compared) > 1
     rows, verdicts = [], []
-    for item in judged:
+    for item in compared:
         for found in item.metrics:
             row = {"pair": item.pair.label, **_row(item.pair, found, level)}
             rows.append({k: v for k, v in row.items() if several or k not in ("pair", "Holm p")})
@@ -25,13 +25,13 @@ def comparison_text(a: Side, b: Side, judged: Sequence[Judged], level: float) ->
             verdicts.append(f"- {name}: {found.verdict(level)}.")
     align = {"disable_numparse": True, "stralign": "right", "colalign": ("left",)}
     text = "\n".join([
-        f"A: {_side(a, [file for item in judged for file in item.pair.a.values()])}",
-        f"B: {_side(b, [file for item in judged for file in item.pair.b.values()])}",
-        f"Data: {'; '.join(dict.fromkeys(item.pair.key['data'] for item in judged))}",
+        f"A: {_side(a, [file for item in compared for file in item.pair.a.values()])}",
+        f"B: {_side(b, [file for item in compared for file in item.pair.b.values()])}",
+        f"Data: {'; '.join(dict.fromkeys(item.pair.key['data'] for item in compared))}",
         "", tabulate(rows, headers="keys", **align),
-        "", *verdicts, "", *_notes(judged), *_left_out(a, b, judged),
+        "", *verdicts, "", *_notes(compared), *_left_out(a, b, compared),
     ])  # fmt: skip
-    # Names come from records, which may come from elsewhere.
+    # Names come from records, perhaps of other people: escape control characters.
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
@@ -61,29 +61,29 @@ def _row(pair: Pair, found: MetricComparison, level: float) -> dict[str, str]:
     }
 
 
-def _notes(judged: Sequence[Judged]) -> list[str]:
-    tests, notes = {found.test for item in judged for found in item.metrics}, []
+def _notes(compared: Sequence[ComparedPair]) -> list[str]:
+    tests, notes = {found.test for item in compared for found in item.metrics}, []
     if "McNemar" in tests:
         notes.append(
             "McNemar: exact binomial test of the samples that only one method got right (A:B); "
-            "interval by Newcombe's method 10; g is A's share of these samples less a half."
+            "interval by Newcombe's method 10; g is A's share of these samples minus 0.5."
         )
     if "bootstrap" in tests:
         notes.append(
-            f"Bootstrap: {RESAMPLES} resamples of images, seeded; BCa interval and the p that "
-            f"belongs to it, at least {2 / (RESAMPLES + 1):.1g}."
+            f"Bootstrap: {RESAMPLES} resamples of images with a fixed seed; BCa interval and its "
+            f"p, which is at least {2 / (RESAMPLES + 1):.1g}."
         )
-    if any(len(item.pair.a) > 1 for item in judged):
-        notes.append("Where there are several seeds, each sample's score is their mean.")
-    notes.append("Errors and p cover the finite number of samples only, not other seeds.")
-    if len(judged) > 1:
+    if any(len(item.pair.a) > 1 for item in compared):
+        notes.append("With several seeds, the score of a sample is its mean over seeds.")
+    notes.append("Errors and p cover the finite number of samples, but not the spread over seeds.")
+    if len(compared) > 1:
         notes.append("Holm p: corrected for the number of pairs of a metric; verdicts use it.")
     return notes
 
 
-def _left_out(a: Side, b: Side, judged: Sequence[Judged]) -> list[str]:
-    pairs = [item.pair for item in judged]
-    lines = [f"Not compared: {item.pair.label}: {item.problem}" for item in judged if item.problem]
+def _left_out(a: Side, b: Side, compared: Sequence[ComparedPair]) -> list[str]:
+    pairs, failed = [item.pair for item in compared], [item for item in compared if item.problem]
+    lines = [f"Not compared: {item.pair.label}: {item.problem}" for item in failed]
     for name, other, side in (("A", "B", a), ("B", "A", b)):
         for file in alone(side, pairs):
             lines.append(f"Without a partner in {other}: {file.label} ({file.path.parent})")
@@ -91,13 +91,13 @@ def _left_out(a: Side, b: Side, judged: Sequence[Judged]) -> list[str]:
     for pair in pairs:
         files = (*pair.a.values(), *pair.b.values())
         if len({file.record.weights.sha256 for file in files}) > 1:
-            lines.append(f"Note: {pair.label}: the records are of different weight files.")
+            lines.append(f"Note: {pair.label}: the records belong to different weight files.")
     return lines
 
 
-def json_text(a: Side, b: Side, judged: Sequence[Judged], level: float) -> str:
-    """Return everything as JSON; points are points, None is null."""
-    sides = {"a": a, "b": b}
+def json_text(a: Side, b: Side, compared: Sequence[ComparedPair], level: float) -> str:
+    """Return the comparison as JSON. Values are in points."""
+    sides, found = {"a": a, "b": b}, [item.pair for item in compared]
 
     def records(files: Mapping[int | None, RecordFile]) -> list[dict[str, Any]]:
         distinct = {str(file.path): file.record for file in files.values()}
@@ -114,20 +114,20 @@ def json_text(a: Side, b: Side, judged: Sequence[Judged], level: float) -> str:
             "a": records(item.pair.a),
             "b": records(item.pair.b),
             "metrics": [
-                {**asdict(found), "better": found.better(level), "verdict": found.verdict(level)}
-                for found in item.metrics
+                {**asdict(one), "better": one.better(level), "verdict": one.verdict(level)}
+                for one in item.metrics
             ],
             "problem": item.problem,
         }
-        for item in judged
+        for item in compared
     ]
-    found = [item.pair for item in judged]
-    lone = {name: [str(file.path) for file in alone(side, found)] for name, side in sides.items()}
     content = {
         "level": level,
         "resamples": RESAMPLES,
         "pairs": pairs,
-        "without_partner": lone,
+        "without_partner": {
+            name: [str(file.path) for file in alone(side, found)] for name, side in sides.items()
+        },
         "not_read": {name: list(side.problems) for name, side in sides.items()},
     }
     return json.dumps(content, indent=1, allow_nan=False)

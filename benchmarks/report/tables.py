@@ -14,7 +14,7 @@ from benchmarks.report.groups import Group, find, row_name, rows_of
 from benchmarks.results.outcomes import compare
 from benchmarks.results.scores import FULL, Measured, columns_of, is_percent, metric_title
 from benchmarks.tables.reproduction import Reproduction, bits_text
-from benchmarks.tables.settings import optimised, special_quantizers
+from benchmarks.tables.settings import recipe_marks
 
 #: A method counts as equal to the best within this number of standard errors of their difference.
 _ERRORS = 2.0
@@ -55,7 +55,7 @@ def score_table(
         "columns": columns,
         "heads": [(name, len(list(same))) for name, same in groupby(c.subject for c in columns)],
         "rows": [(name, [values.get(name) for values in filled]) for name in rows_of(cells)],
-        "marks": {name: (special_quantizers(r), optimised(r)) for name, r in recipes.items()},
+        "marks": {name: recipe_marks(r) for name, r in recipes.items()},
     }
 
 

@@ -1,4 +1,4 @@
-"""Outcomes of single samples: the file beside a record, and differences on the same samples."""
+"""Outcomes of single samples: files beside records, and differences between two methods."""
 
 import logging
 import math
@@ -24,30 +24,19 @@ class CompareError(FimaqError):
 
 @dataclass(frozen=True)
 class MetricPart:
-    """Scores whose mean is one part of a metric, such as one direction of retrieval.
+    """Scores whose mean is one part of a metric, such as one direction of retrieval."""
 
-    Attributes:
-        rows: (m,) indices of the samples.
-        score: (m,) bool, right or wrong; or float64, the contribution to the metric.
-    """
-
-    rows: np.ndarray
-    score: np.ndarray
+    rows: np.ndarray  #: (m,) indices of the samples
+    score: np.ndarray  #: (m,) bool, right or wrong; or float64, the contribution to the metric
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Scores of the samples of one run, sorted by the samples' ids.
+    """Scores of the samples of one run, sorted by the ids of the samples."""
 
-    Attributes:
-        sample: (n,) distinct ids.
-        cluster: (n,) from 0, equal for dependent samples, such as captions of one image.
-        metrics: parts of each metric. The metric, as a fraction, is the mean over its parts of
-            their mean scores.
-    """
-
-    sample: np.ndarray
-    cluster: np.ndarray
+    sample: np.ndarray  #: (n,) distinct ids
+    cluster: np.ndarray  #: (n,) from 0, equal for dependent samples, such as captions of one image
+    #: Parts of each metric. The metric, a fraction, is the mean of the mean scores of its parts.
     metrics: Mapping[str, tuple[MetricPart, ...]]
     folder: Path = Path()
 
@@ -59,7 +48,7 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Paired:
-    """A difference of metrics in points and its standard error over samples."""
+    """Difference of a metric between two methods and its error over samples, in points."""
 
     difference: float
     se: float
@@ -68,11 +57,12 @@ class Paired:
 def read(record: ResultRecord, folder: Path) -> Outcomes:
     """Read the outcomes beside a record.
 
-    Average precision is not a mean over samples. Its samples have contributions instead, whose mean
-    is the metric: the jackknife's pseudo-values (Efron and Stein, Annals of Statistics 9, 1981).
+    Average precision is not a mean over samples. Its samples therefore have contributions with the
+    metric as their mean: jackknife pseudo-values (Efron and Stein, Annals of Statistics 9, 1981).
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another record or of another form.
+        CheckpointError: the file is missing or damaged, belongs to another record, or has another
+            form.
     """
     content = outcome_arrays(record, folder)
     order = np.argsort(content["sample"], kind="stable")
@@ -97,7 +87,7 @@ def read(record: ResultRecord, folder: Path) -> Outcomes:
 
 
 def _recalls(direction: np.ndarray, rank: np.ndarray) -> dict[str, tuple[MetricPart, ...]]:
-    """Return recalls as papers print them: R@k of both directions, their mean, each alone."""
+    """Return the recalls of papers: R@k over both directions, the mean recall, each direction."""
     images, captions = np.flatnonzero(direction == 0), np.flatnonzero(direction == 1)
     each = {
         f"{side}_R@{cut}": (MetricPart(rows, rank[rows] < cut),)
@@ -116,29 +106,31 @@ def _recalls(direction: np.ndarray, rank: np.ndarray) -> dict[str, tuple[MetricP
 
 
 def check_alike(one: Outcomes, other: Outcomes) -> None:
-    """Raise CompareError, naming the difference, unless both runs have the same samples."""
+    """Raise CompareError with the reason unless both runs have the same samples."""
     sizes = len(one.sample), len(other.sample)
     if sizes[0] != sizes[1]:
         raise CompareError(
-            f"Other samples: {one.folder} has {sizes[0]}, {other.folder} has {sizes[1]}. Measure "
-            "both with the same images: a run leaves out images that were damaged."
+            f"Different samples: {one.folder} has {sizes[0]}, {other.folder} has {sizes[1]}. "
+            "Measure both with the same images: a run leaves out images that were damaged."
         )
+    where = f"Different samples: {one.folder} and {other.folder}"
+    if unlike := sorted(set(one.sample.tolist()) ^ set(other.sample.tolist())):
+        raise CompareError(f"{where} do not share all samples: only one of them has {unlike[0]}.")
     same = np.array_equal(one.sample, other.sample)
     if not (same and np.array_equal(one.cluster, other.cluster)):
-        unlike = sorted(set(one.sample.tolist()) ^ set(other.sample.tolist()))
-        such = f", such as {unlike[0]}" if unlike else ": their images are grouped differently"
-        where = f"{one.folder} and {other.folder}"
-        raise CompareError(f"Other samples: {where} were not measured on the same{such}.")
+        raise CompareError(f"{where} have the same samples, but group them differently.")
 
 
 def cluster_sums(first: Sequence[Outcomes], second: Sequence[Outcomes], metric: str) -> np.ndarray:
-    """Return the sums over clusters of differences and of queries, for each part of a metric.
+    """Return the summed differences and the number of queries of each cluster and metric part.
 
-    ``first`` and ``second`` are two methods on the same samples, seed by seed. A query's difference
-    is its mean over seeds, so each query counts once.
+    The difference of a query is its mean over seeds, so each query counts once.
+
+    Args:
+        first, second: two methods on the same samples, seed by seed.
 
     Returns:
-        (clusters, parts, 2): differences in points, number of queries.
+        (clusters, parts, 2): sum of the differences in points, number of queries.
     """
     columns = []
     for place, part in enumerate(first[0].metrics[metric]):
@@ -152,17 +144,21 @@ def cluster_sums(first: Sequence[Outcomes], second: Sequence[Outcomes], metric: 
 
 
 def statistic(sums: np.ndarray) -> np.ndarray:
-    """Return the mean over parts of score / queries from their sums (..., parts, 2)."""
+    """Return the mean over parts of sum / queries, given :func:`cluster_sums` (..., parts, 2)."""
     return np.asarray((sums[..., 0] / sums[..., 1]).mean(axis=-1))
 
 
 def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Paired | None:
-    """Compare the main metric of two methods, first minus second, given their outcomes by seed.
+    """Return the difference of the first metric of two methods, given their outcomes by seed.
 
-    For one seed and samples that are right or wrong this is McNemar's setting (Psychometrika 12,
-    1947). The standard error is the cluster-robust one (Liang and Zeger, Biometrika 73, 1986): with
-    s a cluster's sum of wᵢ(dᵢ - D), √(G/(G-1) Σs²) over G clusters; sd(d)/√n for independent
-    samples. None without a common seed, for other samples, or for fewer than two clusters.
+    One seed and samples that are right or wrong are McNemar's setting (Psychometrika 12, 1947).
+    The standard error is cluster-robust (Liang and Zeger, Biometrika 73, 1986): √(G/(G-1) Σs²) over
+    G clusters, where s is the sum of wᵢ(dᵢ - D) in a cluster. For independent samples it is
+    sd(d)/√n.
+
+    Returns:
+        ``first`` minus ``second``. None if they have no common seed, different samples, or fewer
+        than two clusters.
     """
     seeds = sorted(set(first) & set(second))
     own, base = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
@@ -183,20 +179,20 @@ def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Pai
 
 
 def compare(first: Items, second: Items) -> Paired | None:
-    """Compare finished cells of two methods by :func:`paired`; None where that is impossible."""
-    return paired(by_seed(first), by_seed(second))
+    """Compare finished cells of two methods by :func:`paired`; None if that is impossible."""
+    return paired(_by_seed(first), _by_seed(second))
 
 
-def by_seed(items: Items) -> dict[int, Outcomes]:
-    """Read the outcomes of cells that differ in their seeds; cells without outcomes are absent."""
+def _by_seed(items: Items) -> dict[int, Outcomes]:
+    """Read the outcomes of cells that differ in their seeds. Cells without outcomes are absent."""
     found = ((item.record.seed, read_outcomes(item)) for item in items)
     return {seed: outcomes for seed, outcomes in found if seed is not None and outcomes is not None}
 
 
 def read_outcomes(item: Measured) -> Outcomes | None:
-    """Return a cell's outcomes in the main metric of its task; None if there are none.
+    """Return the outcomes of a cell in the main metric of its task; None if there are none.
 
-    If the file cannot be read, a warning gives the reason, once.
+    If the file cannot be read, one warning gives the reason.
     """
     if item.folder is None:
         return None
@@ -216,6 +212,6 @@ def _warn(problem: str) -> None:
 
 
 def mean_difference(parts: Sequence[Paired]) -> tuple[float, float]:
-    """Return the mean of differences on independent samples (models) with its standard error."""
+    """Return the mean of independent differences, such as those of models, and its error."""
     mean = sum(part.difference for part in parts) / len(parts)
     return mean, math.hypot(*(part.se for part in parts)) / len(parts)

@@ -1,4 +1,4 @@
-"""Scores: one table with a row per cell and metric, and the statistics over seeds made of it."""
+"""Scores: one table with a row per cell and metric, and its statistics over seeds."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,34 +19,36 @@ COLUMNS = [
     "task", "dataset", "model", "method", "variant", "w_bit", "a_bit", "seed", "metric", "value",
     "stderr", "n", "fp_value",
 ]  # fmt: skip
-#: Columns that are equal for cells that differ only in their seed.
+#: Columns that are equal for cells that differ in their seed only.
 CELL = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
-#: Metrics that a small table shows side by side, by the title of that table.
-PAIRS = {
+#: Pairs of metrics that share the cells of one small table, by the title of this table.
+METRIC_PAIRS = {
     "Image to text / text to image R@1": ("i2t_R@1", "t2i_R@1"),
     "Box / mask AP": ("AP_box", "AP_mask"),
 }
-#: Methods that stop after calibration or a closed-form refit, and methods that optimise blocks.
+#: Methods that stop after calibration or after a closed-form refit.
 CALIBRATION_ONLY = ("rtn", "repq", "ptq4vit", "adalog", "erq")
+#: Methods that optimise blocks.
 RECONSTRUCTION = ("brecq", "qdrop", "pdquant", "aphq", "fimaq", "lsvit", "adalog-recon")
-#: Name of the bits of a cell that is not quantized.
+#: Name of the bits of full precision.
 FULL = bits_name(OFF, OFF)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished cell with its record and its folder (None: the record is not on disk)."""
+    """A finished cell with its record."""
 
     cell: Cell
     record: ResultRecord
-    folder: Path | None = None
+    folder: Path | None = None  #: folder of the record; None if the record is not on disk
 
 
-Items, Cells = Sequence[Measured], Sequence[Cell]
+Items = Sequence[Measured]
+Cells = Sequence[Cell]
 
 
 def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
-    """Return the finished cells in order, each once."""
+    """Return the finished ones among ``cells`` in order, each once."""
     distinct: dict[Key, Cell] = {}
     for cell in cells:
         distinct.setdefault(cell.key, cell)
@@ -66,19 +68,19 @@ def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]
 
 
 def by_section(measured: Items, cells: Cells) -> Iterator[tuple[str, list[Measured], list[Cell]]]:
-    """Yield each section of ``cells`` with its finished cells and all its cells."""
+    """Yield each section of ``cells`` with its finished cells and with all its cells."""
     for section in unique(cell.section for cell in cells):
         mine = [item for item in measured if item.cell.section == section]
         yield section, mine, [cell for cell in cells if cell.section == section]
 
 
 def seeds_of(measured: Iterable[Measured]) -> list[int]:
-    """Return the seeds in order."""
+    """Return the distinct seeds in ascending order."""
     return sorted({item.record.seed for item in measured if item.record.seed is not None})
 
 
 def scope_of(record: ResultRecord) -> str:
-    """Return the scope that a record states; empty for full precision and for older records."""
+    """Return the scope in a record; empty for full precision and for older records."""
     return str((record.recipe or {}).get("scope") or "")
 
 
@@ -86,9 +88,8 @@ def scores(measured: Iterable[Measured]) -> pd.DataFrame:
     """Return the table of scores of finished cells.
 
     Returns:
-        The columns of :func:`record_scores`, and these of each cell: ``model``; ``subject``, the
-        model with the scope that the grid states; ``mark``, this scope in brackets; ``point`` of an
-        axis, empty for the grid's own settings.
+        The columns of :func:`record_scores`, and the ``model``, ``subject``, ``mark`` and ``point``
+        of each :class:`~benchmarks.grid.cell.Cell`.
     """
     items = list(measured)
     table = record_scores(item.record for item in items)
@@ -102,8 +103,8 @@ def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
 
     Returns:
         :data:`COLUMNS`; ``bits`` as a name; ``item``, the index of the record in ``records``.
-        ``value``, its standard error over samples ``stderr`` and ``fp_value`` (full precision) are
-        percentages, except for median ranks.
+        ``value``, ``stderr`` (standard error over samples) and ``fp_value`` (full precision) are
+        in percent, except for median ranks.
     """
     rows = []
     for item, record in enumerate(records):
@@ -130,9 +131,9 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str] = CELL) -> pd.DataFrame:
     """Return one row per group of scores that are equal in the columns ``by``.
 
     Returns:
-        ``by``; ``mean``; ``sd``, the sample standard deviation (NaN for one seed); ``seeds``, their
-        number; ``sampling``, the standard error from the finite number of samples, which all
-        seeds share; ``se``, the standard error of the mean from both.
+        ``by``; ``mean``; ``sd``, the standard deviation over seeds (NaN for one seed); ``seeds``,
+        their number; ``sampling``, the standard error from the finite number of samples, which all
+        seeds share; ``se``, the standard error of the mean from both causes.
     """
     groups = table.assign(square=table["stderr"] ** 2).groupby(list(by), sort=False, dropna=False)
     found = groups.agg(
@@ -152,18 +153,18 @@ def differences(scores: pd.DataFrame, base: pd.DataFrame) -> "pd.Series[float]":
 
 
 def difference_text(differences: "pd.Series[float]") -> str:
-    """Return the mean with its standard error (``+0.50 ± 0.10``); of one difference the mean."""
+    """Return the mean with its standard error, ``+0.50 ± 0.10``; no error for one difference."""
     error = f" ± {differences.sem():.2f}" if len(differences) > 1 else ""
     return f"{differences.mean():+.2f}{error}"
 
 
 def value_text(mean: float, sd: float) -> str:
-    """Return ``88.20 ± 0.40``, or the mean alone for one seed (``sd`` NaN)."""
+    """Return ``88.20 ± 0.40``; the mean alone for one seed (``sd`` is NaN)."""
     return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
 
 
 def main_metric(task: str, table: pd.DataFrame) -> str:
-    """Return the metric that the tables of a task show."""
+    """Return the metric that the main table of a task shows."""
     present = unique(table["metric"])
     wanted = MAIN_METRIC.get(task)
     return wanted if wanted in present else present[0]
@@ -195,14 +196,14 @@ def unique(values: Iterable[str]) -> list[str]:
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
-    """Return the distinct methods in the order of tables: full precision, then as registered."""
+    """Return the distinct methods in the order of tables: full precision, then the registry's."""
     known = ["fp", *METHODS]
     places = {name: place for place, name in enumerate(known)}
     return sorted(unique(methods), key=lambda name: places.get(name, len(known)))
 
 
 class Column(NamedTuple):
-    """A column of a table: a subject at some bits, and the subject's model."""
+    """Column of a table: a subject, its model, and the bits."""
 
     subject: str
     model: str
@@ -210,7 +211,7 @@ class Column(NamedTuple):
 
 
 def columns_of(cells: Cells) -> list[Column]:
-    """Return the columns of tables: subjects by model, each with its bits."""
+    """Return the columns of tables: model by model its subjects, each at all its bits."""
     columns = []
     for model in unique(cell.model for cell in cells):
         mine = [cell for cell in cells if cell.model == model]

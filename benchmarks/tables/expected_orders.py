@@ -1,22 +1,22 @@
-"""Orders of methods known from the literature: a line on each, with numbers."""
+"""Orders of methods that the literature leads to expect: one line with numbers on each."""
 
 from collections.abc import Sequence
 
 import pandas as pd
 
 from benchmarks.results import scores
-from benchmarks.results.outcomes import Paired, by_seed, paired
+from benchmarks.results.outcomes import compare
 from benchmarks.results.scores import FULL, Items, Measured, count
 
-#: Bits at which no method should fall below rounding to nearest, by so many standard errors.
+#: Bits at which no method should be worse than rounding to nearest by _ERRORS standard errors.
 _MILD_BITS, _ERRORS = "w4a4", 2.0
 
 
 def order_lines(table: pd.DataFrame, measured: Items = (), mark: str = "") -> list[str]:
-    """Return a line per expected order; an order without measured methods has none.
+    """Return one line per expected order that has measured methods.
 
     Args:
-        table: scores of one section, scope (``mark``) and metric, one variant per method. Its
+        table: scores of one section, scope (``mark``) and metric, with one variant per method. The
             column ``item`` is the index into ``measured``.
         measured: cells for comparisons sample by sample.
     """
@@ -34,7 +34,7 @@ def order_lines(table: pd.DataFrame, measured: Items = (), mark: str = "") -> li
 
 
 def _means(here: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
-    """Return models × ``methods``: means over seeds, of the models that have all of them."""
+    """Return models × ``methods``: means over seeds, for the models that have all methods."""
     means = here.pivot_table(index="model", columns="method", values="value", aggfunc="mean")
     return means.reindex(columns=list(methods)).dropna()
 
@@ -86,17 +86,16 @@ def _fimaq_lines(here: pd.DataFrame, where: str) -> list[str]:
 
 
 def _rounding_lines(items: Items, mark: str) -> list[str]:
-    """Compare each method with rtn on the same samples, one subject after another."""
-    results: dict[str, Paired | None] = {}
-    for subject in scores.unique(item.cell.subject for item in items):
-        groups: dict[str, list[Measured]] = {}
-        for item in items:
-            if (item.cell.subject, item.cell.bits) == (subject, _MILD_BITS):
-                groups.setdefault(item.cell.method, []).append(item)
-        rounded = groups.pop("rtn", [])
-        base = by_seed(rounded) if groups else {}
-        for method, mine in groups.items() if rounded else ():
-            results[f"{method} on {subject}"] = paired(by_seed(mine), base)
+    """Return the line on each method against rtn, compared on the same samples of each subject."""
+    groups: dict[tuple[str, str], list[Measured]] = {}
+    for item in items:
+        if item.cell.bits == _MILD_BITS:
+            groups.setdefault((item.cell.subject, item.cell.method), []).append(item)
+    results = {
+        f"{method} on {subject}": compare(mine, groups[subject, "rtn"])
+        for (subject, method), mine in groups.items()
+        if method != "rtn" and (subject, "rtn") in groups
+    }
     if not results:
         return []
     claim = f"No method below rtn at {_MILD_BITS}{mark} by more than two paired standard errors, "

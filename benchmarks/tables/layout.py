@@ -1,13 +1,13 @@
-"""Layout of tables: a DataFrame of texts as Markdown or as LaTeX."""
+"""Tables of texts (DataFrames) as Markdown or as LaTeX."""
 
 import re
 from collections.abc import Sequence
 
 import pandas as pd
 
-#: Comment above LaTeX tables.
+#: First line of files with LaTeX tables.
 PREAMBLE = r"% Made by python -m benchmarks. In the preamble: \usepackage{booktabs}"
-#: Characters of a line of \footnotesize in one column of an article.
+#: Characters that fit in a line of \footnotesize in one column of an article.
 _LINE = 80
 _SPECIAL = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -20,11 +20,11 @@ _SPECIAL = {
 
 
 def markdown(table: pd.DataFrame, width: int | None = None, words: Sequence[str] = ()) -> list[str]:
-    """Return a table as Markdown, in as few parts as fit the ``width`` of a terminal.
+    """Return a table as Markdown, split into parts that fit the ``width`` of a terminal.
 
     Args:
-        table: texts. A part leaves out the rows that have nothing but blanks and ``–`` in it.
-        width: None returns one part.
+        table: texts. Each part leaves out rows that contain only blanks and ``–`` there.
+        width: number of characters; None returns a single part.
         words: columns of words, which are aligned left.
     """
 
@@ -45,7 +45,7 @@ def markdown(table: pd.DataFrame, width: int | None = None, words: Sequence[str]
 
 
 def escape(text: str) -> str:
-    """Return text that LaTeX prints as it stands; without packages it knows Latin letters only."""
+    """Return text that LaTeX prints unchanged. Letters beyond Latin-1 become ``U+0410``."""
 
     def plain(sign: str) -> str:
         return sign if sign.isprintable() and ord(sign) < 256 else f"U+{ord(sign):04X}"
@@ -54,13 +54,13 @@ def escape(text: str) -> str:
 
 
 def latex(table: pd.DataFrame, caption: str, label: str, notes: str = "") -> str:
-    r"""Return a table as LaTeX that needs the package booktabs only. Texts are escaped here.
+    r"""Return a table as LaTeX that needs only the package booktabs. All texts are escaped.
 
     Args:
-        table: texts. Columns are names, or pairs of names of which neighbours share the first one.
-            The index holds words; two blanks at their start indent them. ``**70.13**`` is bold.
+        table: texts; ``**70.13**`` is bold. Columns are names, or pairs of names; neighbours with
+            the same first name share a heading. Two blanks indent a word of the index.
         caption, notes: texts above and below the table.
-        label: name of the label, without ``tab:``.
+        label: name of the label without ``tab:``.
     """
 
     def cell(text: str) -> str:

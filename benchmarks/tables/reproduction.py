@@ -1,4 +1,4 @@
-"""A published table with measured numbers beside: verdicts, legend, notes; Markdown, CSV, LaTeX."""
+"""A published table beside measured numbers, with verdicts and notes: Markdown, CSV, LaTeX."""
 
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -18,9 +18,9 @@ from benchmarks.tables import layout
 from benchmarks.tables.summary import data_lines
 
 NOT_MEASURED = "not measured"
-#: Text where there is no number.
+#: Text of a cell without a number.
 NOTHING = "–"
-#: Mark behind a measured number, or behind a published one in its place, and its meaning.
+#: Marks after numbers, with their meaning, by verdict.
 _LEGEND = {
     diff.REPRODUCED: ("=", "reproduced, within 0.3 points or two standard errors"),
     diff.ABOVE: ("↑", "above the published number"),
@@ -38,24 +38,19 @@ COLUMNS = [
 
 
 class Shown(NamedTuple):
-    """One printed row of a line, with a text and a verdict (empty: none) per column.
-
-    ``label`` is the name of the line for its ``own`` row; below it ``published``, ``difference``.
-    """
+    """A printed row. A line has its own row, and below it published numbers and differences."""
 
     line: Line
     own: bool
-    label: str
-    texts: Sequence[str]
-    verdicts: Sequence[str]
+    label: str  #: name of the line; ``published`` or ``difference ± error`` in the rows below it
+    texts: Sequence[str]  #: one per column
+    verdicts: Sequence[str]  #: one per column; empty without a verdict
 
 
 class Reproduction:
     """A published table with the measurements of its cells.
 
     Attributes:
-        table: the published table.
-        measured: the finished cells behind the measurements.
         columns: indices of the columns that are shown.
         cells: one row per shown cell, see :func:`_cell`.
     """
@@ -68,8 +63,8 @@ class Reproduction:
     ) -> None:
         """Combine a table with finished cells of its grid.
 
-        Only lines and columns with grid cells of ``names`` are shown (None: all), and context of
-        the same bits.
+        Shown are the lines and columns with cells of ``names`` (None: all cells), and the context
+        at the same bits.
         """
         wanted = set(table.measured if names is None else names)
         self.table, self.measured = table, [item for item in measured if item.cell.name in wanted]
@@ -86,19 +81,19 @@ class Reproduction:
             if cell.row in lines and cell.column in self.columns:
                 own = [it for it in every if it.metric == cell.metric]
                 own = [it for it in own if (cell.name, it.settings) in keys]
-                # Several where data, weights or settings have changed between the seeds.
+                # There are several if data, weights or settings differ between the seeds.
                 item = max(own, key=lambda one: one.record.finished, default=None)
                 rows.append(_cell(table, cell, item))
         self.cells = pd.DataFrame(rows)
 
     @property
     def judged(self) -> pd.DataFrame:
-        """The measured cells with a published number beside them."""
+        """The measured cells that have a published number."""
         return self.cells[self.cells["judged"]]
 
     @cached_property
     def shown(self) -> list[Shown]:
-        """The printed rows: up to three for a line with a measured number, else one."""
+        """The printed rows: up to three for a line with measured numbers, else one."""
         found = []
         for index, own in self.cells.groupby("line"):
             line = self.table.lines[index]
@@ -116,29 +111,29 @@ class Reproduction:
 
     @property
     def legend(self) -> str:
-        """Meaning of the marks that occur, in one line."""
+        """Meaning of the marks in the table, in one line."""
         texts = " ".join(text for row in self.shown for text in row.texts)
         parts = [f"{mark} {words}" for mark, words in _LEGEND.values() if mark in texts]
         if (self.cells["measured"].notna() & ~self.cells["judged"]).any():
-            parts.append("a measured number without a mark: nothing is published beside it")
+            parts.append("a measured number without a mark: no number is published")
         if any(not row.line.measured for row in self.shown):
             parts.append("rows without marks: published numbers, for context")
         return "; ".join(parts) + "."
 
     @property
     def notes(self) -> list[str]:
-        """Reasons for missing verdicts, remarks and the table's footnotes, one line each."""
+        """Reasons for missing verdicts, remarks and footnotes, one line each."""
         noted, order = self.judged.explode("notes").dropna(subset="notes"), {"×": 0, "?": 1}
         texts = sorted(unique(noted["notes"]), key=lambda text: order.get(text[0], 2))
         lines = [f"{text}: {self._places(noted[noted['notes'] == text])}." for text in texts]
         return [*lines, *self.table.footnotes]
 
     def _places(self, cells: pd.DataFrame) -> str:
-        """Return the names of judged cells, in as few words as possible."""
+        """Return the names of judged cells, summarised where they are all of a kind."""
         quantized = self.judged[self.judged["method"] != "fp"]
         for name, every in (("compared", self.judged), ("quantized", quantized)):
             if len(every) == len(cells) > 1:
-                return f"all that is {name}"
+                return f"all {name} numbers"
         texts = []
         for line, own in cells.groupby("line", sort=False):
             complete = (self.judged["line"] == line).sum() == len(own) > 1
@@ -147,11 +142,11 @@ class Reproduction:
         return "; ".join(texts)
 
     def conclusion(self) -> tuple[str, int]:
-        """Return the sentence that closes a run, and its exit code.
+        """Return the last sentence of a run, and its exit code.
 
         0: all comparable numbers are reproduced; 1: some are not; 2: no number is comparable.
         """
-        # A number that stands in several places of the table is one number.
+        # A number that the table repeats counts once.
         numbers = self.cells[self.cells["name"] != ""].drop_duplicates(["name", "metric"])
         verdicts = numbers.loc[numbers["judged"], "verdict"].value_counts()
         unlike = verdicts.pop(NOT_COMPARABLE) if NOT_COMPARABLE in verdicts else 0
@@ -167,12 +162,8 @@ class Reproduction:
         sentence = f"Compared {count(verdicts.sum(), 'number')}: {counts}{rest and f' ({rest})'}."
         return sentence, 0 if set(verdicts.index) == {diff.REPRODUCED} else 1
 
-    def texts(self) -> dict[str, str]:
-        """Return the table by the ending of its files: Markdown, CSV and LaTeX."""
-        return {"md": self.markdown(), "csv": self.csv(), "tex": self.tex()}
-
     def markdown(self, width: int | None = None) -> str:
-        """Return the table with legend and notes; wider than a terminal's ``width`` in parts."""
+        """Return the table with legend and notes, split to fit the ``width`` of a terminal."""
         table, seeds = self.table, seeds_of(self.measured)
         heads = [head_text(table.columns[column].head) for column in self.columns]
         labels = [line_text(row.line) if row.own else row.label for row in self.shown]
@@ -189,12 +180,12 @@ class Reproduction:
         return "\n\n".join(parts) + "\n"
 
     def csv(self) -> str:
-        """Return one CSV line per number of the table, measured or published."""
+        """Return one CSV line per cell with a measured or published number."""
         cells = self.cells.dropna(subset=["measured", "published"], how="all")
         return csv_text(cells[COLUMNS].astype({"seeds": "Int64", "n": "Int64"}))
 
     def tex(self) -> str:
-        """Return the table as LaTeX that needs the package booktabs only."""
+        """Return the table as LaTeX that needs only the package booktabs."""
         table, words, last = self.table, [], ""
         for row in self.shown:
             bits = bits_text(row.line.bits)
@@ -215,16 +206,16 @@ def _cell(table: PublishedTable, cell: TableCell, item: Measurement | None) -> d
     """Return a cell of a published table with its measurement.
 
     Returns:
-        :data:`COLUMNS`; ``line``, its index; ``name`` of the grid's cell (empty for context);
-        ``judged``, True if both numbers are there; ``mark``, ``rule`` and ``notes`` of the verdict;
-        ``text``, the measured number with its mark, or else the published one; ``published text``
-        and ``difference text``.
+        :data:`COLUMNS`; ``line``, the index of the line; ``name`` of the grid's cell (empty for
+        context); ``judged``, True if both numbers exist; ``mark``, ``rule`` and ``notes`` of the
+        verdict; ``text``, the measured or else the published number, with its mark; ``published
+        text``; ``difference text``.
     """
     row, line, name = cell.published or {}, table.lines[cell.row], cell.name
     number = float(row["value"]) if row else None
     judged = diff.judge(item, row, load_names()) if item and row else None
-    verdict = "context" if name is None else NOT_MEASURED if item is None else NOT_COMPARABLE
-    verdict = judged.verdict if judged else verdict
+    missing = "context" if name is None else NOT_MEASURED if item is None else NOT_COMPARABLE
+    verdict = judged.verdict if judged else missing
     mark = _LEGEND[verdict][0] if row and verdict in _LEGEND else ""
     unclear = judged and verdict in (NOT_COMPARABLE, diff.UNCERTAIN)
     notes = [f"{mark} {judged.rule}"] if judged and unclear else []
@@ -264,5 +255,5 @@ def bits_text(bits: str) -> str:
 
 
 def line_text(line: Line) -> str:
-    """Return a line's name with its bits."""
+    """Return the name of a line with its bits."""
     return head_text(line.row.head) + ("" if line.bits == FULL else f" {bits_text(line.bits)}")

@@ -1,53 +1,51 @@
-"""Settings of methods in tables: their marks, and their changes of released settings."""
+"""Settings of methods in tables: columns that mark a method, and lines below the table."""
 
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from benchmarks.compare.diff import bears
+from benchmarks.compare.diff import has_effect
 from benchmarks.results.scores import Cells, Items, in_order, seeds_of, unique
 from fimaq_core.recipe import METHODS, Recipe, make_recipe
 from tasks.common import registry
 from tasks.common.record import recipe_of
 
-#: Columns of :func:`marks`.
+#: Columns of the main table that describe a method.
 MARKS = ("special quantizers", "optimised")
-#: Settings that are always named, because numbers depend on them most.
+#: Settings that are always named, because they influence the numbers most.
 _ALWAYS = (
     "steps", "batch_size", "calibration_images", "calibration_transform", "lr_alpha", "lr_scale",
     "mlp_steps", "mlp_lr",
 )  # fmt: skip
 
 
-def special_quantizers(recipe: Recipe | None) -> str:
-    """Return the places of non-uniform quantizers, such as ``softmax, GELU``, or ``-``."""
+def recipe_marks(recipe: Recipe | None) -> tuple[str, str]:
+    """Return the texts of :data:`MARKS` for a recipe; ``-`` for none.
+
+    The first names the places of non-uniform quantizers, such as ``softmax, GELU``; the second the
+    parts that are optimised after calibration, such as ``blocks + MLPs``.
+    """
     if recipe is None:
-        return "-"
+        return "-", "-"
     places = {"softmax": recipe.softmax_quantizer, "GELU": recipe.gelu_quantizer}
-    return ", ".join(name for name, kind in places.items() if kind != "uniform") or "-"
-
-
-def optimised(recipe: Recipe | None) -> str:
-    """Return the parts optimised after calibration, such as ``blocks + MLPs``, or ``-``."""
-    if recipe is None:
-        return "-"
     parts = {"blocks": recipe.reconstruct, "MLPs": recipe.reconstruct_mlp, "weights": recipe.refit}
-    return " + ".join(name for name, wanted in parts.items() if wanted) or "-"
+    special = ", ".join(name for name, kind in places.items() if kind != "uniform")
+    return special or "-", " + ".join(name for name, wanted in parts.items() if wanted) or "-"
 
 
 def marks(cells: Cells) -> pd.DataFrame:
-    """Return methods × :data:`MARKS`, in the order of tables, measured or not."""
+    """Return methods × :data:`MARKS` in the order of tables, measured or not."""
     recipes = {cell.method: cell.request.recipe for cell in reversed(cells)}
     methods = in_order(recipes)
-    rows = [(special_quantizers(recipes[name]), optimised(recipes[name])) for name in methods]
+    rows = [recipe_marks(recipes[name]) for name in methods]
     return pd.DataFrame(rows, columns=list(MARKS), index=pd.Index(methods, name="method"))
 
 
 def settings_lines(mine: Items) -> list[str]:
     """Return lines on the settings and the seeds of a section.
 
-    Each setting comes with the value that most methods share, then with other values and their
-    methods, and with the released values where they differ.
+    Each setting has the value that most methods share, then other values with their methods, and
+    last the released values if they differ.
     """
     usual = registry.defaults(mine[0].cell.task) if mine else {}
     recipes: dict[str, list[Recipe]] = {}
@@ -57,35 +55,36 @@ def settings_lines(mine: Items) -> list[str]:
         if recipe.reconstruct or recipe.reconstruct_mlp:
             recipes.setdefault(recipe.method, []).append(recipe)
     recipes = {name: recipes[name] for name in in_order(recipes)}
-    originals = {  # released settings depend on the bits of weights alone
+    originals = {  # the released settings depend on no other setting than the bits of weights
         name: [make_recipe(name, usual, {"w_bits": bits}) for bits in {r.w_bits: 0 for r in own}]
         for name, own in recipes.items()
     }
     changed = [name for own in recipes.values() for r in own for name in r.changes(usual)]
     parts = []
     for name in unique([*_ALWAYS, *changed]):
-        bearing = [method for method, own in recipes.items() if bears(own[0], name)]
-        values = {method: _values(recipes[method], name) for method in bearing}
-        released = {method: _values(originals[method], name) for method in bearing}
+        methods = [method for method, own in recipes.items() if has_effect(own[0], name)]
+        values = {method: _values(recipes[method], name) for method in methods}
+        released = {method: _values(originals[method], name) for method in methods}
         if values:
             beside = "" if released == values else f" (released: {_text(released)})"
             parts.append(f"{name} {_text(values)}{beside}")
     lines = []
     if parts:
         listed = ", ".join(recipes)
-        lines.append(f"Settings of {listed}, as far as they have them: {', '.join(parts)}.")
+        lines.append(f"Settings of {listed}, where a method has them: {', '.join(parts)}.")
     if seeds := seeds_of(mine):
-        single = "; what has no ± ran with one" if len(seeds) > 1 else ""
-        lines.append(f"Seeds: {', '.join(map(str, seeds))}{single}.")
+        single = " A number without ± has one seed." if len(seeds) > 1 else ""
+        lines.append(f"Seeds: {', '.join(map(str, seeds))}.{single}")
     return lines
 
 
 def _values(recipes: Sequence[Recipe], name: str) -> str:
+    """Return the distinct values of a setting."""
     return " or ".join(unique(str(getattr(recipe, name)) for recipe in recipes))
 
 
 def _text(values: Mapping[str, str]) -> str:
-    """Return the most frequent value of methods, then other values with their methods."""
+    """Return the most frequent value, then the other values with their methods."""
     methods: dict[str, list[str]] = {}
     for method, value in values.items():
         methods.setdefault(value, []).append(method)

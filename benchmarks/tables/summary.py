@@ -1,4 +1,4 @@
-"""Tables of a grid: Markdown with settings, spreads, means and expected orders, and LaTeX."""
+"""Tables of a grid: Markdown with settings, spreads, means and expected orders; LaTeX."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks.grid.schema import Axes
 from benchmarks.results import scores
-from benchmarks.results.scores import FULL, PAIRS, Cells, Items, in_order, over_seeds, unique
+from benchmarks.results.scores import FULL, METRIC_PAIRS, Cells, Items, in_order, over_seeds, unique
 from benchmarks.tables.ablation import NOTE, axis_tables
 from benchmarks.tables.expected_orders import order_lines
 from benchmarks.tables.layout import PREAMBLE, latex, markdown
@@ -18,10 +18,9 @@ from benchmarks.tables.settings import MARKS, marks, settings_lines
 def grid_markdown(
     title: str, measured: Items, cells: Cells, width: int | None = None, axes: Axes | None = None
 ) -> str:
-    """Return the Markdown text of ``cells``, measured or not.
+    """Return the tables of ``cells``, measured or not, as Markdown.
 
-    Tables wider than a terminal's ``width`` come in several parts. ``axes`` has the order of the
-    grid's axes.
+    Tables wider than the ``width`` of a terminal are split. ``axes`` are those of the grid.
     """
     parts = [f"# {title}"]
     for section, mine, planned in scores.by_section(measured, cells):
@@ -33,19 +32,19 @@ def grid_markdown(
 
 
 def grid_latex(name: str, measured: Items, cells: Cells, axes: Axes | None = None) -> str:
-    """Return the LaTeX of ``cells``: the tables of :func:`grid_markdown` of measured sections.
+    """Return the tables of ``cells`` in measured sections as LaTeX.
 
-    Scores have one table per bit-width, with models as columns and the best of each column bold.
+    There is one table of scores per bit-width. Its columns are models; the best score of each
+    column is bold.
     """
     parts = [PREAMBLE]
     for section, mine, planned in scores.by_section(measured, cells):
         if not mine:
             continue
-        (title, main), *rest = _tables(mine, planned).items()
+        metric, ((title, main), *rest) = _tables(mine, planned)
         tables = _by_bits("", title, _best_bold(main, planned))
         for title, pair in rest:
             tables += _by_bits(f"-{title.split('(')[0].strip()}", title, pair)
-        metric = _main_metric(mine)
         for title, points in axis_tables(axes or {}, metric, mine, planned).items():
             label = f"-{re.split('[,(]', title)[0].strip()}"
             tables.append((label, f"{title}, {scores.metric_title(metric)}", points))
@@ -61,7 +60,7 @@ def grid_latex(name: str, measured: Items, cells: Cells, axes: Axes | None = Non
 
 
 def _by_bits(label: str, title: str, table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-    """Return one table per bit-width, with subjects as columns, each with its label and title."""
+    """Split a table by bits; return the label, the title and the subjects' columns of each part."""
     found: dict[str, dict[str, pd.Series[str]]] = {}
     for column in table.columns:
         subject, _, bits = column.rpartition(" ")
@@ -74,27 +73,23 @@ def _by_bits(label: str, title: str, table: pd.DataFrame) -> list[tuple[str, str
     return parts
 
 
-def _main_metric(mine: Items) -> str:
-    return scores.main_metric(mine[0].cell.task, scores.scores(mine))
-
-
-def _tables(mine: Items, planned: Cells) -> dict[str, pd.DataFrame]:
-    """Return the tables of a section's own settings by their titles, the main one first."""
-    table, metric = scores.scores(mine), _main_metric(mine)
-    own, cells = table[table["point"] == ""], [cell for cell in planned if not cell.point]
+def _tables(mine: Items, planned: Cells) -> tuple[str, list[tuple[str, pd.DataFrame]]]:
+    """Return the main metric, and titles and tables of the grid's own settings, the main first."""
+    table, cells = scores.scores(mine), [cell for cell in planned if not cell.point]
+    metric, own = scores.main_metric(mine[0].cell.task, table), table[table["point"] == ""]
     title = f"{scores.metric_title(metric)}, mean ± sd over seeds"
-    found = {title: wide(own[own["metric"] == metric], cells)}
-    for title, metrics in PAIRS.items():
+    tables = [(title, wide(own[own["metric"] == metric], cells))]
+    for title, metrics in METRIC_PAIRS.items():
         if set(metrics) <= set(own["metric"]):
             pair = (own[own["metric"] == name] for name in metrics)
             first, second = (wide(rows, cells, lambda mean, _: f"{mean:.2f}") for rows in pair)
             both = first.where(first == "-", first + " / " + second)
-            found[f"{title} (percent), mean over seeds"] = both
-    return found
+            tables.append((f"{title} (percent), mean over seeds", both))
+    return metric, tables
 
 
 def _best_bold(table: pd.DataFrame, cells: Cells) -> pd.DataFrame:
-    """Return the table with the best quantized method of each column in bold, given a choice."""
+    """Return the table with the best of several quantized methods in bold in each column."""
     full = {cell.method for cell in cells if cell.bits == FULL}
     texts = table[~table.index.isin(full)]
     numbers = texts.apply(lambda own: pd.to_numeric(own.str.split().str[0], errors="coerce"))
@@ -106,48 +101,49 @@ def _best_bold(table: pd.DataFrame, cells: Cells) -> pd.DataFrame:
 def _section_parts(
     section: str, mine: Items, planned: Cells, width: int | None, axes: Axes
 ) -> list[str]:
-    # The main table and its lines show the grid's own settings; points of axes have own tables.
+    """Return the tables of a section and the lines below them, as Markdown."""
+    # The main table and the lines show the grid's own settings; axes have their own tables.
     own, cells = [it for it in mine if not it.cell.point], [c for c in planned if not c.point]
-    metric, (main, *tables) = _main_metric(mine), _tables(mine, planned).items()
+    metric, ((title, main), *tables) = _tables(mine, planned)
     table = scores.scores(own)
     table = table[table["metric"] == metric]
-    # Scopes share seeds and models, so each mean and each order is of one scope.
+    # Each mean and each order covers one scope, since scopes have the same seeds and models.
     marks_here = unique(table.loc[table["method"] != "fp", "mark"])
     by_mark = {mark: table[table["mark"] == mark] for mark in marks_here} or {"": table}
     lines = []
     if any(cell.scope for cell in planned):
-        brackets = "In brackets what of a model is quantized"
-        lines.append(f"{brackets}; full precision, the whole model, stands beside each.")
+        brackets = "Brackets name the quantized parts of a model"
+        lines.append(f"{brackets}. The score in full precision is repeated in each of its columns.")
     lines += [*data_lines(mine), *settings_lines(own), *_spread_lines(by_mark, table)]
     for mark, rows in by_mark.items():
         lines += order_lines(rows, own, mark)
     unfinished = len({cell.key for cell in planned}) - len(mine)
     if unfinished > 0:
         lines.append(f"{unfinished} of {len(planned)} cells are not measured: `-`.")
-    parts = [f"## {section}: {main[0]}", *markdown(marks(cells).join(main[1]), width, MARKS)]
-    for title, both in tables:
-        parts += [f"{title}:", *markdown(both, width)]
+    parts = [f"## {section}: {title}", *markdown(marks(cells).join(main), width, MARKS)]
+    for title, pair in tables:
+        parts += [f"{title}:", *markdown(pair, width)]
     parts.append("\n".join(f"- {line}" for line in lines))
     means = pd.concat([_mean_over_models(rows, mark) for mark, rows in by_mark.items()], axis=1)
     if not means.empty and len({cell.model for cell in cells}) > 1:
         parts += ["Mean over models:", *markdown(means.loc[in_order(means.index)].fillna("-"))]
-    found = axis_tables(axes, metric, mine, planned)
-    for title, both in found.items():
-        parts += [f"### {title}", *markdown(both, width)]
-    return [*parts, NOTE] if found else parts
+    by_axis = axis_tables(axes, metric, mine, planned)
+    for title, points in by_axis.items():
+        parts += [f"### {title}", *markdown(points, width)]
+    return [*parts, NOTE] if by_axis else parts
 
 
 def wide(
     table: pd.DataFrame, cells: Cells, text: Callable[[float, float], str] = scores.value_text
 ) -> pd.DataFrame:
-    """Return methods × ``subject bits``, with ``-`` where nothing is measured.
+    """Return methods × ``subject bits``, with ``-`` for missing scores.
 
-    A method without bits shows its value under all bits of its subject. Full precision has no scope
-    either, so it stands under all subjects of its model.
+    The score of a method without bits is repeated at all bits of its subject. The score in full
+    precision is repeated for all subjects of its model.
 
     Args:
         table: scores of one section and metric.
-        text: prints a mean and a standard deviation (NaN for one seed).
+        text: formats a mean and a standard deviation (NaN for one seed).
     """
     stats = over_seeds(table, ["subject", "method", "bits"])
     stats["text"] = [text(row.mean, row.sd) for row in stats.itertuples()]
@@ -162,7 +158,7 @@ def wide(
 
 
 def data_lines(measured: Items) -> list[str]:
-    """Return a line per data set and split with the numbers of samples."""
+    """Return one line per data set and split, with the numbers of samples."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for record in sorted((item.record for item in measured), key=lambda record: record.n):
         text = scores.sample_counts(record.n, record.dataset.captions)
@@ -174,7 +170,7 @@ def data_lines(measured: Items) -> list[str]:
 
 
 def _spread_lines(by_mark: dict[str, pd.DataFrame], table: pd.DataFrame) -> list[str]:
-    """Return lines on spreads over seeds by scope, and on the error of one cell of ``table``."""
+    """Return lines on the spread over seeds by scope, and on the error of one cell."""
     if table.empty:
         return []
     texts = []
@@ -192,21 +188,21 @@ def _spread_lines(by_mark: dict[str, pd.DataFrame], table: pd.DataFrame) -> list
     if texts:
         lines.append(f"Sd over seeds, pooled over models, in points: {'; '.join(texts)}.")
     elif (table["method"] != "fp").any():
-        lines.append("Sd over seeds: not known, there is one seed only.")
+        lines.append("Sd over seeds: unknown, since there is only one seed.")
     return [*lines, sampling_line(table["stderr"])]
 
 
 def sampling_line(errors: "pd.Series[float]") -> str:
-    """Return the sentence on the standard errors of cells."""
+    """Return the line on the standard errors of single cells."""
     return (
         f"Standard error of one cell from its finite number of samples: {errors.min():.2f} to "
-        f"{errors.max():.2f} points. Methods are measured on the same samples, so their "
-        "differences are surer than that."
+        f"{errors.max():.2f} points. Methods are measured on the same samples, so the errors of "
+        "their differences are smaller."
     )
 
 
 def _mean_over_models(table: pd.DataFrame, mark: str) -> pd.DataFrame:
-    """Return methods × bits: means over the models that have all methods, since others mislead."""
+    """Return methods × bits: means over the models that have all methods, for a fair comparison."""
     stats = over_seeds(table[table["bits"] != FULL])
     columns = {}
     for bits, here in stats.groupby("bits", sort=False):

@@ -1,4 +1,4 @@
-"""Table files of a profile: written by runs, made again from records, committed as a reference."""
+"""Files with tables of a profile: after a run, made again from records, or as a reference."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ def title(grid: Grid) -> str:
 
 
 def texts(grid: Grid, measured: Items, cells: Cells) -> dict[str, str]:
-    """Return the tables of ``cells`` by the ending of their files."""
+    """Return the texts of the tables of ``cells`` by file ending."""
     return {
         "md": grid_markdown(title(grid), measured, cells, axes=grid.axes),
         "csv": csv_text(scores(measured)[COLUMNS]),
@@ -43,9 +43,12 @@ def remake(
 ) -> None:
     """Make the tables of a profile again from its records.
 
-    ``chosen`` is the ending of a file, or ``all``. One table is printed, unless a folder ``output``
-    is given. All tables are written: to ``output``, or else to ``tables`` in the results. Raises
-    FimaqError if nothing is measured.
+    Args:
+        chosen: ending of one file, or ``all`` for all files.
+        output: folder of the files. Without it, one table is printed; ``all`` are written to the
+            folder ``tables`` of the results.
+
+    Raises FimaqError if nothing is measured.
     """
     cells = expand(grid, Filters(), options)
     measured = collect(cells, adapter)
@@ -56,11 +59,10 @@ def remake(
             "or give --results and the folders of the run."
         )
     words = texts(grid, measured, cells)
-    if chosen != "all":
-        words = {chosen: words[chosen]}
     if chosen != "all" and output is None:
         click.echo(words[chosen], nl=False)
         return
+    words = words if chosen == "all" else {chosen: words[chosen]}
     for path in _write(output or options.results / "tables", grid.name, words):
         click.echo(f"wrote {path}")
 
@@ -68,15 +70,15 @@ def remake(
 def write_tables(
     grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Cells
 ) -> None:
-    """Write the table files, print the table of ``cells`` and compare it with the reference.
+    """Write the files, print the table of ``cells``, and compare ``cells`` with the reference.
 
-    The files cover the whole grid and this run, so filters never shrink them.
+    The files cover the whole grid and this run: filters do not remove rows from them.
     """
     full = expand(grid, Filters(), options)
     known = {cell.key for cell in full}
-    # The grid's own cells win: with filtered axes a run knows fewer places of the same cell.
+    # The cells of the grid come first: those of filtered axes have fewer places.
     everything = [*full, *(cell for cell in cells if cell.key not in known)]
-    if filters.active:  # back to the order of the grid: sections, then models
+    if filters.active:  # restore the order of the grid: sections, then models
         sections = list(grid.tasks)
         models = list(dict.fromkeys(cell.model for cell in everything))
         everything.sort(key=lambda cell: (sections.index(cell.section), models.index(cell.model)))
@@ -93,12 +95,14 @@ def write_tables(
 def write_published(
     table: PublishedTable, grid: Grid, options: RunOptions, adapter: Adapter, cells: Cells
 ) -> Reproduction:
-    """Write the files of a published table; print and return what ``cells`` measure of it.
+    """Write the files of a published table; print and return the part that ``cells`` measure.
 
-    The files cover the whole table and this run, so filters never shrink them.
+    The files cover the whole table and this run: filters do not remove rows from them.
     """
     measured = collect([*expand(grid, Filters(), options), *cells], adapter)
-    paths = _write(options.results / "tables", table.name, Reproduction(table, measured).texts())
+    whole = Reproduction(table, measured)
+    words = {"md": whole.markdown(), "csv": whole.csv(), "tex": whole.tex()}
+    paths = _write(options.results / "tables", table.name, words)
     keys = {cell.key for cell in cells}
     mine = [item for item in measured if item.cell.key in keys]
     found = Reproduction(table, mine, {cell.name for cell in cells})
@@ -108,9 +112,9 @@ def write_published(
 
 
 def make_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool) -> None:
-    """Write the reference of a finished grid, or ``add`` another processor's cells to it.
+    """Write the reference of a finished grid, or ``add`` the cells of another processor to it.
 
-    Raises FimaqError if cells are missing, or if those of ``add`` have other settings or data.
+    Raises FimaqError if cells are missing, or if added cells have other settings or data.
     """
     cells = expand(grid, Filters(), options)
     measured = collect(cells, adapter)
@@ -122,7 +126,7 @@ def make_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool)
     if add:
         paths = [reference.add_processor(grid, measured)]
     else:
-        words = texts(grid, measured, cells)["md"]
+        words = grid_markdown(title(grid), measured, cells, axes=grid.axes)
         paths = reference.write_reference(grid, measured, words)
     for path in paths:
         print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""Comparing runs on disk: which records are paired, what is refused, and what is printed."""
+"""Comparison of runs on disk: pairing of records, refusals, and printed texts."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.cli import cli
-from benchmarks.compare.judge import judge
+from benchmarks.compare.pair_tests import compare_pairs
 from benchmarks.compare.pairs import CompareError, alone, pair_up, read_side
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Metric, ResultRecord, bits_name, write_record
@@ -210,10 +210,10 @@ def test_a_damaged_record_among_several_is_told(tmp_path: Path):
     [
         (
             {"sample": IDS[:150], "correct": right(0.7)[:150]},
-            "are of 150 samples, the record is of 200",
+            "have 150 samples, but the record has 200",
         ),
         ({"sample": IDS, "correct": right(0.7)[:150]}, "different sizes"),
-        ({"sample": IDS, "correct": right(0.2)}, "they are another run's"),
+        ({"sample": IDS, "correct": right(0.2)}, "they belong to another run"),
         ({"sample": np.repeat(IDS[:100], 2), "correct": right(0.7)}, "name a sample twice"),
         ({"correct": right(0.7)}, "no 'sample'"),
         ({"sample": IDS}, "nothing that can be compared"),
@@ -250,7 +250,7 @@ def test_other_samples_are_refused(tmp_path: Path):
         )
     result = run(*sides)
     assert result.exit_code == 2
-    assert "not measured on the same, such as val/3.png" in result.stderr
+    assert "do not share all samples: only one of them has val/3.png" in result.stderr
     whole = save(tmp_path, "brecq")
     assert "has 199" in run(sides[0], whole).stderr
 
@@ -296,8 +296,8 @@ def test_several_seeds_are_averaged_and_bootstrapped(tmp_path: Path):
     pairs = pair_up(
         read_side(tmp_path / "demo_vit" / "fimaq"), read_side(tmp_path / "demo_vit" / "qdrop")
     )
-    (judged,) = judge(pairs, 0.95)
-    (found,) = judged.metrics
+    (compared,) = compare_pairs(pairs, 0.95)
+    (found,) = compared.metrics
     gaps = 100 * np.mean(
         [correct["fimaq", s].astype(float) - correct["qdrop", s] for s in (1, 2)], axis=0
     )

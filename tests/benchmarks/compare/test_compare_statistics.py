@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.compare.statistics import Table, bootstrap, holm, newcombe, p_value
+from benchmarks.compare.statistics import PairedCounts, bootstrap, holm, mcnemar, newcombe
 from benchmarks.results.outcomes import statistic
 
 
@@ -14,13 +14,13 @@ from benchmarks.results.outcomes import statistic
     ("table", "difference", "low", "high"),
     [
         # As R's package contingencytables prints it.
-        (Table(59, 6, 16, 80), -0.0621, -0.1186, -0.0046),
+        (PairedCounts(59, 6, 16, 80), -0.0621, -0.1186, -0.0046),
         # A small table, to three digits.
-        (Table(1, 1, 7, 12), -0.286, -0.507, -0.026),
+        (PairedCounts(1, 1, 7, 12), -0.286, -0.507, -0.026),
     ],
 )
 def test_newcombes_interval_is_that_of_other_programs(
-    table: Table, difference: float, low: float, high: float
+    table: PairedCounts, difference: float, low: float, high: float
 ):
     digits = 5e-5 if abs(difference) < 0.1 else 5e-4
     assert table.difference == pytest.approx(difference, abs=digits)
@@ -28,7 +28,7 @@ def test_newcombes_interval_is_that_of_other_programs(
         pytest.approx(low, abs=digits),
         pytest.approx(high, abs=digits),
     )
-    turned = Table(table.both, table.second, table.first, table.neither)
+    turned = PairedCounts(table.both, table.second, table.first, table.neither)
     assert newcombe(turned, 0.95) == (
         pytest.approx(-high, abs=digits),
         pytest.approx(-low, abs=digits),
@@ -36,7 +36,8 @@ def test_newcombes_interval_is_that_of_other_programs(
 
 
 def test_newcombes_interval_stays_within_what_is_possible_and_widens_with_the_level():
-    for table in (Table(0, 10, 0, 0), Table(10, 0, 0, 0), Table(0, 0, 5, 0), Table(3, 2, 1, 0)):
+    for counts in ((0, 10, 0, 0), (10, 0, 0, 0), (0, 0, 5, 0), (3, 2, 1, 0)):
+        table = PairedCounts(*counts)
         low, high = newcombe(table, 0.95)
         assert -1 <= low <= table.difference <= high <= 1
         wide = newcombe(table, 0.99)
@@ -47,27 +48,27 @@ def test_newcombes_interval_stays_within_what_is_possible_and_widens_with_the_le
 
 def test_mcnemar_is_the_exact_test_of_other_programs():
     # As R's package exact2x2 prints it, for 2 and 9 discordant pairs.
-    table = Table(21, 2, 9, 12)
-    assert p_value(table) == pytest.approx(0.06543, abs=5e-6)
+    table = PairedCounts(21, 2, 9, 12)
+    assert mcnemar(table, 0.95).p == pytest.approx(0.06543, abs=5e-6)
     # The tables above.
-    assert p_value(Table(1, 1, 7, 12)) == pytest.approx(0.0703, abs=5e-5)
-    assert p_value(Table(59, 6, 16, 80)) == pytest.approx(0.0525, abs=5e-5)
+    assert mcnemar(PairedCounts(1, 1, 7, 12), 0.95).p == pytest.approx(0.0703, abs=5e-5)
+    assert mcnemar(PairedCounts(59, 6, 16, 80), 0.95).p == pytest.approx(0.0525, abs=5e-5)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (5, 5), (0, 6), (30, 11)])
 def test_mcnemar_is_the_binomials_closed_form(first: int, second: int):
     n, few = first + second, min(first, second)
     tail = sum(math.comb(n, k) for k in range(few + 1)) / 2**n
-    assert p_value(Table(7, first, second, 3)) == pytest.approx(min(1.0, 2 * tail))
+    assert mcnemar(PairedCounts(7, first, second, 3), 0.95).p == pytest.approx(min(1.0, 2 * tail))
 
 
 def test_effect_sizes_are_their_definitions():
-    table = Table(50, 12, 4, 34)
+    table = PairedCounts(50, 12, 4, 34)
     assert (table.n, table.difference) == (100, 0.08)
     assert table.cohens_g == pytest.approx(0.25)
     gaps = np.repeat([1.0, -1.0, 0.0], [12, 4, 84])
     assert table.se == pytest.approx(gaps.std() / 10)
-    assert Table(5, 0, 0, 5).cohens_g == 0
+    assert PairedCounts(5, 0, 0, 5).cohens_g == 0
 
 
 def scenes(rng: np.random.Generator, images: int, shift: float) -> np.ndarray:
@@ -111,12 +112,12 @@ def test_the_bootstrap_rejects_no_more_than_it_says_where_there_is_no_difference
 def test_mcnemar_rejects_no_more_than_it_says_where_there_is_no_difference():
     rng = np.random.default_rng(3)
     tables = rng.multinomial(500, [0.6, 0.05, 0.05, 0.3], size=1000)
-    rejected = np.mean([p_value(Table(*map(int, row))) <= 0.05 for row in tables])
+    rejected = np.mean([mcnemar(PairedCounts(*map(int, row)), 0.95).p <= 0.05 for row in tables])
     assert 0.01 < rejected <= 0.06
     covered = np.mean(
         [
             low <= 0 <= high
-            for low, high in (newcombe(Table(*map(int, row)), 0.95) for row in tables[:300])
+            for low, high in (newcombe(PairedCounts(*map(int, row)), 0.95) for row in tables[:300])
         ]
     )
     assert 0.92 < covered < 0.985

@@ -1,4 +1,4 @@
-"""Measured against published: verdicts on both sides, and nothing compared that is not alike."""
+"""Comparison with published numbers: verdicts in both directions, refusal of unlike numbers."""
 
 import pandas as pd
 import pytest

@@ -1,4 +1,4 @@
-"""Diff of detectors: boxes and masks are compared with published rows of the same cell."""
+"""Comparison of detectors: boxes and masks against published rows of the same cell."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Diff where sources quantize one tower or both, and where they do not even say of what."""
+"""Comparison with sources that quantize one tower, both, or do not name the towers."""
 
 import math
 
@@ -121,14 +121,14 @@ def test_a_source_that_leaves_the_towers_open_is_context():
         assert (
             table["reason"]
             .str.contains(
-                "secondary evidence; the source does not say what of the model is quantized"
+                "secondary evidence; the source does not name the quantized parts of the model"
             )
             .all()
         )
     strong = diff.published_rows().assign(evidence="primary")
     found = diff.diff([zero_shot("repq", "both", 1.83, 4, B16)], strong)
     assert found["reason"].tolist() == [
-        "context only: the source does not say what of the model is quantized"
+        "context only: the source does not name the quantized parts of the model"
     ]
     full = diff.diff([zero_shot(None, None, 68.32, model=B16)], strong)
     assert full["verdict"].tolist() == ["reproduced"]

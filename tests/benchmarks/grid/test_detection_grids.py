@@ -218,7 +218,7 @@ def test_tables_have_boxes_and_beside_them_masks(tmp_path: Path):
     assert fimaq[3:] == ["48.00 ± 0.71", "40.00 ± 0.71", "46.00 ± 0.71", "38.00 ± 0.71"]
     assert pair[1:] == ["48.00 / 44.00", "40.00 / 36.00", "46.00 / 42.00", "38.00 / 34.00"]
     assert "Box / mask AP (percent), mean over seeds:" in text
-    assert "In brackets" not in text
+    assert "Brackets name" not in text
     assert "- Data: digit scenes for detection, split test, n = 150 samples." in text
     rows = scores.scores(measured)
     assert len(rows) == 2 * len(cells)

@@ -118,7 +118,7 @@ def test_means_orders_and_spreads_do_not_take_them_for_quantized(tmp_path):
     assert "yes (rtn worst: yes; fimaq not below: yes)" in text
     assert f"full precision: relu-fp {np.std([0.5, 1.0], ddof=1):.2f}; w4a4: rtn" in text
     (settings,) = [line for line in text.splitlines() if "Settings of" in line]
-    assert "relu-fp, as far as they have them: steps" in settings
+    assert "relu-fp, where a method has them: steps" in settings
     assert "mlp_steps" in settings
     alone = [item for item in measured if item.cell.method in ("fp", "relu-fp")]
     text = summary.grid_markdown("T", alone, [item.cell for item in alone])

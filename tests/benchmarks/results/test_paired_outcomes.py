@@ -1,4 +1,4 @@
-"""Paired comparisons: McNemar's closed form, seeds averaged first, and what does not compare."""
+"""Paired comparisons: McNemar's closed form, means over seeds, pairs that do not compare."""
 
 import math
 from dataclasses import replace

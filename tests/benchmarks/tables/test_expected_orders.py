@@ -1,4 +1,4 @@
-"""Orders known from the literature: judged with numbers where the methods are measured."""
+"""Orders known from the literature: judged with numbers if the methods are measured."""
 
 import benchmark_fakes as fakes
 import numpy as np

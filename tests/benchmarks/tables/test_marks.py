@@ -1,4 +1,4 @@
-"""Marks of methods: special quantizers and what is optimised, from the recipe, measured or not."""
+"""Marks of methods: special quantizers and optimised parts, read from the recipe."""
 
 import benchmark_fakes as fakes
 import pytest
@@ -8,7 +8,7 @@ from benchmarks.grid.expand import Filters, expand
 from benchmarks.run.options import RunRequest
 from benchmarks.run.plan import plan_text
 from benchmarks.tables import summary
-from benchmarks.tables.settings import marks, optimised, special_quantizers
+from benchmarks.tables.settings import marks, recipe_marks
 from fimaq_core.recipe import METHODS, make_recipe
 
 
@@ -22,12 +22,8 @@ from fimaq_core.recipe import METHODS, make_recipe
     ],
 )
 def test_special_quantizers(softmax: str, gelu: str, text: str):
-    assert (
-        special_quantizers(
-            make_recipe("fimaq", {"softmax_quantizer": softmax, "gelu_quantizer": gelu})
-        )
-        == text
-    )
+    recipe = make_recipe("fimaq", {"softmax_quantizer": softmax, "gelu_quantizer": gelu})
+    assert recipe_marks(recipe)[0] == text
 
 
 @pytest.mark.parametrize(
@@ -42,11 +38,11 @@ def test_special_quantizers(softmax: str, gelu: str, text: str):
     ],
 )
 def test_optimised(method: str, changes: dict[str, bool], text: str):
-    assert optimised(make_recipe(method, changes)) == text
+    assert recipe_marks(make_recipe(method, changes))[1] == text
 
 
 def test_full_precision_has_no_marks():
-    assert (special_quantizers(None), optimised(None)) == ("-", "-")
+    assert recipe_marks(None) == ("-", "-")
 
 
 def test_the_table_leads_with_marks_also_of_what_is_not_measured(

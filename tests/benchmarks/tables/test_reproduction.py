@@ -1,4 +1,4 @@
-"""Published tables as they are printed, written and concluded, from records of their cells."""
+"""Published tables with measured numbers: printing, files and conclusion."""
 
 import csv
 import io
@@ -203,10 +203,10 @@ def test_all_cells_of_a_verdict_s_reason_have_one_line():
     table = load_table("fimaq")
     notes = Reproduction(table, own(table, dataset=fakes.DIGITS)).notes
     reason = "measured on digit-pairs (test, 2000 samples), on which nothing is published"
-    assert notes[0] == f"× {reason}: all that is compared."
+    assert notes[0] == f"× {reason}: all compared numbers."
     assert notes[1:] == list(table.footnotes)
     remark = "one seed, so the spread over seeds is not counted"
-    assert Reproduction(table, own(table)).notes[0] == f"{remark}: all that is quantized."
+    assert Reproduction(table, own(table)).notes[0] == f"{remark}: all quantized numbers."
 
 
 def test_seeds_are_averaged_and_counted(tmp_path: Path):
@@ -227,7 +227,7 @@ def test_one_cell_in_two_places_is_one_number():
     shown = {" ".join(found.label.split()): found.texts for found in found.shown}
     assert shown["Loss fisher_dplr"] == shown["Rank k = 5"] == ["64.09 =", "55.55 =", "77.26 ="]
     assert shown["Loss mse"] == ["50.00", "50.00", "50.00"]
-    assert "a measured number without a mark: nothing is published beside it" in found.legend
+    assert "a measured number without a mark: no number is published" in found.legend
 
 
 def test_other_losses_alone_compare_with_nothing():

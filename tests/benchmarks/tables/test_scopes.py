@@ -1,4 +1,4 @@
-"""Tables of models of which parts are quantized: scopes stand side by side and are never mixed."""
+"""Tables with scopes (quantized parts of a model): each scope has its own columns and means."""
 
 import io
 import json
@@ -98,7 +98,7 @@ def test_columns_are_by_subject_and_full_precision_stands_under_each(tmp_path):
         "57.50 ± 2.12",
         "47.50 ± 2.12",
     ]
-    assert "- In brackets what of a model is quantized" in text
+    assert "- Brackets name the quantized parts of a model." in text
     assert "- Data: digit-scenes, split test, n = 1000 images, 1000 captions." in text
 
 
@@ -120,7 +120,7 @@ def test_sections_have_their_own_headings_metrics_and_notes(tmp_path):
     text = summary.grid_markdown("T", measured, cells)
     first, second = text[: text.index("## retrieval")], text[text.index("## retrieval") :]
     assert "## classification: top1 (percent)" in first
-    assert "In brackets" not in first
+    assert "Brackets name" not in first
     assert "Image to text" not in first
     assert "digit-scenes" not in first
     assert "demo_vit" not in second

@@ -1,4 +1,4 @@
-"""Lines on settings: those that bear on a method, shared ones, and the released ones."""
+"""Lines on settings: those that influence a method, shared values, released values."""
 
 import benchmark_fakes as fakes
 
@@ -22,7 +22,7 @@ def lines(
 def test_only_what_bears_on_a_method_is_named(tmp_path):
     (settings, seeds) = lines(tmp_path, ("mlp-recon", "rtn"), {"mlp_steps": 7, "steps": 5})
     assert settings.startswith(
-        "Settings of mlp-recon, as far as they have them: calibration_images 1024"
+        "Settings of mlp-recon, where a method has them: calibration_images 1024"
     )
     assert "mlp_steps 7 (released: 20000)" in settings
     assert " steps 5" not in settings

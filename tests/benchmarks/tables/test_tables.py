@@ -107,11 +107,11 @@ def test_missing_cells_show_as_dashes(tmp_path: Path):
 def test_the_text_below_states_settings_spread_and_order(tmp_path: Path):
     cells, measured = measure(tmp_path)
     text = summary.grid_markdown("Demo", measured, cells)
-    assert "Settings of brecq, qdrop, fimaq, as far as they have them: steps" in text
+    assert "Settings of brecq, qdrop, fimaq, where a method has them: steps" in text
     assert "mlp_steps" not in text
     assert f"steps {GRID.overrides['steps']} (released: 20000)" in text
     assert "calibration_images 1024," in text
-    assert "Seeds: 1, 2; what has no ± ran with one." in text
+    assert "Seeds: 1, 2. A number without ± has one seed." in text
     assert "Data: digit-pairs, split test, n = 2000 samples." in text
     assert "Standard error of one cell from its finite number of samples: 0.50" in text
     values = {

@@ -1,4 +1,4 @@
-"""Tests of pairs: for each metric an interval, a p-value, an effect size, and their verdict."""
+"""Tests of pairs of runs: interval, p-value, effect size and verdict of each metric."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -7,44 +7,36 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.compare.pairs import Pair, RecordFile
-from benchmarks.compare.statistics import Table, bootstrap, holm, mcnemar
+from benchmarks.compare.statistics import PairedCounts, bootstrap, holm, mcnemar
 from benchmarks.results.outcomes import CompareError, Outcomes, check_alike, cluster_sums, read
 from fimaq_core.errors import CheckpointError, suggest
 
-#: Metrics by which many pairs are compared, unless others are asked for.
-MAIN = ("top1", "R@1", "AP_box", "AP_mask")
-#: Points by which a metric may differ from its outcomes, which are at least 32-bit numbers.
+#: Metrics by which several pairs are compared, unless the user names others.
+_MAIN = ("top1", "R@1", "AP_box", "AP_mask")
+#: Points by which rounding to 32 bits may move a metric that is computed from outcomes.
 _ROUNDING = 0.01
 
 
 @dataclass
 class MetricComparison:
-    """One metric of a pair. Values, difference (A - B), interval and error are in points.
-
-    Attributes:
-        test: source of p and the interval.
-        effect: of McNemar's test Cohen's g, and the samples that only A or only B got right.
-        samples: number of samples.
-        clusters: number of independent groups of samples.
-        holm: p corrected for the number of pairs; None for one pair.
-    """
+    """One metric of a pair. Values, difference, interval and error are in points."""
 
     metric: str
     test: Literal["McNemar", "bootstrap"]
     a: float
     b: float
-    difference: float
+    difference: float  #: A - B
     low: float
     high: float
     p: float
     se: float
-    effect: Mapping[str, float]
+    effect: Mapping[str, float]  #: Cohen's g and numbers of samples for McNemar's test, else empty
     samples: int
-    clusters: int
-    holm: float | None = None
+    clusters: int  #: number of independent groups of samples
+    holm: float | None = None  #: p corrected for the number of pairs; None for one pair
 
     def better(self, level: float) -> Literal["A", "B"] | None:
-        """Return the better side; None unless interval and corrected p both show a difference."""
+        """Return the better side; None unless both the interval and p show a difference."""
         p = self.p if self.holm is None else self.holm
         if self.low <= 0 <= self.high or p > 1 - level:
             return None
@@ -67,81 +59,83 @@ class MetricComparison:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A pair with its compared metrics; ``problem`` is the reason why there are none."""
+class ComparedPair:
+    """A pair with its compared metrics, or with the ``problem`` that prevents the comparison."""
 
     pair: Pair
     metrics: Sequence[MetricComparison] = ()
     problem: str | None = None
 
 
-def judge(pairs: Sequence[Pair], level: float, metrics: Sequence[str] = ()) -> list[Judged]:
-    """Test all pairs, and correct p for the number of pairs by Holm's method in each metric.
+def compare_pairs(
+    pairs: Sequence[Pair], level: float, metrics: Sequence[str] = ()
+) -> list[ComparedPair]:
+    """Test all pairs; Holm's method corrects the p-values of a metric for the number of pairs.
 
-    Without ``metrics``, one pair is compared in all its metrics, several pairs in :data:`MAIN`.
-    Raises CompareError if no pair can be compared, or none has one of ``metrics``.
+    Without ``metrics``, one pair is compared in all its metrics, several pairs in their main ones.
+    Raises CompareError if no pair can be compared, or if no pair has one of ``metrics``.
     """
-    judged = []
+    compared = []
     for pair in pairs:
         try:
-            judged.append(Judged(pair, _compare(pair, level, metrics, len(pairs) > 1)))
+            compared.append(ComparedPair(pair, _compare(pair, level, metrics, len(pairs) > 1)))
         except (CompareError, CheckpointError) as error:
-            judged.append(Judged(pair, problem=str(error)))
+            compared.append(ComparedPair(pair, problem=str(error)))
     by_metric: dict[str, list[MetricComparison]] = {}
-    for found in (found for item in judged for found in item.metrics):
+    for found in (found for item in compared for found in item.metrics):
         by_metric.setdefault(found.metric, []).append(found)
     if not by_metric:
-        raise CompareError("\n".join(dict.fromkeys(item.problem or "" for item in judged)))
+        raise CompareError("\n".join(dict.fromkeys(item.problem or "" for item in compared)))
     for same in by_metric.values():
         if len(same) > 1:
             for found, p in zip(same, holm([found.p for found in same]), strict=True):
                 found.holm = p
-    return judged
+    return compared
 
 
 def _compare(
     pair: Pair, level: float, metrics: Sequence[str], short: bool
 ) -> list[MetricComparison]:
+    """Test ``metrics`` of a pair, by default all common ones (if ``short``, the main ones)."""
     mine, theirs = ([_read(file) for file in side.values()] for side in (pair.a, pair.b))
     for other in (*mine, *theirs):
         check_alike(mine[0], other)
     common = [name for name in mine[0].metrics if all(name in o.metrics for o in (*mine, *theirs))]
     for name in metrics:
         if name not in common:
-            hint = suggest(name, common)
-            raise CompareError(f"There is no metric '{name}' in these outcomes.{hint}")
+            unknown = f"There is no metric '{name}' in these outcomes."
+            raise CompareError(f"{unknown}{suggest(name, common)}")
     if not common:
         raise CompareError(f"The outcomes of {pair.label} have no metric in common.")
-    main = [name for name in common if name in MAIN] if short else []
+    main = [name for name in common if name in _MAIN] if short else []
     return [_test(name, mine, theirs, level) for name in metrics or main or common]
 
 
 def _read(file: RecordFile) -> Outcomes:
-    """Read the outcomes of a record, which must agree with it."""
+    """Read the outcomes of a record. Raises CompareError if the two disagree."""
     outcomes, record = read(file.record, file.path.parent), file.record
-    n, clusters = len(outcomes.sample), outcomes.clusters
+    clusters = outcomes.clusters
 
     def check(fine: bool, problem: str) -> None:
         if not fine:
             again = f"Measure {file.label} again with --force."
             raise CompareError(f"The outcomes beside {file.path} {problem}. {again}")
 
-    check(bool(outcomes.metrics), "hold nothing that can be compared")
-    check(len(np.unique(outcomes.sample)) == n, "name a sample twice")
-    numbers = f"{clusters} samples, the record is of {record.n}"
-    check(clusters == record.n, f"are of {numbers}: they are another run's")
+    check(bool(outcomes.metrics), "contain nothing that can be compared")
+    check(len(np.unique(outcomes.sample)) == len(outcomes.sample), "name a sample twice")
+    other = "they belong to another run"
+    check(clusters == record.n, f"have {clusters} samples, but the record has {record.n}: {other}")
     if clusters < 2:
-        raise CompareError(f"The outcomes beside {file.path} are of one sample: nothing to test.")
+        raise CompareError(f"The outcomes beside {file.path} have one sample: no test is possible.")
     for name, parts in outcomes.metrics.items():
         for part in parts:
             complete = len(np.unique(outcomes.cluster[part.rows])) == clusters
             whole = complete and bool(np.isfinite(part.score).all())
-            check(whole, f"lack some images' {name}, or it is not finite")
+            check(whole, f"lack the {name} of some images, or it is not finite")
         if (stated := record.metrics.get(name)) is not None:
             found = _value(outcomes, name)
-            values = f"{name} {found:.2f}, the record says {stated.value:.2f}"
-            same = abs(stated.value - found) <= _ROUNDING
-            check(same, f"give {values}: they are another run's")
+            values = f"{name} {found:.2f}, but the record has {stated.value:.2f}"
+            check(abs(stated.value - found) <= _ROUNDING, f"give {values}: {other}")
     return outcomes
 
 
@@ -155,7 +149,7 @@ def _test(
     """Test one metric.
 
     McNemar's test needs one seed and independent samples that are right or wrong. The bootstrap
-    tests all else: means over seeds, recalls, contributions to average precision.
+    tests the rest: means over seeds, recalls, contributions to average precision.
     """
     a, b = (float(np.mean([_value(run, name) for run in side])) for side in (mine, theirs))
     parts, clusters = mine[0].metrics[name], mine[0].clusters
@@ -164,14 +158,14 @@ def _test(
     test: Literal["McNemar", "bootstrap"] = "bootstrap"
     effect: dict[str, float] = {}
     if len(mine) == len(parts) == 1 and parts[0].score.dtype == bool and independent:
-        test, table = "McNemar", Table.of(parts[0].score, theirs[0].metrics[name][0].score)
-        effect = {"cohens_g": table.cohens_g, "only_a": table.first, "only_b": table.second}
-        found = mcnemar(table, level)
+        test, counts = "McNemar", PairedCounts.of(parts[0].score, theirs[0].metrics[name][0].score)
+        effect = {"cohens_g": counts.cohens_g, "only_a": counts.first, "only_b": counts.second}
+        found = mcnemar(counts, level)
     else:
         found = bootstrap(cluster_sums(mine, theirs, name), level)
     return MetricComparison(name, test, a, b, *astuple(found), effect, samples, clusters)
 
 
 def p_text(p: float | None) -> str:
-    """Return ``0.003``, ``< 0.0001``, or ``-`` for none."""
+    """Return ``0.003``, ``< 0.0001``, or ``-`` for None."""
     return "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
