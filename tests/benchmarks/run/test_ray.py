@@ -216,13 +216,13 @@ def test_no_address_is_this_machine_in_any_environment(alone: dict[str, str], tm
         (
             "TMPDIR",
             "/any/" + 8 * "long-name/",
-            "has 85 bytes, and 39 is the most for sockets in it",
+            "has 85 bytes; at most 39 leave room for the names of sockets",
         ),
         ("RAY_TMPDIR", "/any/" + 40 * "é", "has 85 bytes"),
         ("RAY_TMPDIR", "relative", "is not an absolute path"),
         ("RAY_TMPDIR", "", "is not an absolute path"),
-        ("RAY_TMPDIR", "/dev/null", "cannot be written in (Not a directory)"),
-        ("RAY_TMPDIR", "/proc/none", "cannot be written in (No such file or directory)"),
+        ("RAY_TMPDIR", "/dev/null", "is not writable (Not a directory)"),
+        ("RAY_TMPDIR", "/proc/none", "is not writable (No such file or directory)"),
     ],
 )
 def test_a_folder_that_ray_cannot_use_is_named(

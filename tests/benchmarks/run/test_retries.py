@@ -143,8 +143,8 @@ def attempts(cell: Cell, retries: int = 3, **changes: object) -> Attempts:
 def after(rules: Attempts, kind: Kind, *places: Progress) -> tuple[bool, str]:
     rules.begin()
     for place in places:
-        rules.heard(place)
-    return rules.failed(Failed(kind, "the words", None))
+        rules.note(place)
+    return rules.after(Failed(kind, "the words", None))
 
 
 @pytest.fixture
@@ -220,11 +220,11 @@ def test_idle_slots_help_with_a_chain_that_is_past_its_first_cell():
     assert full is not None
     assert full.method == "fp"
     assert queue.take("b") is None
-    queue.over(full)
+    queue.remove(full)
     first = queue.take("a")
     assert first is not None
     assert queue.take("b") is None  # the first makes what they share
-    queue.over(first)
+    queue.remove(first)
     order = [
         cell.method
         for cell in (first, queue.take("b"), queue.take("a"), queue.take("b"))
@@ -238,11 +238,11 @@ def test_a_chain_goes_on_where_its_first_cell_died_or_its_slot_went_away():
     queue = CellQueue([cell for cell in chain_cells() if cell.method != "fp"])
     first = queue.take("a")
     assert first is not None
-    queue.back(first)
+    queue.put_back(first)
     assert queue.take("b") is first
     second = queue.take("a")
     assert second is not None
-    queue.back(first)
-    queue.keep(["b"])
+    queue.put_back(first)
+    queue.keep_slots(["b"])
     assert queue.take("b") is first
     assert len(list(queue.waiting())) == 2
