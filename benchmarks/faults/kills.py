@@ -1,4 +1,4 @@
-"""``python -m benchmarks.faults``: kills processes of a small grid and prints what it found."""
+"""The fault bench: kills processes of a small grid, and compares the results."""
 
 import hashlib
 import json
@@ -23,26 +23,28 @@ from benchmarks.grid.expand import Filters, expand, load_grid
 from benchmarks.run.ray import check_folder
 
 GRID = Path(__file__).with_name("grid.yaml")
-#: Kinds of killed processes with their relative frequencies, and words in their command lines.
+#: Relative frequencies of the kinds of kills: the process of a cell, a worker of Ray, the runner of
+#: the grid, and a node of the Ray cluster.
 KINDS = {"cell": 6, "worker": 5, "driver": 4, "node": 2}
+#: Words in the command lines of these processes.
 WORDS = {"cell": "multiprocessing.spawn", "worker": "ray::", "driver": "benchmarks.faults.audit"}
 
 
 def start(results: Path, *more: str) -> "subprocess.Popen[bytes]":
-    """Start the grid. Its output goes to ``driver.log`` beside `results`."""
+    """Start the grid with `more` options. Its output goes to ``driver.log`` beside `results`."""
     command = [sys.executable, "-m", WORDS["driver"], "run", "--profile", str(GRID), *more]
     with results.with_name("driver.log").open("ab") as log:
         return subprocess.Popen([*command, "--results", str(results)], stdout=log, stderr=log)
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
-    """Return the SHA-256 of the content of files in `folder`, by path."""
+    """Return the SHA-256 of the files in `folder` that fit `pattern`, by relative path."""
     files = sorted(folder.rglob(pattern))
     return {str(f.relative_to(folder)): hashlib.sha256(_content(f)).hexdigest() for f in files}
 
 
 def _content(file: Path) -> bytes:
-    """Return the bytes of a file, with sorted keys in the header of a checkpoint."""
+    """Return the bytes of a file. In the header of a checkpoint, the keys are sorted."""
     content = file.read_bytes()
     if file.suffix != ".safetensors":
         return content
@@ -51,20 +53,20 @@ def _content(file: Path) -> bytes:
 
 
 def victims(kind: str) -> list[psutil.Process]:
-    """Return the descendants of this process that are of a kind."""
+    """Return the processes of a kind that this process has started, also indirectly."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
             line = " ".join(process.cmdline())
         except psutil.Error:
-            continue  # it ended just now
+            continue  # the process has just ended
         if WORDS[kind] in line and "IDLE" not in line:
             found.append(process)
     return found
 
 
 def kill(kind: str, cluster: Any, chance: random.Random) -> bool:
-    """Kill a process or node of a kind. Return False if there is none."""
+    """Kill a random process of a kind, or replace a node. Return False if there is none."""
     if kind == "node":
         cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
         cluster.add_node(num_cpus=1)
@@ -80,10 +82,10 @@ def disturb(
     cluster: Any, results: Path, wanted: int, pause: tuple[float, float], chance: random.Random,
     kills: "Counter[str]",
 ) -> int:  # fmt: skip
-    """Run the grid to its end, and kill one process per pause until `kills` has `wanted`.
+    """Run the grid to its end. Kill one process after each pause until `kills` counts `wanted`.
 
     Returns:
-        How often the grid was started again because it gave up a cell.
+        Number of times that the grid was started again after cells had failed.
     """
     given_up = 0
     options = "--engine", "ray", "--ray-address", cluster.address
@@ -111,9 +113,16 @@ def disturb(
 
 
 def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) -> dict[str, Any]:
-    """Run the grid undisturbed, then disturbed until `wanted` kills are made, and compare.
+    """Run the grid once without kills, then again and again until `wanted` kills; compare.
 
-    All files go to the empty `folder`. `pause` has the limits of the seconds between two kills.
+    Args:
+        folder: empty folder for all files.
+        wanted: number of kills.
+        seed: seed of the kinds and times of the kills.
+        pause: least and most seconds between two kills.
+
+    Returns:
+        Counts of kills and of lost and doubled cells, comparisons of files, and seconds.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
@@ -135,8 +144,8 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
             results = folder / f"disturbed-{found['runs']}"
             found["given_up"] += disturb(cluster, results, wanted, pause, chance, kills)
             cells = expand(load_grid(str(GRID)), Filters(), RunOptions(results))
-            there = [cell for cell in cells if finished_record(cell, default_adapter())]
-            found["cells_lost"] += len(cells) - len(there)
+            lost = [cell for cell in cells if not finished_record(cell, default_adapter())]
+            found["cells_lost"] += len(lost)
             found["cells_doubled"] += len(doubled(read_notes(results)))
             tables &= digests(results / "tables", "*") == digests(quiet / "tables", "*")
             mine = digests(results / "runs", "quantized.safetensors")
@@ -155,14 +164,14 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
 @click.option("--kills", type=click.IntRange(min=1), default=30, help="Number of kills.")
 @click.option("--seed", type=int, default=0, help="Seed of the kinds and times of the kills.")
 @click.option("--pause", type=(float, float), default=(3, 9), help="Seconds between two kills.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Folder to keep all files in.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder that keeps all files.")
 @click.pass_context
 def main(
     context: click.Context, kills: int, seed: int, pause: tuple[float, float], folder: Path | None
 ) -> None:
-    """Kill processes of a small grid on two Ray nodes, and compare with the undisturbed grid."""
+    """Kill processes of a small grid on two Ray nodes; compare with a run without kills."""
     with user_errors(context, ""):
-        check_folder()  # now, since Ray starts only after minutes
+        check_folder()  # at once, because Ray starts only after minutes
     with tempfile.TemporaryDirectory(prefix="fimaq-faults-") as temporary:
         place = Path(folder or temporary).absolute()
         figures = measure(place, kills, seed, pause) | {"machine": machine()}

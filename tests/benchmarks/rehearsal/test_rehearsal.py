@@ -97,7 +97,7 @@ def test_times_are_summed_by_what_they_are_spent_on():
     ]
     found = spent(events)
     assert found.calibrate == 5
-    assert found.passed == 3
+    assert found.fisher_pass == 3
     assert found.step == 2 + 1
     # after the calibration 3, before the pass 1, after the last step 1; first steps and passes
     # beyond the second ones 3 and 1 (a), 7 (b); MLPs 0.5 + 0.5
@@ -116,7 +116,7 @@ def test_the_estimate_follows_steps_images_and_passes():
         stage_memory_bytes={"load": 100}, preprocessing=None,
     )  # fmt: skip
     found = Spent(
-        calibrate=1.0, passed=2.0, step=0.5, mlp_step=0.0, rest=3.0, text=0.1, texts=20,
+        calibrate=1.0, fisher_pass=2.0, step=0.5, mlp_step=0.0, rest=3.0, text=0.1, texts=20,
         total=9.0, tape_bytes=40, peak_memory_bytes=450,
     )  # fmt: skip
     real = make_recipe("fimaq")

@@ -231,7 +231,7 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path):
     until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
     assert json.loads(shown(tmp_path, "--json").output)["runners"][0]["alive"] is False
     process.wait()
-    assert "it was killed, or its machine is gone" in shown(tmp_path).output
+    assert "it was killed, or its machine does not answer" in shown(tmp_path).output
 
 
 def test_runs_elsewhere_go_by_their_heartbeat_and_those_here_by_their_process(tmp_path: Path):
