@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.grid.cell import Cell, Places
+from benchmarks.rehearsal.cell import few_classes
 from fimaq_core.files import replaced_whole
 from tasks.common.data.imagenet import wordnet_ids
 
@@ -77,14 +78,6 @@ def make_data(folder: Path, names: Iterable[str]) -> Places:
             makers[name](place)
             done.touch()
     return Places(**found)
-
-
-def few_classes(imagenet: Path) -> Path:
-    """Return the folder in `imagenet` with the same layout but few classes.
-
-    Zero-shot classification embeds 80 texts per class. On a CPU, 1000 classes would take hours.
-    """
-    return imagenet / "few-classes"
 
 
 def _imagenet(folder: Path) -> None:

@@ -33,15 +33,9 @@ _CELL_BYTES = 6e9
 
 
 def rehearse(
-    grid: Grid,
-    profile: str,
-    filters: Filters,
-    options: RunOptions,
-    adapter: Adapter,
-    how: ExecutorOptions,
-    report: bool = False,
-    table: PublishedTable | None = None,
-) -> int:
+    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter,
+    how: ExecutorOptions, report: bool = False, table: PublishedTable | None = None,
+) -> int:  # fmt: skip
     """Rehearse a grid in ``<results>/rehearsal``; return 0 if no cell failed, otherwise 1.
 
     Args: see `benchmarks.run.command.run_grid`.
@@ -188,5 +182,4 @@ def _memory(device: str) -> float:
         import torch
 
         return float(torch.cuda.get_device_properties(device).total_memory)
-    limit = container_limits()["memory"]
-    return min(float(psutil.virtual_memory().total), limit or math.inf)
+    return min(psutil.virtual_memory().total, container_limits()["memory"] or math.inf)

@@ -1,4 +1,4 @@
-"""The Ray engine on a real cluster of two nodes, which are processes of this machine."""
+"""The Ray executor on a real cluster of two nodes, which are processes of this machine."""
 
 import json
 import os
@@ -35,12 +35,12 @@ cli(sys.argv[1:], obj=engine_fakes.ADAPTER)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head that measures nothing and two nodes with a slot each."""
+    """Start a head without slots and two nodes with one slot each."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
     with engine_fakes.ray_folder() as folder, pytest.MonkeyPatch.context() as patch:
-        for name in ("RAY_TMPDIR", "TMPDIR"):  # the second for what killed hosts leave
+        for name in ("RAY_TMPDIR", "TMPDIR"):  # killed workers leave files in TMPDIR
             patch.setenv(name, str(folder))
         cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
@@ -56,7 +56,7 @@ def run(tmp_path: Path, address: str, *args: str) -> Result:
 
 
 def test_a_grid_finishes_on_ray_whatever_is_killed(cluster: Any, tmp_path: Path):
-    """The process of a cell, and Ray's worker that started one."""
+    """The process of one cell is killed, and the Ray worker that started another."""
     plan = {"demo_vit rtn w3a3": ["kill"], "demo_vit fimaq w3a3": ["kill parent"]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     result = run(tmp_path, cluster.address)
@@ -71,7 +71,7 @@ def test_a_grid_finishes_on_ray_whatever_is_killed(cluster: Any, tmp_path: Path)
 
 
 def node_of(cluster: Any, pid: int) -> Any:
-    """The node whose raylet is above a process."""
+    """Return the node whose raylet is an ancestor of a process."""
     above = {process.pid for process in psutil.Process(pid).parents()}
     (found,) = [
         node
@@ -82,7 +82,7 @@ def node_of(cluster: Any, pid: int) -> Any:
 
 
 def test_nodes_come_and_go(cluster: Any, tmp_path: Path):
-    """One goes with its cell while the other is busy; the next that comes measures it."""
+    """One node ends with its cell while the other is busy. A new node measures the cell."""
     (tmp_path / "plan.json").write_text(
         json.dumps({"demo_vit fp": ["sleep"], "demo_swin fp": ["flag"]})
     )
@@ -187,7 +187,7 @@ def test_the_command_for_failed_cells_keeps_the_engine(tmp_path: Path):
 
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """An environment that points Ray to clusters and GPUs that are not there."""
+    """Yield an environment that points Ray to a cluster and a GPU that do not exist."""
     with engine_fakes.ray_folder() as folder:
         (folder / "ray").mkdir()
         (folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
