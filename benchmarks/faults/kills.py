@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,15 @@ from benchmarks.faults.audit import doubled, read_notes
 from benchmarks.grid.cell import RunOptions, default_adapter, finished_record
 from benchmarks.grid.expand import Filters, expand, load_grid
 from benchmarks.run.ray import check_folder
+from fimaq_core.errors import FimaqError
 
 GRID = Path(__file__).with_name("grid.yaml")
-#: Relative frequencies of the kinds of kills: the process of a cell, a worker of Ray, the runner of
-#: the grid, and a node of the Ray cluster.
+#: Relative frequencies of the kinds of kills. The driver is the process that runs the grid.
 KINDS = {"cell": 6, "worker": 5, "driver": 4, "node": 2}
-#: Words in the command lines of these processes.
+#: Words in the command lines of these processes; a node is not a process.
 WORDS = {"cell": "multiprocessing.spawn", "worker": "ray::", "driver": "benchmarks.faults.audit"}
+
+_ADVICE = "Give --folder, and look for the reason in its driver.log."
 
 
 def start(results: Path, *more: str) -> "subprocess.Popen[bytes]":
@@ -56,12 +60,10 @@ def victims(kind: str) -> list[psutil.Process]:
     """Return the processes of a kind that this process has started, also indirectly."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        try:
+        with suppress(psutil.Error):  # the process has just ended
             line = " ".join(process.cmdline())
-        except psutil.Error:
-            continue  # the process has just ended
-        if WORDS[kind] in line and "IDLE" not in line:
-            found.append(process)
+            if WORDS[kind] in line and "IDLE" not in line:
+                found.append(process)
     return found
 
 
@@ -92,34 +94,26 @@ def disturb(
     driver = start(results, *options)
     while True:
         try:
-            pause_seconds = chance.uniform(*pause) if kills.total() < wanted else None
-            code = driver.wait(timeout=pause_seconds)
+            seconds = chance.uniform(*pause) if kills.total() < wanted else None
+            code = driver.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
-            if not kill(kind, cluster, chance):
-                continue
-            kills[kind] += 1
-            print(f"kill {kills.total()}: {kind}", file=sys.stderr)
-            if kind != "driver":
-                continue
-            driver.wait()
-        else:
-            if code == 0:
-                return given_up
-            if code != 1:
-                raise RuntimeError(f"The grid ended with exit code {code}: see driver.log.")
-            given_up += 1
+            if kill(kind, cluster, chance):
+                kills[kind] += 1
+                print(f"kill {kills.total()}: {kind}", file=sys.stderr)
+            continue
+        if code == 0:
+            return given_up
+        if code not in (1, -signal.SIGKILL):
+            raise FimaqError(f"The grid ended with exit code {code}. {_ADVICE}")
+        given_up += code == 1
         driver = start(results, *options)
 
 
 def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) -> dict[str, Any]:
-    """Run the grid once without kills, then again and again until `wanted` kills; compare.
+    """Run the grid once without kills, and repeatedly with kills until there are `wanted` kills.
 
-    Args:
-        folder: empty folder for all files.
-        wanted: number of kills.
-        seed: seed of the kinds and times of the kills.
-        pause: least and most seconds between two kills.
+    All files go to the empty `folder`. `pause` has the least and most seconds between two kills.
 
     Returns:
         Counts of kills and of lost and doubled cells, comparisons of files, and seconds.
@@ -130,11 +124,11 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
     folder.mkdir(parents=True, exist_ok=True)
     quiet, began = folder / "quiet", time.monotonic()
     if code := start(quiet, "--jobs", "1").wait():
-        raise RuntimeError(f"The undisturbed grid ended with exit code {code}: see driver.log.")
+        raise FimaqError(f"The grid without kills ended with exit code {code}. {_ADVICE}")
     undisturbed, began = time.monotonic() - began, time.monotonic()
     kills: Counter[str] = Counter()
     found: Counter[str] = Counter(cells_lost=0, cells_doubled=0)
-    tables, checkpoints = True, True
+    tables = checkpoints = True
     chance, head = random.Random(seed), {"num_cpus": 1, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
@@ -170,9 +164,8 @@ def main(
     context: click.Context, kills: int, seed: int, pause: tuple[float, float], folder: Path | None
 ) -> None:
     """Kill processes of a small grid on two Ray nodes; compare with a run without kills."""
-    with user_errors(context, ""):
+    with user_errors(context, ""), tempfile.TemporaryDirectory(prefix="fimaq-faults-") as temporary:
         check_folder()  # at once, because Ray starts only after minutes
-    with tempfile.TemporaryDirectory(prefix="fimaq-faults-") as temporary:
         place = Path(folder or temporary).absolute()
         figures = measure(place, kills, seed, pause) | {"machine": machine()}
-    click.echo(json.dumps(figures, indent=1))
+        click.echo(json.dumps(figures, indent=1))

@@ -56,7 +56,7 @@ def rehearse(
         jobs = min(default_jobs(options.threads, "cpu"), most)
         how = replace(how, jobs=how.jobs or jobs)
     cells = expand(grid, filters, options)
-    print(f"Making random weights and images in {folder}. Each cell's process is killed once.")
+    print(f"Making random weights and images in {folder}. Each cell is killed once, as a test.")
     make_weights(weights, cells)
     data = {grid.tasks[cell.section].data for cell in cells}
     options = replace(options, data=make_data(folder / "data", data - {"own"}))

@@ -52,12 +52,9 @@ def serve(
 ) -> None:  # fmt: skip
     """Run one cell in this process, which ends when the executor closes `connection`.
 
-    Args:
-        label, work: see `Executor.start`.
-        where: name of the slot.
-        log: file for the output of this process.
-        temporary: folder for temporary files, which the executor removes.
-        environment: environment variables of this process.
+    `label` and `work`: see `Executor.start`. `where` is the name of the slot. The output goes to
+    the file `log`, and temporary files to the folder `temporary`, which the executor removes.
+    `environment` becomes the environment of this process.
     """
     os.setpgid(0, 0)  # the executor kills this group, which includes all processes of the cell
     executor = multiprocessing.parent_process()
@@ -82,9 +79,9 @@ def serve(
 
 
 def _end_with(connection: Connection, temporary: Path) -> None:
-    """End this process when the executor ends. The executor never sends anything."""
+    """End this process when the executor, which sends nothing, has closed its connection."""
     with contextlib.suppress(OSError):
-        connection.poll(None)  # returns when the other end is closed
+        connection.poll(None)
     shutil.rmtree(temporary, ignore_errors=True)
     os._exit(1)
 

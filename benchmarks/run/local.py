@@ -41,10 +41,7 @@ class _CellProcess:
     last: Finished | Failed | None = None
 
     def received(self) -> Iterator[Message]:
-        """Yield new messages, except the last one of the cell.
-
-        `last` keeps this message until the process has ended and freed its memory.
-        """
+        """Yield new messages. The last one of the cell stays in `last` until the process ends."""
         try:
             while not self.connection.closed and self.connection.poll():
                 message = self.connection.recv()
@@ -79,12 +76,10 @@ class LocalExecutor(Executor):
         self, slots: Mapping[str, Path], threads: int | None, imports: Sequence[str] = (), *,
         fork: bool = True,
     ) -> None:  # fmt: skip
-        """Make an executor.
+        """Make an executor with the log file of each slot.
 
-        Args:
-            slots: log file of each slot.
-            threads: CPU threads of a cell; None keeps the default of the libraries.
-            imports: modules that the fork server imports.
+        `threads` is the number of CPU threads of a cell; None keeps the default of the libraries.
+        The fork server loads the modules `imports`.
         """
         self._logs = dict(slots)
         self._forks = fork and sys.platform == "linux"
@@ -131,9 +126,9 @@ class LocalExecutor(Executor):
                 self._failed_starts.append((slot, failure))
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
-        heard, self._failed_starts = self._failed_starts, []
-        if heard:
-            return heard
+        messages, self._failed_starts = self._failed_starts, []
+        if messages:
+            return messages
         sources: dict[Connection | int, str] = {}
         for slot, cell in self._cells.items():
             sources[cell.process.sentinel] = slot
@@ -144,13 +139,13 @@ class LocalExecutor(Executor):
         ready = wait(list(sources), timeout) if sources else []
         for slot in dict.fromkeys(sources[source] for source in ready):  # type: ignore[index]
             cell = self._cells[slot]
-            heard += [(slot, message) for message in cell.received()]
+            messages += [(slot, message) for message in cell.received()]
             if cell.process.sentinel in ready:
                 del self._cells[slot]
                 cell.end()
                 reason = f"its process died ({_exit_reason(cell.process.exitcode)})"
-                heard.append((slot, cell.last or Failed("died", reason, self._logs[slot])))
-        return heard
+                messages.append((slot, cell.last or Failed("died", reason, self._logs[slot])))
+        return messages
 
     def close(self) -> None:
         for cell in self._cells.values():

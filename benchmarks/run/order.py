@@ -64,6 +64,7 @@ class CellQueue:
         owned, running = set(self._at.values()), set(self._running.values())
 
         def rank(cell: Cell) -> int:
+            """Return 0, 1 or 2 for the three choices, and 3 if the cell must wait."""
             chain = self._chain[cell.key]
             if cell.request.recipe is not None and (cell.section, cell.model) in self._full:
                 return 3
@@ -72,12 +73,12 @@ class CellQueue:
             is_free = chain not in owned and chain not in running
             return 1 if is_free else 2 if chain in self._opened else 3
 
-        cell = min(self._waiting, key=rank, default=None)  # the first one of the lowest rank
-        if cell is None or (found := rank(cell)) == 3:
+        cell = min(self._waiting, key=rank, default=None)
+        if cell is None or (lowest := rank(cell)) == 3:
             return None
         self._waiting.remove(cell)
         self._running[cell.key] = self._chain[cell.key]
-        if found == 1:
+        if lowest == 1:
             self._at[slot] = self._chain[cell.key]
         return cell
 

@@ -22,15 +22,12 @@ from benchmarks.run.executor import Executor, Failed, Finished, Message, Started
 from fimaq_core.errors import EngineError
 from fimaq_core.files import replaced_whole
 
-#: Seconds until a cluster must answer.
-_PATIENCE = 5.0
-#: Seconds between two counts of the machines.
-_COUNT_EVERY = 3.0
+#: Seconds until a cluster must answer, and seconds between two counts of its machines.
+_PATIENCE, _COUNT_EVERY = 5.0, 3.0
 #: Bytes of Ray's object store, which holds only messages here.
 _STORE = 100 * 2**20
-#: Longest name of a socket that Ray makes in its folder.
+#: Longest name of a socket in Ray's folder, and the largest number of bytes in a socket's path.
 _SOCKET = "/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-#: Largest number of bytes in the path of a socket.
 _LONGEST = 103 if sys.platform == "darwin" else 107
 
 
@@ -183,11 +180,7 @@ def _task() -> Any:
 
 
 class RayExecutor(Executor):
-    """Runs each cell as a task of the Ray cluster that `connect` joined.
-
-    Machines may come and go. Those that cannot import the code or do not see the results are left
-    out.
-    """
+    """Runs each cell as a task of the joined Ray cluster. Machines may come and go."""
 
     def __init__(
         self, runs: Path, logs: Path, threads: int | None, gpus: float, most: int
@@ -232,37 +225,37 @@ class RayExecutor(Executor):
         )
         self._task: Any = remote(_task())
         self._work: dict[str, tuple[str, bytes]] = {}  # label and work of each busy slot
-        self._messages: dict[str, Any] = {}  # generator of each busy slot
+        self._streams: dict[str, Any] = {}  # generator of messages of each busy slot
         self._where: dict[str, str] = {}  # machine of each cell that has started
 
     def slots(self) -> Sequence[str]:
         names = [f"worker {number}" for number in range(1, self._most + 1)]
-        return [name for i, name in enumerate(names) if i < self._room or name in self._messages]
+        return [name for i, name in enumerate(names) if i < self._room or name in self._streams]
 
     def start(self, slot: str, label: str, work: bytes) -> None:
         options = {}
         if self._left_out:
             options = {"label_selector": {"ray.io/node-id": f"!in({','.join(self._left_out)})"}}
         self._work[slot] = label, work
-        self._messages[slot] = self._task.options(**options).remote(label, work, slot, self._setup)
+        self._streams[slot] = self._task.options(**options).remote(label, work, slot, self._setup)
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
         if time.monotonic() - self._counted >= _COUNT_EVERY:
             self._count_room()
-        slots = {messages: slot for slot, messages in self._messages.items()}
+        slots = {stream: slot for slot, stream in self._streams.items()}
         if not slots:
             time.sleep(timeout)
             return []
         ready, _ = self._ray.wait(list(slots), num_returns=1, timeout=timeout)
         if ready:
             ready, _ = self._ray.wait(list(slots), num_returns=len(slots), timeout=0)
-        heard = [(slots[messages], self._next(slots[messages])) for messages in ready]
-        return [(slot, message) for slot, message in heard if message is not None]
+        messages = [(slots[stream], self._next(slots[stream])) for stream in ready]
+        return [(slot, message) for slot, message in messages if message is not None]
 
     def _next(self, slot: str) -> Message | None:
         """Return the next message of a cell; None if the cell moves to another machine."""
         try:
-            message = self._ray.get(next(self._messages[slot]))
+            message = self._ray.get(next(self._streams[slot]))
         except (StopIteration, self._ray.exceptions.RayError) as error:
             where = f" on {self._where[slot]}" if slot in self._where else ""
             message = Failed("died", f"its process{where} died ({_reason(error)})")
@@ -277,7 +270,7 @@ class RayExecutor(Executor):
         if isinstance(message, Started):
             self._where[slot] = message.where
         elif isinstance(message, Finished | Failed):
-            del self._messages[slot]
+            del self._streams[slot]
             self._where.pop(slot, None)
         return message
 

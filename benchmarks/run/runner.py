@@ -145,7 +145,7 @@ class Runner:
             self._feed(executor)
             while self._queue or self._running:
                 for slot, message in executor.wait(_WAIT):
-                    self._hear(slot, message)
+                    self._handle(slot, message)
                 self._tick()
                 self._feed(executor)
         return self._failures
@@ -203,7 +203,7 @@ class Runner:
         self._folders[cell.key] = folder
         return folder and folder / "result.json"
 
-    def _hear(self, slot: str, message: Message) -> None:
+    def _handle(self, slot: str, message: Message) -> None:
         """React to a message of the cell that runs in a slot."""
         attempts = self._running[slot]
         cell = attempts.cell

@@ -38,12 +38,10 @@ class Watch:
     def __init__(
         self, console: Console, folder: Path | None = None, engine: str = "", every: float = 60.0
     ) -> None:  # fmt: skip
-        """Make a watch.
+        """Make a watch. Events go to a new file in `folder`; None: no file.
 
-        Args:
-            folder: folder for the file of events; None: no file.
-            engine: name of the cell executor.
-            every: seconds between two lines about a running cell if there is no terminal.
+        `engine` is the name of the cell executor. `every` is the number of seconds between two
+        lines about a running cell if there is no terminal.
         """
         self.state = State()
         self._console, self._engine, self._every = console, engine, every
