@@ -138,8 +138,8 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
             results = folder / f"disturbed-{found['runs']}"
             found["given_up"] += disturb(cluster, results, wanted, pause, chance, kills)
             cells = expand(load_grid(str(GRID)), Filters(), RunOptions(results))
-            lost = [cell for cell in cells if not finished_record(cell, default_adapter())]
-            found["cells_lost"] += len(lost)
+            there = [cell for cell in cells if finished_record(cell, default_adapter())]
+            found["cells_lost"] += len(cells) - len(there)
             found["cells_doubled"] += len(doubled(read_notes(results)))
             tables &= digests(results / "tables", "*") == digests(quiet / "tables", "*")
             mine = digests(results / "runs", "quantized.safetensors")

@@ -33,30 +33,36 @@ _CELL_BYTES = 6e9
 
 
 def rehearse(
-    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter,
-    how: ExecutorOptions, report: bool = False, table: PublishedTable | None = None,
-) -> int:  # fmt: skip
-    """Rehearse a grid in ``<results>/rehearsal``; return 0 if no cell failed, otherwise 1.
+    grid: Grid,
+    profile: str,
+    filters: Filters,
+    options: RunOptions,
+    adapter: Adapter,
+    how: ExecutorOptions,
+    report: bool = False,
+    table: PublishedTable | None = None,
+) -> int:
+    """Rehearse a grid's cells in ``<results>/rehearsal``; return 0 if no cell failed, else 1.
 
-    Args: see `benchmarks.run.command.run_grid`.
+    The arguments are those of :func:`benchmarks.run.command.run_grid`.
     """
     from benchmarks.rehearsal.inputs import make_data, make_weights
     from benchmarks.run.command import run_grid
 
     folder = options.results / "rehearsal"
     weights = folder / "weights"
-    if options.force:
+    if options.force:  # a rehearsal has nothing worth keeping
         shutil.rmtree(folder, ignore_errors=True)
     device, threads = options.device or grid.device, options.threads or grid.threads
     options = replace(options, results=folder, weights=weights, force=False, rehearsal=True)
     options = settled(options, how, device, threads)
-    if options.device == "cpu" and how.name == "local":  # cores and memory limit the cells
+    if options.device == "cpu" and how.name == "local":  # as many cells as cores and memory allow
         options = replace(options, threads=options.threads or 1)
         most = max(1, int(_memory("cpu") / _CELL_BYTES))
         jobs = min(default_jobs(options.threads, "cpu"), most)
         how = replace(how, jobs=how.jobs or jobs)
     cells = expand(grid, filters, options)
-    print(f"Making random weights and images in {folder}. Each cell is killed once, as a test.")
+    print(f"Making random weights and images in {folder}. Each cell's process is killed once.")
     make_weights(weights, cells)
     data = {grid.tasks[cell.section].data for cell in cells}
     options = replace(options, data=make_data(folder / "data", data - {"own"}))
