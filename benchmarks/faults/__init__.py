@@ -1,1 +1,1 @@
-"""Fault bench: a grid whose processes are killed must give the results of an undisturbed grid."""
+"""Fault bench: a grid whose processes are killed must give the same results as without kills."""

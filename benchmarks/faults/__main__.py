@@ -1,4 +1,4 @@
-"""See `benchmarks.faults.kills`."""
+"""The command ``python -m benchmarks.faults``; see `benchmarks.faults.kills`."""
 
 from benchmarks.faults.kills import main
 

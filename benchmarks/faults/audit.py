@@ -1,4 +1,4 @@
-"""Adapter that notes which process measures which cell, in one file beside the results.
+"""Adapter that writes which process measures which cell, to ``audit.jsonl`` beside the results.
 
 ``python -m benchmarks.faults.audit`` is ``python -m benchmarks`` with this adapter.
 """
@@ -18,26 +18,23 @@ from tasks.common.request import CellRequest
 
 
 class Note(NamedTuple):
-    """Note of a process (id, start) at a cell.
+    """Note of a process about a cell."""
 
-    The kinds are ``begun``, ``measured``, and ``overlap``: another living process was at the cell.
-    """
-
-    kind: str
-    cell: str
+    kind: str  #: ``begun``, ``measured``, or ``overlap``: another process measures the cell too
+    cell: str  #: folder of the cell in the results
     pid: int
-    started: float
+    started: float  #: Unix time at which the process started
 
 
 def read_notes(results: Path) -> list[Note]:
-    """Return all notes in the folder `results` in their order."""
+    """Return all notes in the folder `results`, the oldest first."""
     file = results / "audit.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [Note(*json.loads(line)) for line in lines]
 
 
 def write_note(results: Path, kind: str, cell: str) -> None:
-    """Append a note of this process."""
+    """Append a note of this process to the file in `results`."""
     with (results / "audit.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps([kind, cell, *this_process()[1:]]) + "\n")
 
@@ -50,34 +47,34 @@ def doubled(notes: Sequence[Note]) -> set[str]:
 
 
 def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
-    """Measure a cell and write notes about it."""
+    """Measure a cell, write notes about it, and return the path of its record."""
     from tasks.common.cell.identity import planned_folder
     from tasks.common.cell.run import run_cell as real
 
     results = request.results.parent
     cell = str(planned_folder(request).relative_to(request.results))
-    seen: set[str] = set()
+    stages: set[str] = set()
 
-    def noted(progress: Progress) -> None:
-        # A cell begins with its first work: before, another process may have measured it.
+    def noting(progress: Progress) -> None:
+        # While this process waits, another one may measure the cell. Any other stage is own work.
         if not progress.stage.startswith("wait"):
-            if not seen:
-                before = [note for note in read_notes(results) if note.cell == cell][-1:]
+            if not stages:
+                earlier = [note for note in read_notes(results) if note.cell == cell][-1:]
                 write_note(results, "begun", cell)
-                for kind, _, pid, started in before:
+                for kind, _, pid, started in earlier:
                     if kind == "begun" and pid != os.getpid() and is_running(pid, started):
                         write_note(results, "overlap", cell)
-            seen.add(progress.stage)
+            stages.add(progress.stage)
         on_progress(progress)
 
-    path = real(request, noted)
-    if "evaluate" in seen:
+    path = real(request, noting)
+    if "evaluate" in stages:
         write_note(results, "measured", cell)
     return path
 
 
 if __name__ == "__main__":
     from benchmarks.cli import cli
-    from benchmarks.faults.audit import run_cell as importable  # other processes import it
+    from benchmarks.faults.audit import run_cell as importable  # by name, in other processes
 
     cli.main(obj=replace(default_adapter(), run_cell=importable))

@@ -1,14 +1,16 @@
-"""``python -m benchmarks.faults``: kills processes of a small grid and prints what it found."""
+"""The fault bench: kills processes of a small grid, and compares the results."""
 
 import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +23,32 @@ from benchmarks.faults.audit import doubled, read_notes
 from benchmarks.grid.cell import RunOptions, default_adapter, finished
 from benchmarks.grid.expand import Filters, expand, load_grid
 from benchmarks.run.ray import check_folder
+from fimaq_core.errors import FimaqError
 
 GRID = Path(__file__).with_name("grid.yaml")
-#: Kinds of killed processes with their relative frequencies, and words in their command lines.
+#: Relative frequencies of the kinds of kills. The driver is the process that runs the grid.
 KINDS = {"cell": 6, "worker": 5, "driver": 4, "node": 2}
+#: Words in the command lines of these processes; a node is not a process.
 WORDS = {"cell": "multiprocessing.spawn", "worker": "ray::", "driver": "benchmarks.faults.audit"}
+
+_ADVICE = "Give --folder, and look for the reason in its driver.log."
 
 
 def start(results: Path, *more: str) -> "subprocess.Popen[bytes]":
-    """Start the grid. Its output goes to ``driver.log`` beside `results`."""
+    """Start the grid with `more` options. Its output goes to ``driver.log`` beside `results`."""
     command = [sys.executable, "-m", WORDS["driver"], "run", "--profile", str(GRID), *more]
     with results.with_name("driver.log").open("ab") as log:
         return subprocess.Popen([*command, "--results", str(results)], stdout=log, stderr=log)
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
-    """Return the SHA-256 of the content of files in `folder`, by path."""
+    """Return the SHA-256 of the files in `folder` that fit `pattern`, by relative path."""
     files = sorted(folder.rglob(pattern))
     return {str(f.relative_to(folder)): hashlib.sha256(_content(f)).hexdigest() for f in files}
 
 
 def _content(file: Path) -> bytes:
-    """Return the bytes of a file, with sorted keys in the header of a checkpoint."""
+    """Return the bytes of a file. In the header of a checkpoint, the keys are sorted."""
     content = file.read_bytes()
     if file.suffix != ".safetensors":
         return content
@@ -51,20 +57,18 @@ def _content(file: Path) -> bytes:
 
 
 def victims(kind: str) -> list[psutil.Process]:
-    """Return the descendants of this process that are of a kind."""
+    """Return the processes of a kind that this process has started, also indirectly."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        try:
+        with suppress(psutil.Error):  # the process has just ended
             line = " ".join(process.cmdline())
-        except psutil.Error:
-            continue  # it ended just now
-        if WORDS[kind] in line and "IDLE" not in line:
-            found.append(process)
+            if WORDS[kind] in line and "IDLE" not in line:
+                found.append(process)
     return found
 
 
 def kill(kind: str, cluster: Any, chance: random.Random) -> bool:
-    """Kill a process or node of a kind. Return False if there is none."""
+    """Kill a random process of a kind, or replace a node. Return False if there is none."""
     if kind == "node":
         cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
         cluster.add_node(num_cpus=1)
@@ -80,40 +84,39 @@ def disturb(
     cluster: Any, results: Path, wanted: int, pause: tuple[float, float], chance: random.Random,
     kills: "Counter[str]",
 ) -> int:  # fmt: skip
-    """Run the grid to its end, and kill one process per pause until `kills` has `wanted`.
+    """Run the grid to its end. Kill one process after each pause until `kills` counts `wanted`.
 
     Returns:
-        How often the grid was started again because it gave up a cell.
+        Number of times that the grid was started again after cells had failed.
     """
     given_up = 0
     options = "--engine", "ray", "--ray-address", cluster.address
     driver = start(results, *options)
     while True:
         try:
-            pause_seconds = chance.uniform(*pause) if kills.total() < wanted else None
-            code = driver.wait(timeout=pause_seconds)
+            seconds = chance.uniform(*pause) if kills.total() < wanted else None
+            code = driver.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
-            if not kill(kind, cluster, chance):
-                continue
-            kills[kind] += 1
-            print(f"kill {kills.total()}: {kind}", file=sys.stderr)
-            if kind != "driver":
-                continue
-            driver.wait()
-        else:
-            if code == 0:
-                return given_up
-            if code != 1:
-                raise RuntimeError(f"The grid ended with exit code {code}: see driver.log.")
-            given_up += 1
+            if kill(kind, cluster, chance):
+                kills[kind] += 1
+                print(f"kill {kills.total()}: {kind}", file=sys.stderr)
+            continue
+        if code == 0:
+            return given_up
+        if code not in (1, -signal.SIGKILL):
+            raise FimaqError(f"The grid ended with exit code {code}. {_ADVICE}")
+        given_up += code == 1
         driver = start(results, *options)
 
 
 def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) -> dict[str, Any]:
-    """Run the grid undisturbed, then disturbed until `wanted` kills are made, and compare.
+    """Run the grid once without kills, and repeatedly with kills until there are `wanted` kills.
 
-    All files go to the empty `folder`. `pause` has the limits of the seconds between two kills.
+    All files go to the empty `folder`. `pause` has the least and most seconds between two kills.
+
+    Returns:
+        Counts of kills and of lost and doubled cells, comparisons of files, and seconds.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
@@ -121,11 +124,11 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
     folder.mkdir(parents=True, exist_ok=True)
     quiet, began = folder / "quiet", time.monotonic()
     if code := start(quiet, "--jobs", "1").wait():
-        raise RuntimeError(f"The undisturbed grid ended with exit code {code}: see driver.log.")
+        raise FimaqError(f"The grid without kills ended with exit code {code}. {_ADVICE}")
     undisturbed, began = time.monotonic() - began, time.monotonic()
     kills: Counter[str] = Counter()
     found: Counter[str] = Counter(cells_lost=0, cells_doubled=0)
-    tables, checkpoints = True, True
+    tables = checkpoints = True
     chance, head = random.Random(seed), {"num_cpus": 1, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
@@ -155,15 +158,14 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
 @click.option("--kills", type=click.IntRange(min=1), default=30, help="Number of kills.")
 @click.option("--seed", type=int, default=0, help="Seed of the kinds and times of the kills.")
 @click.option("--pause", type=(float, float), default=(3, 9), help="Seconds between two kills.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Folder to keep all files in.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder that keeps all files.")
 @click.pass_context
 def main(
     context: click.Context, kills: int, seed: int, pause: tuple[float, float], folder: Path | None
 ) -> None:
-    """Kill processes of a small grid on two Ray nodes, and compare with the undisturbed grid."""
-    with user_errors(context, ""):
-        check_folder()  # now, since Ray starts only after minutes
-    with tempfile.TemporaryDirectory(prefix="fimaq-faults-") as temporary:
+    """Kill processes of a small grid on two Ray nodes; compare with a run without kills."""
+    with user_errors(context, ""), tempfile.TemporaryDirectory(prefix="fimaq-faults-") as temporary:
+        check_folder()  # at once, because Ray starts only after minutes
         place = Path(folder or temporary).absolute()
         figures = measure(place, kills, seed, pause) | {"machine": machine()}
-    click.echo(json.dumps(figures, indent=1))
+        click.echo(json.dumps(figures, indent=1))

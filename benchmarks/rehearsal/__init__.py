@@ -1,5 +1,5 @@
-"""Rehearsal of a grid: each cell from end to end in small, with random weights and images.
+"""Rehearsal of a grid: each cell runs completely, with random weights, few images and few steps.
 
-It shows that the code runs on this machine at the real model sizes before days of GPU time are
-spent, and it estimates seconds, memory and disk of the real run.
+A rehearsal shows that the code runs on this machine with the real models, before days of GPU time
+are spent. It estimates seconds, memory and disk of the real run.
 """

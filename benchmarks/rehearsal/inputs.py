@@ -1,4 +1,4 @@
-"""Random weights and images in the formats of the published weights and data sets."""
+"""Random weights and images, in the formats of the published weights and data sets."""
 
 import importlib
 import json
@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.grid.cell import Cell, Places
+from benchmarks.rehearsal.cell import few_classes
 from fimaq_core.files import replaced_whole
 from tasks.common.data.imagenet import wordnet_ids
 
-#: Width and height, mode and format of images. Like ImageNet, they include grey and CMYK images and
-#: a PNG with the name of a JPEG.
+#: (width, height), colour mode and file format of images. Like ImageNet, they include grey and CMYK
+#: images, and a PNG file with the name of a JPEG file.
 _KINDS = [
     ((500, 375), "RGB", "JPEG"), ((375, 500), "RGB", "JPEG"), ((500, 333), "L", "JPEG"),
     ((640, 480), "RGB", "JPEG"), ((300, 300), "CMYK", "JPEG"), ((160, 120), "RGB", "PNG"),
@@ -26,12 +27,12 @@ _KINDS = [
 ]  # fmt: skip
 #: Number of images in each part of COCO and Flickr30k, and of classes in `few_classes`.
 _FEW = 8
-#: Factor of a detector's classification weights: random ones must find objects to predict masks of.
+#: Factor of a detector's random classification weights, so that it finds objects to mask.
 _CERTAIN = 50.0
 
 
 def make_weights(folder: Path, cells: Iterable[Cell]) -> None:
-    """Write random weights of the models of `cells` where missing: ``<model.tag>.safetensors``."""
+    """Write random weights of each model of `cells`, unless ``<model.tag>.safetensors`` exists."""
     folder.mkdir(parents=True, exist_ok=True)
     for task, name in dict.fromkeys((cell.task, cell.model) for cell in cells):
         catalogue = importlib.import_module(f"tasks.{task}.tags").CATALOGUE
@@ -46,30 +47,28 @@ def make_weights(folder: Path, cells: Iterable[Cell]) -> None:
                 save_file(tensors, temporary)
 
 
-def _build(task: str, full_name: str) -> nn.Module:
+def _build(task: str, full_name: str) -> Any:
+    """Return a model with random weights; `full_name` is ``model.tag``."""
     architecture = full_name.partition(".")[0]
-    model: Any
     if task == "retrieval":
         import open_clip  # type: ignore[import-untyped, unused-ignore]
 
-        model = open_clip.create_model(architecture, pretrained=None)
-    elif task == "detection":
-        from tasks.detection.configs import build, published_config
-
-        model = build(published_config(architecture))
-        heads = model.roi_head.bbox_head
-        each: Any = heads if isinstance(heads, nn.ModuleList) else [heads]
-        for head in each:
-            head.fc_cls.weight.data.mul_(_CERTAIN)
-    else:
+        return open_clip.create_model(architecture, pretrained=None)
+    if task != "detection":
         import timm
 
-        model = timm.create_model(architecture, pretrained=False)
-    return model  # type: ignore[no-any-return]
+        return timm.create_model(architecture, pretrained=False)
+    from tasks.detection.configs import build, published_config
+
+    model: Any = build(published_config(architecture))
+    heads = model.roi_head.bbox_head
+    for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
+        head.fc_cls.weight.data.mul_(_CERTAIN)
+    return model
 
 
 def make_data(folder: Path, names: Iterable[str]) -> Places:
-    """Make the data sets `names` in `folder` where missing; return their folders."""
+    """Make the data sets `names` in `folder`, unless they exist; return their folders."""
     makers = {"imagenet": _imagenet, "coco": _coco, "flickr": _flickr}
     found = {name: folder / name for name in sorted(names)}
     for name, place in found.items():
@@ -79,14 +78,6 @@ def make_data(folder: Path, names: Iterable[str]) -> Places:
             makers[name](place)
             done.touch()
     return Places(**found)
-
-
-def few_classes(imagenet: Path) -> Path:
-    """Return the folder in `imagenet` that has the same layout with few classes.
-
-    Zero-shot classification embeds 80 texts per class: hours on a CPU for 1000 classes.
-    """
-    return imagenet / "few-classes"
 
 
 def _imagenet(folder: Path) -> None:
@@ -100,7 +91,7 @@ def _imagenet(folder: Path) -> None:
 
 
 def _coco(folder: Path) -> None:
-    """Make the annotations of COCO 2017 and the captions of COCO 2014."""
+    """Make images with the annotations of COCO 2017 and with the captions of COCO 2014."""
     from tasks.detection import mm
 
     names = mm.CocoDataset.METAINFO["classes"]
@@ -129,6 +120,7 @@ def _flickr(folder: Path) -> None:
 
 
 def _captions(folder: Path, file: str, parts: dict[str, str]) -> None:
+    """Make images with five captions each. `parts` has the folder of images of each split."""
     images = []
     for split, place in parts.items():
         for number, path in enumerate(_images(folder / place, prefix=f"{split}-")):
@@ -145,7 +137,7 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _images(folder: Path, prefix: str = "") -> list[Path]:
-    """Write smooth random images, one of each of `_KINDS`."""
+    """Write one smooth random image of each kind of `_KINDS`; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     random, found = np.random.default_rng(0), []
     for number, (size, mode, form) in enumerate(_KINDS):

@@ -1,10 +1,10 @@
-"""``run --rehearse``: rehearses the cells of a grid and estimates the costs of the real run."""
+"""Option ``--rehearse`` of ``run``: rehearses a grid, and estimates the costs of the real run."""
 
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,10 @@ from benchmarks.run.options import RunRequest, settled
 from fimaq_core.files import replaced_whole
 from tasks.common.cell.machine import container_limits
 
+#: File of the estimates in the folder of the rehearsal.
 FILE = "rehearsal.json"
-#: Bytes of memory of the largest models in a rehearsal on a CPU.
+#: Bytes of memory that the largest models need in a rehearsal on a CPU.
 _CELL_BYTES = 6e9
-#: Functions of an adapter that take a request, without `run_cell`.
-_ABOUT_REQUESTS = ("planned_folder", "preflight", "cached")
-_COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real time", "real memory")
 
 
 def rehearse(request: RunRequest) -> int:
@@ -61,25 +59,25 @@ def rehearse(request: RunRequest) -> int:
 
 
 def rehearsing(adapter: Adapter) -> Adapter:
-    """Return an adapter that runs cells in small."""
-
-    def small(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda request, *rest: function(in_small(request), *rest)
-
-    changed = {name: small(getattr(adapter, name)) for name in _ABOUT_REQUESTS}
-    return replace(adapter, run_cell=rehearse_cell, **changed)
+    """Return an adapter that rehearses cells instead of measuring them."""
+    return replace(
+        adapter,
+        run_cell=rehearse_cell,
+        planned_folder=lambda request: adapter.planned_folder(in_small(request)),
+        preflight=lambda request: adapter.preflight(in_small(request)),
+        cached=lambda request, folder: adapter.cached(in_small(request), folder),
+    )
 
 
 def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: Adapter) -> int:
-    """Print and keep the estimates of rehearsed `cells`; return the exit code."""
+    """Print and save the estimates of rehearsed `cells`; return the exit code."""
     found = [(cell, row) for cell in cells if (row := _row(grid, cell, adapter)) is not None]
     rows = [row for _, row in found]
     if not rows:
         return 1
-    texts = [list(_texts(row)) for row in rows]
-    print(f"\n{tabulate(texts, headers=_COLUMNS, disable_numparse=True)}")
+    print(f"\n{tabulate(map(_texts, rows), headers='keys', disable_numparse=True)}")
     path = options.results / FILE
-    _keep(path, [row for cell, row in found if has_known_settings(cell)])
+    _save(path, [row for cell, row in found if has_known_settings(cell)])
     largest = max(rows, key=lambda row: row["peak_memory_bytes"])
     tape = max(rows, key=lambda row: row["tape_bytes"])
     print(
@@ -97,7 +95,7 @@ def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: A
 
 
 def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
-    """Return the estimates and measurements of a rehearsed cell; None without a record."""
+    """Return estimates and measurements of a rehearsed cell; None if the cell has no record."""
     found = finished(cell, adapter)
     if found is None:
         return None
@@ -127,21 +125,24 @@ def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
     }
 
 
-def _texts(row: dict[str, Any]) -> Iterator[str]:
+def _texts(row: dict[str, Any]) -> dict[str, str]:
+    """Return the texts of a row by column of the printed table."""
     rehearsed = row["rehearsed"]
     step = rehearsed["seconds_per_step"]
-    yield f"{row['model']} [{row['scope']}]" if row["scope"] else row["model"]
-    yield f"{row['method']} {row['point']}".strip()
-    yield row["bits"]
-    yield duration(rehearsed["seconds"])
-    yield size_text(rehearsed["peak_memory_bytes"])
-    yield "-" if step is None else f"{1000 * step:.0f} ms"
-    yield duration(row["seconds"])
-    yield size_text(row["peak_memory_bytes"])
+    return {
+        "model": f"{row['model']} [{row['scope']}]" if row["scope"] else row["model"],
+        "method": f"{row['method']} {row['point']}".strip(),
+        "bits": row["bits"],
+        "rehearsed": duration(rehearsed["seconds"]),
+        "peak": size_text(rehearsed["peak_memory_bytes"]),
+        "per step": "-" if step is None else f"{1000 * step:.0f} ms",
+        "real time": duration(row["seconds"]),
+        "real memory": size_text(row["peak_memory_bytes"]),
+    }
 
 
-def _keep(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows to the file, which keeps its rows of other cells."""
+def _save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows to a file. Rows of other cells that are already in the file stay."""
     keys = ("section", "model", "scope", "method", "bits", "seed", "point", "device")
     kept = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
     merged = {tuple(str(row[name]) for name in keys): row for row in [*kept, *rows]}
@@ -151,20 +152,20 @@ def _keep(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _warn(rows: Sequence[dict[str, Any]], device: str) -> None:
-    """Warn about cells of the real run that may need more memory or disk than there is."""
+    """Print a warning about cells of the real run that may need more memory or disk."""
     memory, temporary = _memory(device), tempfile.gettempdir()
     large = dict.fromkeys(row["model"] for row in rows if row["peak_memory_bytes"] > memory)
     if large:
         print(
             f"warning: {', '.join(large)} may need more memory than the {size_text(memory)} here: "
-            "PLACEMENT=host or disk keeps less of it on the device."
+            "PLACEMENT=host or PLACEMENT=disk needs less memory on the device."
         )
     free = shutil.disk_usage(temporary).free
     tapes = [row["tape_bytes"] for row in rows if row["rehearsed"]["placement"] == "disk"]
     if max(tapes, default=0) > free:
         print(
             f"warning: A tape of {size_text(max(tapes))} does not fit in {temporary}, where "
-            f"{size_text(free)} are free: set TMPDIR to a larger disk for the real run."
+            f"{size_text(free)} are free: set TMPDIR to a folder on a larger disk for the real run."
         )
 
 
@@ -174,5 +175,4 @@ def _memory(device: str) -> float:
         import torch
 
         return float(torch.cuda.get_device_properties(device).total_memory)
-    limit = container_limits()["memory"]
-    return min(float(psutil.virtual_memory().total), limit or math.inf)
+    return min(psutil.virtual_memory().total, container_limits()["memory"] or math.inf)

@@ -1,7 +1,7 @@
 """The process of one cell, and the fork server that makes these processes.
 
-The fork server preloads this module, which imports there what the cells need. Threads do not
-survive a fork, so PyTorch computes with one thread in the fork server.
+The fork server imports this module, which then imports the modules that cells need. Threads do not
+survive a fork, so PyTorch uses one thread in the fork server.
 """
 
 import contextlib
@@ -30,19 +30,19 @@ from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
 from fimaq_core.progress import OnProgress, Progress
 
-#: Environment variable of the fork server: a JSON list of its log file and the modules to import.
+#: Environment variable of the fork server: a JSON list of its log file and of modules to import.
 PRELOAD = "FIMAQ_PRELOAD"
 
 #: Seconds between two progress messages of the same stage and block.
 _QUIET = 0.25
 
-#: Texts of errors without an exception class of their own: CUDA or a library found no memory.
+#: Parts of messages about memory that ran out, for exceptions whose class does not tell.
 _NO_MEMORY = (
     "can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory",
     "alloc_failed",
 )  # fmt: skip
 
-#: Threads that PyTorch chose in the fork server.
+#: Number of threads that PyTorch chose in the fork server; None in other processes.
 _threads: int | None = None
 
 
@@ -52,13 +52,14 @@ def serve(
 ) -> None:  # fmt: skip
     """Run one cell in this process, which ends when the executor closes `connection`.
 
-    The output goes to `log`, and temporary files to the folder `temporary`, which the executor
-    removes. `environment` has the executor's variables. The rest: see `Executor.start`.
+    `label` and `work`: see `Executor.start`. `where` is the name of the slot. The output goes to
+    the file `log`, and temporary files to the folder `temporary`, which the executor removes.
+    `environment` becomes the environment of this process.
     """
     os.setpgid(0, 0)  # the executor kills this group, which includes all processes of the cell
     executor = multiprocessing.parent_process()
     if sys.platform == "linux" and executor is not None and executor.pid != os.getppid():
-        # If the fork server dies, the executor takes the cell for dead, so the cell must die too.
+        # The executor reports a cell as dead when the fork server dies, so the cell must die too.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     threading.Thread(target=_end_with, args=(connection, temporary), daemon=True).start()
     redirect(log)
@@ -69,17 +70,18 @@ def serve(
     if _threads is not None:
         asked = os.environ.get("OMP_NUM_THREADS", "")
         sys.modules["torch"].set_num_threads(int(asked) if asked.isdecimal() else _threads)
-    # All cells share the compiled kernels, in the folder that PyTorch uses by default.
-    usual = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", usual)
+    # All cells share compiled kernels, in PyTorch's default folder.
+    kernels = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels)
     tempfile.tempdir = str(temporary)
     connection.send(Started(where))
     connection.send(measure(work, connection.send))
 
 
 def _end_with(connection: Connection, temporary: Path) -> None:
+    """End this process when the executor, which sends nothing, has closed its connection."""
     with contextlib.suppress(OSError):
-        connection.poll(None)  # returns when the executor is gone, since it never sends anything
+        connection.poll(None)
     shutil.rmtree(temporary, ignore_errors=True)
     os._exit(1)
 
@@ -100,7 +102,7 @@ def redirect(log: Path) -> None:
 
 
 def measure(work: bytes, send: Callable[[Message], None]) -> Finished | Failed:
-    """Measure the cell in `work` and pass its progress to `send`.
+    """Measure the cell in `work` and send its progress. Return the last message of the cell.
 
     The traceback of an error goes to stderr and to the error log of the cell.
     """
@@ -112,7 +114,7 @@ def measure(work: bytes, send: Callable[[Message], None]) -> Finished | Failed:
         if error_log is not None:
             error_log.unlink(missing_ok=True)
         return Finished(Path(path), time.monotonic() - start)
-    except Exception as error:  # noqa: BLE001 only this cell fails
+    except Exception as error:  # noqa: BLE001 the other cells go on
         kind, text = _kind(error), traceback.format_exc()
         is_known = isinstance(error, FimaqError)
         message = str(error) if is_known else f"{type(error).__name__}: {error}"
@@ -129,6 +131,7 @@ def measure(work: bytes, send: Callable[[Message], None]) -> Finished | Failed:
 
 
 def _kind(error: Exception) -> Kind:
+    """Return the cause of a failure; see `executor.Kind`."""
     from tasks.common.cell.lease import Busy, LeaseLost
 
     if isinstance(error, Busy):
@@ -146,6 +149,7 @@ def _kind(error: Exception) -> Kind:
 
 
 def _on_progress(send: Callable[[Message], None]) -> OnProgress:
+    """Return a callback that sends progress, at most every `_QUIET` seconds in the same place."""
     last: tuple[str, str, bool] | None = None
     sent = 0.0
 
@@ -158,7 +162,7 @@ def _on_progress(send: Callable[[Message], None]) -> OnProgress:
         try:
             send(progress)
         except OSError as error:
-            raise SystemExit(0) from error  # the executor is gone
+            raise SystemExit(0) from error  # the executor has ended
 
     return on_progress
 
@@ -166,8 +170,8 @@ def _on_progress(send: Callable[[Message], None]) -> OnProgress:
 def uses_cuda(open_files: Path = Path("/proc/self/fd")) -> bool:
     """Return True if this process uses the CUDA driver, which does not work after a fork.
 
-    The driver opens the device of unified memory, one of the links in `open_files`. Counting the
-    GPUs through NVML does not open it.
+    The driver opens the device of unified memory, which is then a link in `open_files`. Counting
+    GPUs through NVML does not open this device.
     """
     for link in open_files.iterdir() if open_files.is_dir() else ():
         with contextlib.suppress(OSError):
@@ -177,13 +181,13 @@ def uses_cuda(open_files: Path = Path("/proc/self/fd")) -> bool:
 
 
 def _preload(log: str, *modules: str) -> None:
-    """Prepare the fork server."""
+    """Import `modules` in the fork server, whose output goes to `log`."""
     global _threads
     redirect(Path(log))
     for name in modules:
         try:
             importlib.import_module(name)
-        except Exception:  # noqa: BLE001 the cell imports it again and reports the error
+        except Exception:  # noqa: BLE001 the cell imports the module again and reports the error
             traceback.print_exc()
         torch = sys.modules.get("torch")
         if torch is not None and _threads is None and hasattr(torch, "set_num_threads"):
@@ -191,7 +195,7 @@ def _preload(log: str, *modules: str) -> None:
             torch.set_num_threads(1)
     if uses_cuda():
         sys.exit("An import uses CUDA, so processes are spawned, not forked.")
-    # The garbage collector would write to the imported objects, and so copy them into each cell.
+    # Otherwise the garbage collector writes to imported objects, so each cell gets its own copy.
     gc.collect()
     gc.freeze()
 

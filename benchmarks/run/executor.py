@@ -1,7 +1,7 @@
 """Interface of cell executors, and their messages to the runner.
 
-An executor has named slots. A slot measures one cell at a time, each in a new process. The runner
-decides which cell comes next, and which cell is tried again.
+An executor has named slots. A slot measures one cell at a time; each cell has a new process. The
+runner decides which cell is next, and which cell is tried again.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Kind = Literal["user", "error", "memory", "died", "busy"]
 
 @dataclass(frozen=True)
 class Started:
-    """First message of a cell. `where` names its slot or machine."""
+    """First message of a cell. `where` is the name of its slot or machine."""
 
     where: str
 
@@ -48,20 +48,21 @@ class Executor(Protocol):
     """Runs cells in slots."""
 
     def slots(self) -> Sequence[str]:
-        """Return the idle and the busy slots. The result may change during a run."""
+        """Return all slots, idle and busy. They may change during a run."""
 
     def start(self, slot: str, label: str, work: bytes) -> None:
         """Start the cell `label` in an idle slot; `wait` returns its messages.
 
-        `work` is a pickled tuple: a function, its request, and the path of the error log or None.
+        `work` is a pickled tuple: the function that measures a cell (`Adapter.run_cell`), its
+        request, and the path of the error log or None.
         """
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
-        """Return new messages with their slots. Wait at most `timeout` seconds for the first."""
+        """Return (slot, message) pairs. Wait at most `timeout` seconds for the first message."""
 
     def close(self) -> None:
         """Kill all processes."""
 
 
-#: Makes an executor, given the number of cells and the modules that they import.
+#: Makes an executor from the number of cells and the names of the modules that they import.
 MakeExecutor = Callable[[int, Sequence[str]], Executor]

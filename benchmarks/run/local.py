@@ -1,4 +1,4 @@
-"""Cells on this machine."""
+"""Executor of cells on this machine."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEX
 
 
 def default_jobs(threads: int | None, device: str) -> int:
-    """Return the number of cells at a time: cores per `threads` on a CPU, one on a GPU."""
+    """Return the number of cells at a time: one on a GPU; cores / `threads` on a CPU."""
     if device != "cpu" or threads is None:
         return 1
     affinity = getattr(os, "sched_getaffinity", None)
@@ -33,7 +33,7 @@ def default_jobs(threads: int | None, device: str) -> int:
 
 @dataclass
 class _CellProcess:
-    """Process of a cell, its connection, its temporary folder and its last message."""
+    """Process of a cell, with its connection, temporary folder and last message."""
 
     process: BaseProcess
     connection: Connection
@@ -41,7 +41,7 @@ class _CellProcess:
     last: Finished | Failed | None = None
 
     def received(self) -> Iterator[Message]:
-        """Yield new messages, and keep the last one until the process has freed its memory."""
+        """Yield new messages. The last one of the cell stays in `last` until the process ends."""
         try:
             while not self.connection.closed and self.connection.poll():
                 message = self.connection.recv()
@@ -56,7 +56,7 @@ class _CellProcess:
         """Kill the process and all that it started, and remove its temporary files."""
         assert self.process.pid
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            # SIGTERM lets the process that tracks shared memory clean up.
+            # SIGTERM lets the resource tracker of multiprocessing remove shared memory.
             os.killpg(self.process.pid, signal.SIGTERM)
         self.process.kill()
         self.process.join()
@@ -67,24 +67,25 @@ class _CellProcess:
 class LocalExecutor(Executor):
     """Runs each cell in a new process.
 
-    The process is forked from a server that has imported the large libraries, which takes
-    milliseconds instead of seconds. It is spawned where a fork is not safe: on systems other than
-    Linux, if an import uses CUDA, and where `fork` is False.
+    A fork server, which has imported the large libraries, makes a process in milliseconds.
+    Otherwise the process is spawned, which takes seconds: on systems other than Linux, if an import
+    uses CUDA (a fork is not safe then), or if `fork` is False.
     """
 
     def __init__(
         self, slots: Mapping[str, Path], threads: int | None, imports: Sequence[str] = (), *,
         fork: bool = True,
     ) -> None:  # fmt: skip
-        """Make an executor with the log file of each slot, and the modules that cells import.
+        """Make an executor with the log file of each slot.
 
-        `threads` are CPU threads of a cell; None keeps the default of the libraries.
+        `threads` is the number of CPU threads of a cell; None keeps the default of the libraries.
+        The fork server loads the modules `imports`.
         """
         self._logs = dict(slots)
         self._forks = fork and sys.platform == "linux"
         self._environment = {
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            # Libraries look for GPUs when they are imported, which must not start CUDA.
+            # Libraries count GPUs when they are imported. Counting must not start CUDA.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
         if threads is not None:
@@ -93,7 +94,7 @@ class LocalExecutor(Executor):
         self._preload = {child.PRELOAD: json.dumps([str(log), *imports])}
         forkserver.set_forkserver_preload([child.__name__])
         self._cells: dict[str, _CellProcess] = {}
-        self._unheard: list[tuple[str, Message]] = []
+        self._failed_starts: list[tuple[str, Message]] = []
 
     def slots(self) -> Sequence[str]:
         return list(self._logs)
@@ -115,21 +116,19 @@ class LocalExecutor(Executor):
             self._cells[slot] = _CellProcess(process, ours, temporary)
         except (OSError, EOFError) as error:
             reason = str(error) or type(error).__name__
-            if self._forks:  # an import uses CUDA, or the path of the server's socket is too long
-                print(
-                    f"note: each cell starts some seconds later, without a fork server ({reason})",
-                    file=sys.stderr,
-                )
+            if self._forks:  # an import uses CUDA, or the path of the socket is too long
+                note = "note: no fork server, so each cell takes some seconds more to start"
+                print(f"{note} ({reason})", file=sys.stderr)
                 self._forks = False
                 self.start(slot, label, work)
             else:
                 failure = Failed("error", f"no process can be started: {reason}")
-                self._unheard.append((slot, failure))
+                self._failed_starts.append((slot, failure))
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
-        heard, self._unheard = self._unheard, []
-        if heard:
-            return heard
+        messages, self._failed_starts = self._failed_starts, []
+        if messages:
+            return messages
         sources: dict[Connection | int, str] = {}
         for slot, cell in self._cells.items():
             sources[cell.process.sentinel] = slot
@@ -140,13 +139,13 @@ class LocalExecutor(Executor):
         ready = wait(list(sources), timeout) if sources else []
         for slot in dict.fromkeys(sources[source] for source in ready):  # type: ignore[index]
             cell = self._cells[slot]
-            heard += [(slot, message) for message in cell.received()]
+            messages += [(slot, message) for message in cell.received()]
             if cell.process.sentinel in ready:
                 del self._cells[slot]
                 cell.end()
                 reason = f"its process died ({_exit_reason(cell.process.exitcode)})"
-                heard.append((slot, cell.last or Failed("died", reason, self._logs[slot])))
-        return heard
+                messages.append((slot, cell.last or Failed("died", reason, self._logs[slot])))
+        return messages
 
     def close(self) -> None:
         for cell in self._cells.values():
@@ -155,6 +154,7 @@ class LocalExecutor(Executor):
 
 
 def _exit_reason(code: int | None) -> str:
+    """Return why a process with this exit code ended."""
     if code == -signal.SIGKILL:
         return "killed by the system, most often for lack of memory: try fewer jobs"
     return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"

@@ -11,16 +11,16 @@ from tasks.common.record import bits_name
 
 
 def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Group cells into chains in the order of their start. One slot runs one chain at first.
+    """Return the cells as chains, in the order in which the chains start.
 
-    The cells of a chain have the same section, model, bits, seed and axis point. They share a
-    calibration, and cells of several scopes also share a reconstruction, which is computed once.
-    The whole model comes last in its chain: its parts are done by then. Each axis point is its own
-    chain; otherwise most slots would be idle in an ablation.
+    A chain begins in one slot. Its cells have the same section, model, bits, seed and axis point,
+    so they share a calibration. Cells of several scopes also share reconstructions; the scope of
+    the whole model comes last, after its parts. Each axis point is its own chain; otherwise most
+    slots would be idle in an ablation.
 
-    Full-precision cells come first, because all other cells of their model use them. Models with
-    reconstructed MLPs, which others share, come next. Then the costliest chain comes first, so that
-    no long chain remains at the end.
+    Full-precision cells start first, because all other cells of their model use them. Models
+    that only have reconstructed MLPs come next, because other cells use these MLPs. Then the
+    costliest chain is first, so that no long chain remains at the end.
     """
     chains: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
@@ -38,9 +38,9 @@ def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 
 class CellQueue:
-    """Queue of the cells that are not over. Slots have any hashable names.
+    """Queue of the cells without a result. The name of a slot is any hashable value.
 
-    A cell is waiting, running in a slot, put aside (another runner measures it), or over.
+    A cell waits, runs in a slot, is put aside (another runner measures it), or is removed.
     """
 
     def __init__(self, cells: Sequence[Cell]) -> None:
@@ -48,22 +48,23 @@ class CellQueue:
         self._chain = {cell.key: index for index, chain in enumerate(chains) for cell in chain}
         self._waiting = [cell for chain in chains for cell in chain]
         self._running: dict[Key, int] = {}  # chains of the running cells
-        self._opened: set[int] = set()  # chains with a cell that has run: shared parts are made
+        self._opened: set[int] = set()  # chains in which a cell has run, so shared parts are made
         self._at: dict[Hashable, int] = {}  # chain of each slot
         self._aside: dict[Key, Cell] = {}
-        #: (section, model) of full-precision cells, which the other cells of the model wait for.
         full = [cell for cell in cells if cell.request.recipe is None]
+        #: (section, model) of full-precision cells, for which the other cells of the model wait.
         self._full = {(cell.section, cell.model) for cell in full}
 
     def take(self, slot: Hashable) -> Cell | None:
         """Return the next cell of `slot`, which runs from now on; None if all cells must wait.
 
-        The first choice is a cell of the slot's chain, then a cell of a chain without a slot. The
-        last choice is a cell of any chain in which one cell has run.
+        The first choice is a cell of the slot's chain. The second choice is a cell of a chain
+        without a slot. The last choice is a cell of a chain in which another cell has run.
         """
         owned, running = set(self._at.values()), set(self._running.values())
 
         def rank(cell: Cell) -> int:
+            """Return 0, 1 or 2 for the three choices, and 3 if the cell must wait."""
             chain = self._chain[cell.key]
             if cell.request.recipe is not None and (cell.section, cell.model) in self._full:
                 return 3
@@ -72,12 +73,12 @@ class CellQueue:
             is_free = chain not in owned and chain not in running
             return 1 if is_free else 2 if chain in self._opened else 3
 
-        cell = min(self._waiting, key=rank, default=None)  # the first one of the lowest rank
-        if cell is None or (found := rank(cell)) == 3:
+        cell = min(self._waiting, key=rank, default=None)
+        if cell is None or (lowest := rank(cell)) == 3:
             return None
         self._waiting.remove(cell)
         self._running[cell.key] = self._chain[cell.key]
-        if found == 1:
+        if lowest == 1:
             self._at[slot] = self._chain[cell.key]
         return cell
 
@@ -86,13 +87,13 @@ class CellQueue:
         if self._running.pop(cell.key, None) is not None:
             self._opened.add(self._chain[cell.key])
 
-    def over(self, cell: Cell) -> None:
-        """Remove a running cell: it has a record or has failed."""
+    def remove(self, cell: Cell) -> None:
+        """Remove a running cell, which has a record or has failed."""
         self._stop(cell)
         if cell.request.recipe is None:
             self._full.discard((cell.section, cell.model))
 
-    def back(self, cell: Cell) -> None:
+    def put_back(self, cell: Cell) -> None:
         """Let a cell that ran or was put aside wait again, before the others of its chain."""
         self._stop(cell)
         chain = self._chain[cell.key]
@@ -100,12 +101,12 @@ class CellQueue:
         self._waiting.insert(place, cell)
 
     def put_aside(self, cell: Cell) -> None:
-        """Put a running cell aside until `back`: another runner measures it."""
+        """Put a running cell aside until `put_back`, because another runner measures it."""
         self._stop(cell)
         self._aside[cell.key] = cell
 
-    def keep(self, slots: Collection[Hashable]) -> None:
-        """Free the chains of all slots but these."""
+    def keep_slots(self, slots: Collection[Hashable]) -> None:
+        """Free the chains of all other slots, which no longer exist."""
         self._at = {slot: chain for slot, chain in self._at.items() if slot in slots}
 
     @property

@@ -1,11 +1,14 @@
-"""Cells on the machines of a Ray cluster. Needs the ``cluster`` packages.
+"""Executor of cells on the machines of a Ray cluster. It needs the packages of ``fimaq[cluster]``.
 
-``python -m benchmarks.run.ray`` checks the folder of Ray's files, for ``scripts/slurm.sh``. With
-``HOST:PORT MACHINES SECONDS`` it waits until this number of machines has joined the cluster.
+Two commands serve ``scripts/slurm.sh``. ``python -m benchmarks.run.ray`` checks the folder for
+Ray's files. With the arguments ``HOST:PORT MACHINES SECONDS`` it waits at most this number of
+seconds until this number of machines has joined the cluster.
 """
 
+import importlib
 import logging
 import os
+import platform
 import secrets
 import socket
 import sys
@@ -19,17 +22,17 @@ from benchmarks.run.executor import Executor, Failed, Finished, Message, Started
 from fimaq_core.errors import EngineError
 from fimaq_core.files import replaced_whole
 
-#: Seconds until a cluster must answer, and seconds between two looks at its machines.
-_PATIENCE, _LOOK = 5.0, 3.0
+#: Seconds until a cluster must answer, and seconds between two counts of its machines.
+_PATIENCE, _COUNT_EVERY = 5.0, 3.0
 #: Bytes of Ray's object store, which holds only messages here.
 _STORE = 100 * 2**20
-#: The longest socket name that Ray makes in its folder, and the limit of the system in bytes.
+#: Longest name of a socket in Ray's folder, and the largest number of bytes in a socket's path.
 _SOCKET = "/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _LONGEST = 103 if sys.platform == "darwin" else 107
 
 
 class Node(NamedTuple):
-    """A machine of the cluster: its id and name, and all its cores and GPUs."""
+    """Machine of the cluster: its id, its name, and the numbers of its cores and GPUs."""
 
     id: str
     host: str
@@ -41,18 +44,20 @@ def nodes() -> list[Node]:
     """Return the machines that are alive now."""
     import ray
 
-    found = [
-        (n["NodeID"], n["NodeManagerHostname"], n["Resources"]) for n in ray.nodes() if n["Alive"]
-    ]
-    return [Node(id, host, has.get("CPU", 0.0), has.get("GPU", 0.0)) for id, host, has in found]
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            cpus, gpus = (node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU"))
+            found.append(Node(node["NodeID"], node["NodeManagerHostname"], cpus, gpus))
+    return found
 
 
 def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
     """Join the cluster at `address`, or start one that ends with this process.
 
     Args:
-        address: ``host:port``; empty to start a cluster on this machine.
-        cpus, gpus: cores and GPUs of the started cluster; None: those that Ray finds.
+        address: ``host:port``, or ``auto``; empty to start a cluster on this machine.
+        cpus, gpus: cores and GPUs of the started cluster; None: all that Ray finds.
 
     Raises:
         EngineError: Ray is not installed, cannot start, or does not answer.
@@ -75,10 +80,10 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
         ) from error
     if ray.is_initialized():
         return
-    what, advice = "start on this machine", "See the logs in ray/session_latest of its folder."
+    action, advice = "start on this machine", "See the logs in ray/session_latest of its folder."
     if address:
         _check_address(address)
-        what = f"join the cluster at {address}"
+        action = f"join the cluster at {address}"
         advice = (
             "A run must start on a machine of the cluster (ray start "
             f"--address={address}), with the same versions of Python and Ray."
@@ -89,15 +94,15 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
             "on this machine. To join that cluster, give --ray-address (make: RAY_ADDRESS=...).",
             file=sys.stderr,
         )
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    settings |= {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        ray.init(**settings, **quiet, configure_logging=False)
+        ray.init(**settings, configure_logging=False)
     except Exception as error:  # Ray also raises bare exceptions
-        raise EngineError(f"Ray cannot {what}: {_reason(error)}. {advice}") from error
+        raise EngineError(f"Ray cannot {action}: {_reason(error)}. {advice}") from error
 
 
 def check_folder() -> None:
-    """Raise EngineError if Ray cannot keep its sockets and logs on this machine."""
+    """Raise EngineError if Ray cannot write its sockets and logs on this machine."""
     names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
     name = next((name for name in names if name in os.environ), "the default")
     folder = os.environ.get(name, "/tmp")
@@ -106,17 +111,17 @@ def check_folder() -> None:
     if not os.path.isabs(folder):
         problem = "is not an absolute path"
     elif length > most:
-        problem = f"has {length} bytes, and {most} is the most for sockets in it"
+        problem = f"has {length} bytes; at most {most} leave room for the names of sockets"
     else:
         try:
             os.makedirs(f"{folder}/ray", exist_ok=True)
             tempfile.TemporaryFile(dir=f"{folder}/ray").close()
         except OSError as error:
-            problem = f"cannot be written in ({error.strerror})"
+            problem = f"is not writable ({error.strerror})"
     if problem:
         raise EngineError(
             f"Ray cannot start: its folder {name}={folder} {problem}. Set RAY_TMPDIR to the short "
-            "absolute path of a folder that can be written in, such as RAY_TMPDIR=/tmp."
+            "absolute path of a writable folder, such as RAY_TMPDIR=/tmp."
         )
 
 
@@ -140,21 +145,15 @@ def _check_address(address: str) -> None:
 def _task() -> Any:
     """Return the function of the Ray task that measures a cell.
 
-    The function is nested, so that Ray sends its code: on the other machine, this package cannot be
-    imported before the function has set the path.
+    Ray sends the code of a nested function. The other machine can import `benchmarks` only after
+    the function has set `sys.path`, so the function does not use other names of this package.
     """
 
     def cell(label: str, work: bytes, slot: str, setup: dict[str, Any]) -> Any:
-        """Yield the messages of a cell, or (node, problem) if this machine is not set up."""
-        import importlib
-        import os
-        import platform
-        import sys
-        from pathlib import Path
-
+        """Yield the messages of a cell, or (node id, problem) if this machine is not set up."""
         import ray
 
-        host, token, given = platform.node(), setup["token"], ray.get_gpu_ids()
+        host, token, gpus = platform.node(), setup["token"], ray.get_gpu_ids()
         node = ray.get_runtime_context().get_node_id()
         if not os.path.isfile(token):
             yield node, f"{host} does not see the results folder {os.path.dirname(token)}"
@@ -168,7 +167,7 @@ def _task() -> Any:
         except (ImportError, OSError) as error:
             yield node, f"{host} cannot import the code ({error})"
             return
-        where = f"{host} gpu {','.join(map(str, given))}" if given else f"{host} {slot}"
+        where = f"{host} gpu {','.join(map(str, gpus))}" if gpus else f"{host} {slot}"
         log = Path(setup["logs"]) / f"{host}-{slot}.log".replace(" ", "-")
         executor = LocalExecutor({where: log}, setup["threads"], fork=False)
         executor.start(where, label, work)
@@ -181,7 +180,7 @@ def _task() -> Any:
 
 
 class RayExecutor(Executor):
-    """Runs each cell as a task of the Ray cluster that `connect` joined."""
+    """Runs each cell as a task of the joined Ray cluster. Machines may come and go."""
 
     def __init__(
         self, runs: Path, logs: Path, threads: int | None, gpus: float, most: int
@@ -189,9 +188,10 @@ class RayExecutor(Executor):
         """Make an executor for at most `most` cells at a time.
 
         Args:
-            runs, logs: folders of records and of output, at the same paths on each machine.
+            runs: folder of records; all machines share it, at the same path.
+            logs: folder for the output of cells, also shared.
             threads: CPU threads of a cell; None: one, or on GPUs the cores per GPU.
-            gpus: GPUs of a cell, or its share of one; 0 on CPU.
+            gpus: GPUs of a cell, which may be a fraction; 0 on CPU.
 
         Raises:
             EngineError: a cell fits on no machine of the cluster.
@@ -202,12 +202,12 @@ class RayExecutor(Executor):
         self._ray, self._most = ray, most
         self._gpus, self._cores = gpus, 0 if gpus else threads or 1
         self._left_out: dict[str, str] = {}  # problems of machines that are not set up, by id
-        self._look()
+        self._count_room()
         if not self._room:
             need, advice = f"{threads or 1} CPU cores", "Give a cell fewer --threads."
             if gpus:
-                advice = "Use --device cpu, or start Ray on machines with GPUs."
                 need = f"{gpus:g} GPU"
+                advice = "Use --device cpu, or start Ray on machines with GPUs."
             raise EngineError(
                 f"No machine of the Ray cluster has the {need} that a cell asks for. {advice}"
             )
@@ -220,42 +220,42 @@ class RayExecutor(Executor):
             "token": str(self._token.absolute()), "logs": str(logs), "cwd": os.getcwd(),
             "path": sys.path, "threads": max(threads or 1, 1),
         }  # fmt: skip
-        options = ray.remote(
+        remote = ray.remote(
             max_retries=0, num_returns="streaming", num_gpus=gpus, num_cpus=self._cores
         )
-        self._task: Any = options(_task())
-        self._work: dict[str, tuple[str, bytes]] = {}  # label and cell of each busy slot
-        self._messages: dict[str, Any] = {}  # generator of each busy slot
+        self._task: Any = remote(_task())
+        self._work: dict[str, tuple[str, bytes]] = {}  # label and work of each busy slot
+        self._streams: dict[str, Any] = {}  # generator of messages of each busy slot
         self._where: dict[str, str] = {}  # machine of each cell that has started
 
     def slots(self) -> Sequence[str]:
         names = [f"worker {number}" for number in range(1, self._most + 1)]
-        return [name for i, name in enumerate(names) if i < self._room or name in self._messages]
+        return [name for i, name in enumerate(names) if i < self._room or name in self._streams]
 
     def start(self, slot: str, label: str, work: bytes) -> None:
         options = {}
         if self._left_out:
             options = {"label_selector": {"ray.io/node-id": f"!in({','.join(self._left_out)})"}}
         self._work[slot] = label, work
-        self._messages[slot] = self._task.options(**options).remote(label, work, slot, self._setup)
+        self._streams[slot] = self._task.options(**options).remote(label, work, slot, self._setup)
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
-        if time.monotonic() - self._looked >= _LOOK:
-            self._look()
-        slots = {messages: slot for slot, messages in self._messages.items()}
+        if time.monotonic() - self._counted >= _COUNT_EVERY:
+            self._count_room()
+        slots = {stream: slot for slot, stream in self._streams.items()}
         if not slots:
             time.sleep(timeout)
             return []
         ready, _ = self._ray.wait(list(slots), num_returns=1, timeout=timeout)
         if ready:
             ready, _ = self._ray.wait(list(slots), num_returns=len(slots), timeout=0)
-        heard = [(slots[messages], self._next(slots[messages])) for messages in ready]
-        return [(slot, message) for slot, message in heard if message is not None]
+        messages = [(slots[stream], self._next(slots[stream])) for stream in ready]
+        return [(slot, message) for slot, message in messages if message is not None]
 
     def _next(self, slot: str) -> Message | None:
         """Return the next message of a cell; None if the cell moves to another machine."""
         try:
-            message = self._ray.get(next(self._messages[slot]))
+            message = self._ray.get(next(self._streams[slot]))
         except (StopIteration, self._ray.exceptions.RayError) as error:
             where = f" on {self._where[slot]}" if slot in self._where else ""
             message = Failed("died", f"its process{where} died ({_reason(error)})")
@@ -264,25 +264,28 @@ class RayExecutor(Executor):
             if node not in self._left_out:
                 self._left_out[node] = problem
                 print(f"warning: The machine {problem}: it is left out.", file=sys.stderr)
-            self._look()
+            self._count_room()
             self.start(slot, *self._work[slot])
             return None
         if isinstance(message, Started):
             self._where[slot] = message.where
         elif isinstance(message, Finished | Failed):
-            del self._messages[slot]
+            del self._streams[slot]
             self._where.pop(slot, None)
         return message
 
-    def _look(self) -> None:
-        """Count the cells that fit on the machines now. Raise EngineError if all are left out."""
-        self._looked, rooms = time.monotonic(), {}
+    def _count_room(self) -> None:
+        """Count the cells that fit on the machines now.
+
+        Raises:
+            EngineError: all machines with room for a cell are left out.
+        """
+        self._counted, rooms = time.monotonic(), {}
         for node in nodes():
             share = node.gpus / self._gpus if self._gpus else node.cpus / self._cores
             rooms[node.id] = int(share + 1e-6)
-        fit = {node for node in rooms if rooms[node]}
-        self._room = sum(rooms[node] for node in fit - self._left_out.keys())
-        if fit and not self._room:
+        self._room = sum(room for node, room in rooms.items() if node not in self._left_out)
+        if any(rooms.values()) and not self._room:
             problems = "; ".join(dict.fromkeys(self._left_out.values()))
             raise EngineError(
                 f"No machine of the Ray cluster can take cells: {problems}. Results, data and this "
@@ -291,11 +294,11 @@ class RayExecutor(Executor):
 
     def close(self) -> None:
         self._token.unlink(missing_ok=True)
-        self._ray.shutdown()  # ends the tasks, and so the processes of their cells
+        self._ray.shutdown()  # ends the tasks, which end the processes of their cells
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of an error of Ray, which is long."""
+    """Return the first line of an error of Ray, whose text is long."""
     if "low on memory" in str(error):
         return "ended by Ray, since the machine ran low on memory: try fewer jobs"
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -305,7 +308,7 @@ def wait_for(address: str, count: int, seconds: float) -> None:
     """Wait until `count` machines have joined the cluster at `address`, and print them.
 
     Raises:
-        EngineError: fewer machines are there after `seconds`.
+        EngineError: fewer machines have joined after `seconds`.
     """
     deadline = time.monotonic() + seconds
     found: list[str] = []

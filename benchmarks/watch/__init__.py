@@ -1,1 +1,1 @@
-"""Watching a run: its events, the view in its terminal, and the command that shows it elsewhere."""
+"""Watching a run: its events, the view in its terminal, and the command ``status``."""

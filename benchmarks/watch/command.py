@@ -1,4 +1,4 @@
-"""The command ``python -m benchmarks status``: shows the runs on a results folder."""
+"""The command ``python -m benchmarks status``, which shows the runs on a results folder."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from fimaq_core.errors import FimaqError
 if TYPE_CHECKING:
     from benchmarks.watch.events import Run
 
-#: Number of failed and of ended cells of a run that are shown.
+#: Largest number of failed cells, and of ended cells, that are shown per run.
 _SHOWN = 5
 
 
 @click.command()
 @results_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-@click.option("--watch", is_flag=True, help="Show it again every second, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--watch", is_flag=True, help="Update the text every second, until Ctrl-C.")
 def status(results: Path, as_json: bool, watch: bool) -> None:
-    """Show the runs on a results folder, on any machine, and the last run that ended."""
-    from rich.live import Live  # here, since all commands import this module
+    """Show all running runs on a results folder, of any machine, and the latest ended run."""
+    from rich.live import Live  # slow to import, and all commands import this module
 
     from benchmarks.watch.events import read_runs
 
     console = Console(highlight=False)
     if watch and as_json:
-        raise FimaqError("--json prints one object: leave --watch out.")
+        raise FimaqError("--json prints one object and ends: leave --watch out.")
     if watch and not console.is_terminal:
-        raise FimaqError("--watch needs a terminal: leave it out.")
+        raise FimaqError("--watch needs a terminal: leave --watch out.")
     folder = results / "runs" / ".state"
     if as_json:
         click.echo(json_text(*read_runs(folder), results))
@@ -50,33 +50,33 @@ def status(results: Path, as_json: bool, watch: bool) -> None:
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while True:
                     lines = max(console.size.height - 10, 1)
-                    now = page(*read_runs(folder, known), results, console.width, lines)
-                    live.update(now, refresh=True)
+                    text = page(*read_runs(folder, known), results, console.width, lines)
+                    live.update(text, refresh=True)
                     time.sleep(1.0)
         except KeyboardInterrupt:
-            pass  # the way to end it
+            pass  # Ctrl-C ends the command
 
 
 def _chosen(runs: Sequence[Run]) -> list[tuple[Run, bool]]:
-    """Return all runs that go on, and the latest other run. True: it goes on."""
-    alive = [(run, run.is_alive) for run in runs]
-    return [item for item in alive if item[1]] + [item for item in alive if not item[1]][:1]
+    """Return all running runs (with True), and the latest other run (with False)."""
+    pairs = [(run, run.is_alive) for run in runs]
+    return [pair for pair in pairs if pair[1]] + [pair for pair in pairs if not pair[1]][:1]
 
 
 def page(
     runs: Sequence[Run], problems: Sequence[str], results: Path, width: int,
     lines: int | None = None,
 ) -> RenderableType:  # fmt: skip
-    """Return a page about all runs that go on, and the latest other run.
+    """Return the text of `status`. `width` and `lines`: see `live.state_view`.
 
-    `read_runs` returns `runs` and `problems`. `width` and `lines`: see `live.state_view`.
+    `runs` and `problems` are the result of `read_runs`.
     """
     from benchmarks.watch.live import state_view
 
     chosen = _chosen(runs)
-    parts: list[RenderableType] = []
-    for problem in problems:
-        parts.append(Text(f"warning: {plain(problem)}", style="yellow"))
+    parts: list[RenderableType] = [
+        Text(f"warning: {plain(problem)}", style="yellow") for problem in problems
+    ]
     if not chosen:
         parts.append(Text(f"Nothing has run on {plain(str(results))} yet."))
     elif not chosen[0][1]:
@@ -94,26 +94,27 @@ def page(
 
 
 def _headline(run: Run, alive: bool) -> str:
-    begin, heard = run.state.begin, duration(max(time.time() - run.heartbeat, 0.0))
+    """Return a line with the machine, the process and the state of a run."""
+    begin, silence = run.state.begin, duration(max(time.time() - run.heartbeat, 0.0))
     assert begin is not None
-    who = f"{begin.host}, process {begin.pid}" + (
-        f", engine {begin.engine}" if begin.engine else ""
-    )
+    engine = f", engine {begin.engine}" if begin.engine else ""
+    who = f"{begin.host}, process {begin.pid}{engine}"
     if alive:
-        return f"Running on {who}; last sign of life {heard} ago"
+        return f"Running on {who}; last event {silence} ago"
     if run.state.is_finished:
-        return f"Last run on {who}: ended {heard} ago"
-    reason = "it was killed, or its machine is gone"
-    return f"Last run on {who}: {reason}; last sign of life {heard} ago"
+        return f"Last run on {who}: ended {silence} ago"
+    reason = "it was killed, or its machine does not answer"
+    return f"Last run on {who}: {reason}; last event {silence} ago"
 
 
 def json_text(runs: Sequence[Run], problems: Sequence[str], results: Path) -> str:
-    """Return the same as one JSON object in one line: ``results``, ``runners``, ``warnings``."""
+    """Return the facts of `page` as one line with a JSON object."""
     runners = [_facts(run, alive) for run, alive in _chosen(runs)]
     return json.dumps({"results": str(results), "runners": runners, "warnings": list(problems)})
 
 
 def _facts(run: Run, alive: bool) -> dict[str, Any]:
+    """Return a run as an object of ``runners`` in `json_text`. Times are in seconds."""
     state, begin, now = run.state, run.state.begin, time.time() if alive else run.heartbeat
     assert begin is not None
     running = [

@@ -1,8 +1,8 @@
-"""Events of a run, the state that follows from them, and their file.
+"""Events of a run, the state that follows from them, and the file of a run's events.
 
 The terminal of a run and ``python -m benchmarks status`` show the same state. Each run appends its
-events to a file of its own, ``<results>/runs/.state/*.jsonl``, one event per line. Only ``status``
-needs the file. Its content is not trusted.
+events to a new file, ``<results>/runs/.state/*.jsonl``, one event per line. Only ``status`` reads
+the file, and checks its content.
 """
 
 import os
@@ -22,15 +22,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from benchmarks.console import plain
 from tasks.common.cell.lease import is_running
 
-#: Seconds between two lines about a cell, or about the clock of the run: at least this number,
-#: then this share of the run's time so far, at most this number. It keeps long files small.
-_EVERY, _SHARE, _BEAT = 1.0, 0.02, 15.0
-#: Seconds without a line after which a run on another machine is over.
+#: Least and most seconds between two ``progress`` lines of a cell, and between two ``tick`` lines.
+#: In between, the seconds are this share of the run's time so far, so that files stay small.
+_LEAST, _MOST, _SHARE = 1.0, 15.0, 0.02
+#: Seconds without a line after which a run on another machine counts as ended.
 SILENCE = 45.0
-#: Number of files of ended runs that are kept.
+#: Number of ended runs whose files are kept.
 _KEPT = 5
 
-#: Fields of events have bounds that no grid reaches.
+# Fields of events have bounds that no grid reaches.
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Name = Annotated[str, AfterValidator(lambda text: plain(text, 200))]
@@ -47,11 +47,12 @@ class Event(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")  # newer versions may have more fields
 
-    #: Of the run: begin, tick (twice per second), close. ``retried``: the cell waits again.
+    #: Events of the run are begin, tick (twice per second) and close. ``retried``: the cell waits
+    #: again.
     kind: Literal["begin", "started", "progress", "retried", "ended", "tick", "close"]
     time: Seconds  #: Unix time
     label: Name = ""
-    #: ``begin``: process of the run. A later process may have the same id, but another start.
+    #: ``begin``: process of the run. A later process may have the same id, but not the same start.
     host: Name = ""
     pid: Annotated[int, Field(ge=0, lt=2**31)] = 0
     process_started: Seconds = 0.0  #: Unix time
@@ -76,7 +77,7 @@ class Event(BaseModel):
 
 @dataclass
 class State:
-    """State of a run after some of its events. Another thread may read it."""
+    """State of a run after some of its events. The thread of the terminal's view reads it."""
 
     begin: Event | None = None
     over: int = 0
@@ -89,10 +90,10 @@ class State:
     ended: deque[Event] = field(default_factory=lambda: deque(maxlen=10))
     #: Estimated ends of the running cells by label, and of the grid by "" (Unix time).
     ends: dict[str, float] = field(default_factory=dict)
-    is_finished: bool = False  #: True after ``close``; a killed run has no such event
+    is_finished: bool = False  #: True after ``close``, which is missing if the run was killed
 
     def apply(self, event: Event) -> None:
-        """Change the state by an event."""
+        """Update the state by an event."""
         label = event.label
         if event.kind == "begin":
             self.begin, self.over, self.total = event, event.over, event.total
@@ -131,7 +132,7 @@ class State:
 
 
 class EventLog:
-    """Writes the events of a run to a file in the folder of all runs."""
+    """Writes the events of a run to a new file in `folder`; passes one warning to `warn`."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
         self.path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
@@ -140,8 +141,8 @@ class EventLog:
         self._last: dict[str, float] = {}  # Unix time of the last line, by label
 
     def add(self, event: Event) -> None:
-        """Write an event. Most of the ``progress`` and ``tick`` events are left out."""
-        pause = min(max(_EVERY, _SHARE * (event.time - self._began)), _BEAT)
+        """Write an event. Most ``progress`` and ``tick`` events are left out."""
+        pause = min(max(_LEAST, _SHARE * (event.time - self._began)), _MOST)
         if event.kind in ("progress", "tick"):
             if event.time - self._last.get(event.label, 0.0) < pause:
                 return
@@ -149,8 +150,8 @@ class EventLog:
         try:
             if event.kind == "begin":
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                remove_old(self.path.parent)
-            # Opened for each line, so that other machines see it on a network file system.
+                _remove_old(self.path.parent)
+            # Closed after each line, so that other machines see it on a network file system.
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{event.model_dump_json(exclude_defaults=True)}\n")
         except OSError as error:
@@ -164,15 +165,15 @@ class EventLog:
 
 @dataclass
 class Run:
-    """A run as its file shows it, and the Unix time of its last sign of life."""
+    """State of a run according to its file of events."""
 
     path: Path
     state: State = field(default_factory=State)
-    heartbeat: float = 0.0
-    offset: int = 0
+    heartbeat: float = 0.0  #: Unix time of the last line
+    offset: int = 0  #: number of bytes that were read
 
     def read(self) -> None:
-        """Apply the new complete lines of the file. Lines that are no event are skipped."""
+        """Apply the new complete lines of the file. Lines without a valid event are skipped."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             *lines, _ = file.read().split(b"\n")
@@ -184,7 +185,7 @@ class Run:
 
     @property
     def is_alive(self) -> bool:
-        """True while the run goes on, by its process (this machine) or its heartbeat (others)."""
+        """True while the run goes on: its process runs, or on another machine, it writes lines."""
         begin = self.state.begin
         if begin is None or self.state.is_finished:
             return False
@@ -194,9 +195,9 @@ class Run:
 
 
 def read_runs(folder: Path, known: dict[Path, Run] | None = None) -> tuple[list[Run], list[str]]:
-    """Return the runs of a folder, the latest first, and one problem per file without a run.
+    """Return the runs of a folder, the latest first, and one problem per unreadable file.
 
-    Pass the same dict `known` again to read only the new lines of known files.
+    Pass the same dict `known` to each call, so that only new lines are read.
     """
     runs, found, problems = {} if known is None else known, [], []
     for path in sorted(folder.glob("*.jsonl")):
@@ -204,7 +205,7 @@ def read_runs(folder: Path, known: dict[Path, Run] | None = None) -> tuple[list[
         try:
             run.read()
         except FileNotFoundError:
-            continue  # a new run has just removed it
+            continue  # a new run has just removed the file
         except OSError as error:
             problems.append(f"Skipped {path}: {error.strerror}.")
             continue
@@ -215,9 +216,9 @@ def read_runs(folder: Path, known: dict[Path, Run] | None = None) -> tuple[list[
     return [run for *_, run in sorted(found, key=lambda item: item[:2], reverse=True)], problems
 
 
-def remove_old(folder: Path) -> None:
-    """Remove the files of ended runs, except the latest and files without a run."""
-    over = [run.path for run in read_runs(folder)[0] if not run.is_alive]
-    for path in over[_KEPT:]:
+def _remove_old(folder: Path) -> None:
+    """Remove the files of ended runs, except the latest ones."""
+    ended = [run.path for run in read_runs(folder)[0] if not run.is_alive]
+    for path in ended[_KEPT:]:
         with suppress(OSError):  # another user's file, or a read-only file system
             path.unlink(missing_ok=True)

@@ -20,14 +20,14 @@ from benchmarks.grid.cell import Cell
 from benchmarks.watch.events import Event, EventLog, State
 from fimaq_core.progress import Progress
 
-#: Columns of the running cells, and the terminal width from which each is shown.
+#: Columns of the table of running cells, and the terminal width from which each is shown.
 _COLUMNS = {"cell": 0, "where": 100, "stage": 56, "progress": 0, "loss": 72, "left": 0}
 #: Fields that identify a cell of the grid.
 _KEY = ("section", "model", "scope", "method", "bits", "seed", "point")
 
 
 class Watch:
-    """Takes the events of a run, shows them on a console, and writes them for ``status``.
+    """Shows the events of a run on a console, and writes them to a file for ``status``.
 
     Example:
         >>> watch = Watch(Console())
@@ -38,10 +38,10 @@ class Watch:
     def __init__(
         self, console: Console, folder: Path | None = None, engine: str = "", every: float = 60.0
     ) -> None:  # fmt: skip
-        """Make a watch. `folder` takes the file of events; None: no file.
+        """Make a watch. Events go to a new file in `folder`; None: no file.
 
-        `engine` is the name of the cell executor. Without a terminal, there are `every` seconds
-        between two lines about a running cell.
+        `engine` is the name of the cell executor. `every` is the number of seconds between two
+        lines about a running cell if there is no terminal.
         """
         self.state = State()
         self._console, self._engine, self._every = console, engine, every
@@ -52,12 +52,12 @@ class Watch:
         self._last_lines: dict[str, float] = {}  # Unix times by label
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # The counts take up to three lines of a narrow terminal, and the cursor takes one.
+        # In a narrow terminal the counts take up to three lines, and the cursor takes one.
         lines = max(console.size.height - 4, 1)
         yield state_view(self.state, time.time(), options.max_width, lines)
 
     def tell(self, kind: str, cell: Cell | None = None, **facts: Any) -> None:
-        """Take an event of a cell, or of the run; see `benchmarks.watch.events.Event`."""
+        """Take an event of a cell, or of the run. `facts` are fields of `events.Event`."""
         if kind == "begin":
             facts |= {"host": socket.gethostname(), "pid": os.getpid(), "engine": self._engine}
             facts["process_started"] = psutil.Process().create_time()
@@ -83,7 +83,7 @@ class Watch:
         self.tell("progress", cell, **place, done=done, total=total, loss=loss)
 
     def close(self) -> None:
-        """End the view: the run is over or was stopped."""
+        """End the view, because the run has ended or was stopped."""
         try:
             self.tell("close")
         finally:
@@ -91,7 +91,7 @@ class Watch:
                 self._live.stop()
 
     def _text(self, event: Event) -> str:
-        """Return the words of a line about a cell; empty if the event needs no line."""
+        """Return the text of a line about a cell; empty if the event is not printed."""
         has_lines = self._live is None
         if event.kind == "retried":
             return f"waits again: {event.text}"
@@ -114,7 +114,7 @@ class Watch:
 def state_view(state: State, now: float, width: int, lines: int | None = None) -> RenderableType:
     """Return the counts of a grid and the table of its running cells at the Unix time `now`.
 
-    The terminal has `width` columns, and `lines` lines for the table; None: one per cell.
+    `width` is the number of columns. `lines` limits the lines of the table; None: one per cell.
     """
     began = now if state.begin is None else state.begin.time
     words = (
@@ -133,7 +133,7 @@ def state_view(state: State, now: float, width: int, lines: int | None = None) -
     columns = [name for name, least in _COLUMNS.items() if width >= least]
     columns = [name for name in columns if any(row[name] for row in rows)]
     table = Table.grid(padding=(0, 2, 0, 0))
-    for name in columns:  # rich cuts texts, but no numbers, where the terminal is narrow
+    for name in columns:  # in a narrow terminal, rich shortens texts but not numbers
         is_number = name in ("progress", "loss", "left")
         table.add_column(no_wrap=is_number, justify="right" if is_number else "left")
     for row in rows:
@@ -145,15 +145,16 @@ def state_view(state: State, now: float, width: int, lines: int | None = None) -
 
 
 def _row(state: State, started: Event, now: float) -> dict[str, str]:
+    """Return the texts of a running cell, by column."""
     label = started.label
-    at, rest, attempts = state.progress[label], state.left(now, label), state.attempts[label]
+    at, left, attempts = state.progress[label], state.left(now, label), state.attempts[label]
     return {
         "cell": f"{label} ×{attempts}" if attempts > 1 else label,
         "where": started.where,
         "stage": _place(at),
         "progress": f"{at.done}/{at.total}" if at.total else "",
         "loss": "" if at.loss is None else f"{at.loss:.4g}",
-        "left": "" if rest is None else duration(rest),
+        "left": "" if left is None else duration(left),
     }
 
 

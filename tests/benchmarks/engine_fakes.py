@@ -1,4 +1,4 @@
-"""Cells that fail in every possible way, as ``plan.json`` beside the results says."""
+"""Cells that fail as the file ``plan.json`` beside the results says."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fimaq_core.progress import OnProgress, Progress
 from tasks.common.cell.lease import Busy
 from tasks.common.request import CellRequest
 
-#: Seconds after which a wait is taken to hang. Machines under load are slow, so minutes.
+#: Seconds after which a wait counts as hanging. They are many, since a busy machine is slow.
 HANG = 300.0
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait for ``condition``. Raises AssertionError: it hangs."""
+    """Wait until ``condition`` is true; AssertionError after `HANG` seconds."""
     deadline = time.monotonic() + HANG
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -33,9 +33,9 @@ def until(condition: Callable[[], object]) -> None:
 
 @contextmanager
 def ray_folder() -> Iterator[Path]:
-    """A folder for Ray's files that does not outlive a test.
+    """Make a folder for Ray's files, which is removed afterwards.
 
-    Paths of sockets must be short, so it is none of pytest's.
+    Paths of sockets must be short, so the folder is not in pytest's folder.
     """
     folder = Path(tempfile.mkdtemp(prefix="fimaq-", dir="/tmp"))
     try:
@@ -45,7 +45,7 @@ def ray_folder() -> Iterator[Path]:
 
 
 def name_of(request: CellRequest) -> str:
-    """``demo_vit rtn w3a3``."""
+    """Return the name of a cell, such as ``demo_vit rtn w3a3``."""
     recipe = request.recipe
     return (
         f"{request.model.name} fp"
@@ -55,10 +55,10 @@ def name_of(request: CellRequest) -> str:
 
 
 def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
-    """Measure nothing, after the fault that the plan has for this attempt at this cell, if any.
+    """Write a fake record, after the fault in the plan for this attempt at this cell, if any.
 
-    Each attempt is a line of ``attempts.txt``: ids of the process and of its parent, cell,
-    eval_batch, placement.
+    Each attempt adds a line to ``attempts.txt``: the ids of the process and of its parent, the
+    cell, ``eval_batch`` and ``placement``.
     """
     root = request.results.parent
     plan = json.loads((root / "plan.json").read_text()) if (root / "plan.json").is_file() else {}
@@ -95,13 +95,13 @@ def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
 
 
 def attempts(root: Path) -> list[list[str]]:
-    """The attempts so far, in order, split into words."""
+    """Return the lines of all attempts so far in order, split into words."""
     log = root / "attempts.txt"
     return [line.split() for line in log.read_text().splitlines()] if log.is_file() else []
 
 
 def tries(root: Path, name: str) -> int:
-    """How often a cell was tried."""
+    """Return the number of attempts at a cell."""
     return sum(" ".join(words[2:-2]) == name for words in attempts(root))
 
 

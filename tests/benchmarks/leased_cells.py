@@ -1,4 +1,4 @@
-"""``python -m benchmarks`` with cells that hold their lease for a moment and write a record."""
+"""``python -m benchmarks`` with fake cells that hold their lease for a moment."""
 
 import time
 from pathlib import Path
@@ -15,7 +15,7 @@ from tasks.common.request import CellRequest
 
 
 def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
-    """Write a record under a lease, unless another process has."""
+    """Write a record under a lease, unless another process has written it."""
     path = planned_folder(request) / "result.json"
     results, name = request.results.parent, str(path.parent.relative_to(request.results))
     with acquire(path) as lease:

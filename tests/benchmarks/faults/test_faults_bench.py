@@ -1,4 +1,4 @@
-"""What the fault bench counts, and two runners on one folder."""
+"""Counts and kills of the fault bench, and two runners on one folder."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_cells_measured_twice_or_by_two_at_a_time_are_doubled():
     assert audit.doubled(notes) == {"b", "c"}
 
 
-def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_notes_tell_which_process_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     request = CellRequest(
         "classification", ModelRequest("demo_vit"), DataRequest(), None, results=tmp_path / "runs"
     )
@@ -46,7 +46,7 @@ def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.Monke
     stages[:] = ["wait for another", "calibrate", "evaluate"]
 
     def begun_by(pid: int, started: float) -> list[str]:
-        """The kinds of the notes after another process began."""
+        """Return the kinds of the new notes if another process has begun the cell."""
         note = Note("begun", audit.read_notes(tmp_path)[0].cell, pid, started)
         with (tmp_path / "audit.jsonl").open("a") as file:
             file.write(json.dumps(note) + "\n")
@@ -63,7 +63,7 @@ def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
-    """Started together, two workers each; the cells only hold their lease for a moment."""
+    """Both start at the same time with two slots. Each cell holds its lease for a moment."""
     grid = tmp_path / "grid.yaml"
     grid.write_text(yaml.safe_dump({
         "name": "twice", "tasks": {"classification": {"dataset": "none", "models": ["demo_vit"]}},
@@ -87,7 +87,7 @@ def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
     for kind in ("begun", "measured"):
         cells = [note.cell for note in notes if note.kind == kind]
         assert len(cells) == len(set(cells)) == 10, kind
-    assert len({note.pid for note in notes}) == 10  # a process a cell
+    assert len({note.pid for note in notes}) == 10  # one process per cell
     for text in said:
         assert "[10/10]" in text
     assert all(read_record(path).n == 2000 for path in results.rglob("result.json"))

@@ -190,10 +190,10 @@ def test_full_precision_holds_up_its_own_section_only():
     queue = CellQueue([*cells["coco"], *cells["zero-shot"]])
     full = {cell.section: cell for cell in (queue.take("a"), queue.take("b")) if cell is not None}
     assert all(cell.method == "fp" for cell in full.values())
-    queue.over(full["zero-shot"])
+    queue.remove(full["zero-shot"])
     assert queue.take("c").section == "zero-shot"
     assert queue.take("d") is None
-    queue.over(full["coco"])
+    queue.remove(full["coco"])
     assert queue.take("d").section == "coco"
 
 

@@ -1,4 +1,4 @@
-"""Rehearsals: what is smaller, the kill and what follows it, the estimates, random data."""
+"""Rehearsals: smaller requests, the kill of each process, the estimates, and random data."""
 
 import json
 import os
@@ -12,9 +12,9 @@ import benchmark_fakes as fakes
 import pytest
 import yaml
 
-from benchmarks.rehearsal.cell import in_small, read_events
+from benchmarks.rehearsal.cell import few_classes, in_small, read_events
 from benchmarks.rehearsal.full_cost import Spent, real_memory, real_seconds, spent
-from benchmarks.rehearsal.inputs import few_classes, make_data
+from benchmarks.rehearsal.inputs import make_data
 from fimaq_core.recipe import make_recipe
 from tasks.common.data.folders import open_folder
 from tasks.common.data.imagenet import is_imagenet
@@ -35,7 +35,7 @@ def test_a_cpu_rehearses_with_two_steps_and_few_images():
     assert (recipe.steps, recipe.mlp_steps) == (2, 2)
     assert (recipe.calibration_images, recipe.batch_size, recipe.mlp_batch) == (2, 2, 2)
     assert (recipe.range_images, recipe.range_candidates, small.data.limit) == (1, 16, 2)
-    # all that chooses code paths stays
+    # Settings that choose the code path stay the same.
     same = ("method", "w_bits", "a_bits", "loss", "fisher_k", "range_search", "per_token", "seed")
     real = make_recipe("aphq")
     assert [getattr(recipe, name) for name in same] == [getattr(real, name) for name in same]
@@ -46,8 +46,8 @@ def test_a_gpu_rehearses_with_real_batches():
     recipe = small.recipe
     assert recipe is not None
     assert (recipe.batch_size, recipe.range_images, recipe.calibration_images) == (32, 128, 128)
-    assert (small.eval_batch, recipe.steps) == (32, 5)  # a step is captured behind the third
-    # full precision is measured once, on the images of all methods
+    assert (small.eval_batch, recipe.steps) == (32, 5)  # a graph is captured after the third step
+    # Full precision is measured once, on the same images as all methods.
     assert small.data.limit == in_small(request(recipe=None, device="cuda")).data.limit == 32
 
 
@@ -56,7 +56,7 @@ def test_detectors_calibrate_on_one_image_of_their_own_file_and_are_measured_on_
     small = in_small(detector)
     assert small.recipe is not None
     assert (small.recipe.calibration_images, small.data.limit) == (1, 2)
-    # a part of COCO 2017 goes by no published name
+    # An annotation file of COCO 2017 does not have the name of a published data set.
     assert small.data.path == Path("coco/annotations/instances_val2017.json")
     assert small.data.calibration_data == Path("coco/annotations/instances_train2017.json")
 
@@ -73,7 +73,7 @@ def event(time: float, stage: str, block: str = "", **more: Any) -> dict[str, An
 
 
 def test_times_are_summed_by_what_they_are_spent_on():
-    """By hand: passes 4 and 3 s (the last counts), steps 5 and 2 s, MLP steps 1 and 0.5 s."""
+    """Block a: passes of 4 and 3 s (the last one counts), steps of 5 and 2 s; MLP: 1 and 0.5 s."""
     events = [
         event(0, "reconstruct MLPs", "a.mlp"),
         event(1, "reconstruct MLPs", "a.mlp", loss=1.0),
@@ -97,10 +97,10 @@ def test_times_are_summed_by_what_they_are_spent_on():
     ]
     found = spent(events)
     assert found.calibrate == 5
-    assert found.passed == 3
+    assert found.fisher_pass == 3
     assert found.step == 2 + 1
-    # after the calibration 3, before the pass 1, after the last step 1; first steps and passes
-    # beyond the second ones 3 and 1 (a), 7 (b); MLPs 0.5 + 0.5
+    # 3 s after the calibration, 1 s before the pass, 1 s after the last step; the excess of the
+    # first step and pass over the second: 3 s and 1 s (block a), 7 s (block b); MLPs: 0.5 s twice
     assert found.rest == 3 + 1 + 1 + 3 + 1 + 7 + 0.5 + 0.5
     assert found.mlp_step == 0.5
     assert (found.text, found.texts) == (4 / 20, 30)
@@ -116,7 +116,7 @@ def test_the_estimate_follows_steps_images_and_passes():
         stage_memory_bytes={"load": 100}, preprocessing=None,
     )  # fmt: skip
     found = Spent(
-        calibrate=1.0, passed=2.0, step=0.5, mlp_step=0.0, rest=3.0, text=0.1, texts=20,
+        calibrate=1.0, fisher_pass=2.0, step=0.5, mlp_step=0.0, rest=3.0, text=0.1, texts=20,
         total=9.0, tape_bytes=40, peak_memory_bytes=450,
     )  # fmt: skip
     real = make_recipe("fimaq")
@@ -129,8 +129,8 @@ def test_the_estimate_follows_steps_images_and_passes():
         + 0.5 * 20_000 * 32 / 2
     )
     assert real_seconds(record, found, real, 50_000) == pytest.approx(expected)
-    # beyond loading 400, of which 40 are the tape; batches are 16 times as large
-    images = 1024 * 4 * 3 * 800 * 1344  # as a detector's, since the record has no preprocessing
+    # 400 bytes beyond the loaded model, 40 of them for the tape; the batches grow by 16.
+    images = 1024 * 4 * 3 * 800 * 1344  # a record without preprocessing is of a detector
     beyond = 360 * 16 + images
     assert real_memory(record, found, real, 32, False) == (100 + beyond + 40 * 512, 40 * 512)
     assert real_memory(record, found, real, 32, True) == (100 + beyond, 40 * 512)
@@ -146,7 +146,7 @@ def test_random_data_open_as_the_real_sets_do(tmp_path: Path):
         assert is_imagenet(source.class_names)
         assert source.name == "folder-1000-classes"
     modes = {source.read(index).mode for index in range(8)}
-    assert modes == {"RGB"}  # of grey and CMYK files and of a PNG named as a JPEG too
+    assert modes == {"RGB"}  # also of grey and CMYK files, and of a PNG file named as a JPEG
     assert open_folder(few_classes(places.imagenet), "val").classes == 8
     assert places.coco is not None
     content = json.loads((places.coco / "annotations/instances_val2017.json").read_text())
@@ -158,7 +158,7 @@ def test_random_data_open_as_the_real_sets_do(tmp_path: Path):
 def rehearsed(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A grid of the demo's small models, rehearsed by the command itself."""
+    """Rehearse a grid of a small demo model with the command; return the folder and the output."""
     folder = tmp_path_factory.mktemp("rehearsal")
     content = {
         "name": "small",
@@ -192,7 +192,7 @@ def test_every_cell_is_killed_once_and_goes_on(
         first, second = attempts
         assert first, path
         assert second, path
-        # the kill came as a block began, and nothing finished before it was done again
+        # The process was killed when a block began. Finished blocks were not computed again.
         if "fimaq" in path.parts:
             assert first[-1] == ("reconstruct", "blocks.0")
             assert not any(stage == "calibrate" for stage, _ in second)
@@ -221,7 +221,7 @@ def test_a_rehearsal_estimates_and_counts_for_nothing(
 
 
 def test_a_published_table_is_rehearsed(tmp_path: Path):
-    """One real model of it: its architecture, 1000 classes, its layout, and no verdict."""
+    """The table has the published layout but no verdict; the model is real, with 1000 classes."""
     result = command(tmp_path, "--table", "fimaq", "--models", "deit_tiny", "--bits", "w4a4")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "DeiT-T" in result.stdout

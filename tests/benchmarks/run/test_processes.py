@@ -1,4 +1,4 @@
-"""The processes of cells and their fork server: real ones, killed."""
+"""Real processes of cells and their fork server, some of which are killed."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_a_killed_fork_server_fails_its_cell_takes_the_process_along_and_is_repl
 
 
 def name_the_temporary_folder(request: CellRequest, report: OnProgress) -> Path:
-    """A cell that tells where its temporary files are, and its two process ids, and never ends."""
+    """Write the temporary folder and the ids of this process and its parent; then hang."""
     import tempfile
 
     path = request.results.parent / "told.txt"
@@ -160,7 +160,7 @@ def test_nothing_outlives_a_killed_runner(tmp_path: Path):
 
 
 def leave_a_file_and_a_process(request: CellRequest, report: OnProgress) -> Path:
-    """A cell that is killed with a temporary file and a process of its own at hand."""
+    """Make a temporary file and a process; then kill this process."""
     import tempfile
 
     sleeper = subprocess.Popen(["sleep", str(HANG)])
@@ -179,7 +179,7 @@ def test_what_a_killed_process_leaves_behind_is_removed(executor: LocalExecutor,
 
 
 def in_a_new_process(test: Callable[[Path], None], tmp_path: Path) -> None:
-    """Run a test apart: a process has one fork server, which imports once."""
+    """Run a test in a new process, since a process has one fork server that imports once."""
     code = "import sys, pathlib, test_processes as tests\n"
     code += f"tests.{test.__name__}(pathlib.Path(sys.argv[1]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -202,7 +202,7 @@ def parallel(tmp_path: Path) -> None:
 
 
 def multiply(request: CellRequest, report: OnProgress) -> Path:
-    """A cell that would wait for ever if the pool of threads had been at work before the fork."""
+    """Compute in parallel; it hangs if the thread pool was used before the fork."""
     imported = "parallel_at_import" in sys.modules
     torch = sys.modules["torch"]
     assert bool(torch.isfinite(torch.randn(512, 512) @ torch.randn(512, 512)).all())
@@ -239,7 +239,7 @@ def spawned(tmp_path: Path) -> None:
 
 
 def test_a_cell_is_spawned_where_the_fork_server_cannot_be_reached(tmp_path: Path):
-    """A socket's name has at most 107 bytes."""
+    """The path of a socket may have at most 107 bytes."""
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -255,7 +255,7 @@ def unreached(tmp_path: Path) -> None:
 
 
 def fill_memory(request: CellRequest, report: OnProgress) -> Path:
-    """A cell for which PyTorch finds no memory."""
+    """Ask PyTorch for more memory than there is."""
     import torch
 
     torch.empty(10**16)

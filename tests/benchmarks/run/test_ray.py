@@ -1,4 +1,4 @@
-"""The Ray engine on a real cluster of two nodes, which are processes of this machine."""
+"""The Ray executor on a real cluster of two nodes, which are processes of this machine."""
 
 import json
 import os
@@ -32,12 +32,12 @@ cli(sys.argv[1:], obj=engine_fakes.ADAPTER)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head that measures nothing and two nodes with a slot each."""
+    """Start a head without slots and two nodes with one slot each."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
     with engine_fakes.ray_folder() as folder, pytest.MonkeyPatch.context() as patch:
-        for name in ("RAY_TMPDIR", "TMPDIR"):  # the second for what killed hosts leave
+        for name in ("RAY_TMPDIR", "TMPDIR"):  # killed workers leave files in TMPDIR
             patch.setenv(name, str(folder))
         cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
@@ -53,7 +53,7 @@ def run(tmp_path: Path, address: str, *args: str) -> Result:
 
 
 def test_a_grid_finishes_on_ray_whatever_is_killed(cluster: Any, tmp_path: Path):
-    """The process of a cell, and Ray's worker that started one."""
+    """The process of one cell is killed, and the Ray worker that started another."""
     plan = {"demo_vit rtn w3a3": ["kill"], "demo_vit fimaq w3a3": ["kill parent"]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     result = run(tmp_path, cluster.address)
@@ -68,7 +68,7 @@ def test_a_grid_finishes_on_ray_whatever_is_killed(cluster: Any, tmp_path: Path)
 
 
 def node_of(cluster: Any, pid: int) -> Any:
-    """The node whose raylet is above a process."""
+    """Return the node whose raylet is an ancestor of a process."""
     above = {process.pid for process in psutil.Process(pid).parents()}
     (found,) = [
         node
@@ -79,7 +79,7 @@ def node_of(cluster: Any, pid: int) -> Any:
 
 
 def test_nodes_come_and_go(cluster: Any, tmp_path: Path):
-    """One goes with its cell while the other is busy; the next that comes measures it."""
+    """One node ends with its cell while the other is busy. A new node measures the cell."""
     (tmp_path / "plan.json").write_text(
         json.dumps({"demo_vit fp": ["sleep"], "demo_swin fp": ["flag"]})
     )
@@ -176,7 +176,7 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """An environment that points Ray to clusters and GPUs that are not there."""
+    """Yield an environment that points Ray to a cluster and a GPU that do not exist."""
     with engine_fakes.ray_folder() as folder:
         (folder / "ray").mkdir()
         (folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
@@ -205,13 +205,13 @@ def test_no_address_is_this_machine_in_any_environment(alone: dict[str, str], tm
         (
             "TMPDIR",
             "/any/" + 8 * "long-name/",
-            "has 85 bytes, and 39 is the most for sockets in it",
+            "has 85 bytes; at most 39 leave room for the names of sockets",
         ),
         ("RAY_TMPDIR", "/any/" + 40 * "é", "has 85 bytes"),
         ("RAY_TMPDIR", "relative", "is not an absolute path"),
         ("RAY_TMPDIR", "", "is not an absolute path"),
-        ("RAY_TMPDIR", "/dev/null", "cannot be written in (Not a directory)"),
-        ("RAY_TMPDIR", "/proc/none", "cannot be written in (No such file or directory)"),
+        ("RAY_TMPDIR", "/dev/null", "is not writable (Not a directory)"),
+        ("RAY_TMPDIR", "/proc/none", "is not writable (No such file or directory)"),
     ],
 )
 def test_a_folder_that_ray_cannot_use_is_named(

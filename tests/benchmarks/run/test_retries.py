@@ -1,4 +1,4 @@
-"""What becomes of cells that fail: in a grid with real processes, and by the rules one by one."""
+"""Cells that fail: grids with real processes, and the rules of attempts and of the queue."""
 
 import json
 from dataclasses import replace
@@ -44,7 +44,7 @@ def test_a_grid_finishes_whatever_happens_to_its_processes(tmp_path: Path):
     assert not (tmp_path / "runs/.logs").exists() or not list((tmp_path / "runs/.logs").iterdir())
 
 
-def test_what_always_fails_is_given_up_and_listed_and_the_rest_is_measured(tmp_path: Path):
+def test_cells_that_always_fail_are_listed_and_the_others_are_measured(tmp_path: Path):
     plan = {
         "demo_vit rtn w3a3": ["further kill"] + ["kill"] * 9,
         "demo_vit fimaq w3a3": ["error"] * 9,
@@ -66,7 +66,7 @@ def test_without_retries_nothing_is_tried_again(tmp_path: Path):
     assert "--retries 0" in result.output.splitlines()[-1]
 
 
-def test_memory_that_runs_out_is_saved_and_the_cell_is_measured(tmp_path: Path):
+def test_cells_without_memory_are_tried_again_with_smaller_batches(tmp_path: Path):
     result = run(tmp_path, {"demo_vit fimaq w3a3": ["memory", "memory"]})
     assert result.exit_code == 0, result.output
     batches = [
@@ -101,7 +101,7 @@ def expand_small(tmp_path: Path) -> list[Cell]:
 
 
 def test_cells_that_others_measure_are_put_aside_and_done_last(tmp_path: Path):
-    """One is free again when it is looked at; the other is measured elsewhere meanwhile."""
+    """Both cells are free when the runner looks at them again."""
     result = run(tmp_path, {"demo_vit fp": ["busy"], "demo_vit rtn w3a3": ["busy"]}, "--jobs", "1")
     assert result.exit_code == 0, result.output
     order = [" ".join(words[2:-2]) for words in engine_fakes.attempts(tmp_path)]
@@ -116,7 +116,7 @@ def test_cells_that_others_measure_are_put_aside_and_done_last(tmp_path: Path):
 
 
 def measured_by_another(request: CellRequest, report: object) -> Path:
-    """Someone else's record appears while the first cell of all is measured."""
+    """Measure a cell. During the full-precision cell, another runner writes a record."""
     path = engine_fakes.run_cell(request, lambda _: None)
     if request.recipe is None:
         for cell in expand_small(request.results.parent):
@@ -143,8 +143,8 @@ def attempts(cell: Cell, retries: int = 3, **changes: object) -> Attempts:
 def after(rules: Attempts, kind: Kind, *places: Progress) -> tuple[bool, str]:
     rules.begin()
     for place in places:
-        rules.heard(place)
-    return rules.failed(Failed(kind, "the words", None))
+        rules.note(place)
+    return rules.after(Failed(kind, "the words", None))
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_the_batch_of_a_recipe_is_never_made_smaller(cell: Cell):
     assert after(attempts(cell), "memory", *places)[0]
 
 
-def test_only_getting_further_counts(cell: Cell):
+def test_only_attempts_without_progress_count(cell: Cell):
     rules = attempts(cell, retries=2)
     first, second = (
         Progress("reconstruct", 0, 9, "block 1"),
@@ -202,7 +202,7 @@ def test_only_getting_further_counts(cell: Cell):
     assert [after(rules, "died", *places)[0] for places in given] == [True, True, True, True, False]
 
 
-def test_what_the_user_must_mend_is_not_tried_again(cell: Cell):
+def test_errors_of_the_user_are_not_tried_again(cell: Cell):
     assert after(attempts(cell), "user") == (False, "the words")
 
 
@@ -220,11 +220,11 @@ def test_idle_slots_help_with_a_chain_that_is_past_its_first_cell():
     assert full is not None
     assert full.method == "fp"
     assert queue.take("b") is None
-    queue.over(full)
+    queue.remove(full)
     first = queue.take("a")
     assert first is not None
     assert queue.take("b") is None  # the first makes what they share
-    queue.over(first)
+    queue.remove(first)
     order = [
         cell.method
         for cell in (first, queue.take("b"), queue.take("a"), queue.take("b"))
@@ -238,11 +238,11 @@ def test_a_chain_goes_on_where_its_first_cell_died_or_its_slot_went_away():
     queue = CellQueue([cell for cell in chain_cells() if cell.method != "fp"])
     first = queue.take("a")
     assert first is not None
-    queue.back(first)
+    queue.put_back(first)
     assert queue.take("b") is first
     second = queue.take("a")
     assert second is not None
-    queue.back(first)
-    queue.keep(["b"])
+    queue.put_back(first)
+    queue.keep_slots(["b"])
     assert queue.take("b") is first
     assert len(list(queue.waiting())) == 2

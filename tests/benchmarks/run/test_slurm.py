@@ -30,7 +30,7 @@ print('machines:', len(ray.nodes()), 'cores:', ray.cluster_resources()['CPU'])"
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A checkout in ``tmp_path`` and the environment of a job there."""
+    """Make a checkout in ``tmp_path``; yield the environment of a job."""
     shims = tmp_path / "bin"
     (tmp_path / ".venv/bin").mkdir(parents=True)
     shims.mkdir()

@@ -1,4 +1,4 @@
-"""Files of events, and the command that shows them."""
+"""Files of events, and the command ``status``."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def state_of(path: Path) -> Run:
 
 
 def foreign(host: str = "elsewhere", **changes: object) -> str:
-    """The first line of another run's file."""
+    """Return the first line of the file of another run."""
     now = time.time()
     facts = {
         "kind": "begin",
@@ -145,8 +145,8 @@ def test_progress_is_written_once_in_a_while_and_each_end_at_once(tmp_path: Path
     assert state_of(file_of(tmp_path)).state.done == 1
 
 
-def test_what_follows_is_read_only(tmp_path: Path):
-    """A reader that looks again goes on where it stopped, in the midst of a line too."""
+def test_only_new_lines_are_read(tmp_path: Path):
+    """The reader continues where it stopped, also in the middle of a line."""
     path = put(tmp_path, "x.jsonl", foreign())
     known: dict[Path, Run] = {}
     assert read_runs(folder_of(tmp_path), known)[0][0].state.over == 1
@@ -227,11 +227,11 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path):
         assert [cell["label"] for cell in runner["running"]] == ["demo_vit fimaq w3a3 seed 1"]
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-    # Killed and not waited for, it is still in the table of processes.
+    # The killed process stays in the process table until its parent waits for it.
     until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
     assert json.loads(shown(tmp_path, "--json").output)["runners"][0]["alive"] is False
     process.wait()
-    assert "it was killed, or its machine is gone" in shown(tmp_path).output
+    assert "it was killed, or its machine does not answer" in shown(tmp_path).output
 
 
 def test_runs_elsewhere_go_by_their_heartbeat_and_those_here_by_their_process(tmp_path: Path):
@@ -245,7 +245,7 @@ def test_runs_elsewhere_go_by_their_heartbeat_and_those_here_by_their_process(tm
     runs, problems = read_runs(folder_of(tmp_path))
     assert not problems
     assert {run.path.name for run in runs if run.is_alive} == {"a.jsonl", "d.jsonl"}
-    # all that go on, and the last of the others
+    # The running ones, and the latest other one.
     assert len(json.loads(shown(tmp_path, "--json").output)["runners"]) == 3
 
 
@@ -341,7 +341,9 @@ def test_old_files_go_with_the_next_run_and_those_of_running_ones_stay(tmp_path:
     ("args", "words"),
     [(["--watch"], "needs a terminal"), (["--watch", "--json"], "leave --watch out")],
 )
-def test_what_cannot_be_watched_is_said(tmp_path: Path, args: list[str], words: str):
+def test_watch_refuses_json_and_output_without_a_terminal(
+    tmp_path: Path, args: list[str], words: str
+):
     result = shown(tmp_path, *args)
     assert result.exit_code == 2
     assert words in result.output

@@ -1,4 +1,4 @@
-"""What a running grid shows, in terminals of several sizes and where there is none."""
+"""The view of a running grid, in terminals of several sizes and without a terminal."""
 
 import io
 import os
