@@ -21,7 +21,7 @@ from tasks.common.cell.prediction_samples import (
     read_examples,
     shortened,
 )
-from tasks.common.data.class_names import readable_names, distinct_names
+from tasks.common.data.class_names import distinct_names, readable_names
 
 CLASSES = {
     "sample": "val/a/1.png",
