@@ -1,4 +1,4 @@
-"""The stages of a cell: all of them for ``run``, or one by one from checkpoint to checkpoint."""
+"""Stages of a cell: all together for ``run``, or one by one from checkpoint to checkpoint."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +35,8 @@ _FULL_PRECISION = {
 def run_stages(cell: PreparedCell, lease: Lease) -> None:
     """Run all stages of a cell, and write the checkpoint of the whole model into its folder.
 
-    Cells share the files of their stages, except the blocks of a model of one chain: these stay in
-    the cell's folder until the record is written.
+    Cells share the files of stages. Finished blocks of a model of one chain are not shared; they
+    stay in the cell's folder until the record is written.
     """
     folder = lease.path.parent
 
@@ -59,30 +59,30 @@ def run_stages(cell: PreparedCell, lease: Lease) -> None:
 def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
     """Reconstruct the MLPs of a model into ``out``; return notes for the user.
 
-    An ``out`` of the same run is kept.
+    An ``out`` of an equal run is kept.
     """
-    # Merged again, so that fields that do not go with MLP reconstruction are refused now.
+    # The recipe is made again, which refuses fields that do not fit MLP reconstruction.
     given = request.recipe.model_dump(mode="json")
     recipe = make_recipe(request.recipe.method, given, {"reconstruct_mlp": True})
     made = out if out.is_file() else None
     cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=made), on_progress)
-    _run(MLPS, cell, out)
-    _join(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
+    _run_stage(MLPS, cell, out)
+    _join_parts(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
     return cell.notes
 
 
 def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
     """Calibrate a model into the checkpoint ``out``; return notes for the user.
 
-    An ``out`` of the same run is kept. MLPs that this reconstructs are kept in a file beside it.
+    An ``out`` of an equal run is kept. Reconstructed MLPs are kept in a file beside ``out``.
     """
     cell = prepare(request, on_progress)
-    _run(MLPS, cell, _beside(out, "mlp"))
+    _run_stage(MLPS, cell, _beside(out, "mlp"))
     if out.is_file():
         load_checkpoint(out, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
         return cell.notes
-    _run(CALIBRATE, cell, out)
-    _join(cell, out, whole(cell.chains), CALIBRATE.mark)
+    _run_stage(CALIBRATE, cell, out)
+    _join_parts(cell, out, whole(cell.chains), CALIBRATE.mark)
     return cell.notes
 
 
@@ -92,8 +92,8 @@ def reconstruct_stage(
     """Reconstruct the calibrated checkpoint ``source`` into ``out``; return notes for the user.
 
     The checkpoint gives the model's name, its arguments and the recipe; ``given`` recipe fields
-    have priority. Finished blocks lie beside ``out`` until it is written. Raises CheckpointError if
-    the checkpoint is of another run, or if given fields would change its ranges.
+    have priority. Finished blocks lie beside ``out`` until ``out`` is written. Raises
+    CheckpointError if the checkpoint belongs to another run, or if ``given`` changes its ranges.
     """
     fingerprint, origin = read_origin(source, request.task)
     if origin.stage != CALIBRATE.mark:
@@ -101,8 +101,8 @@ def reconstruct_stage(
             f"The checkpoint {source} is of stage '{origin.stage}': reconstruct needs a calibrated "
             "one."
         )
-    recipe = _changed(fingerprint.recipe, given, defaults(request.task))
-    cell = prepare(_of_origin(request, origin, recipe), on_progress)
+    recipe = _changed(fingerprint.recipe, given, request.task)
+    cell = prepare(_with_origin(request, origin, recipe), on_progress)
     if recipe.reconstruct_mlp:
         cell.keep_teachers()
         use_relu(all_segments(cell.chains))
@@ -111,7 +111,7 @@ def reconstruct_stage(
     def address(stage: Stage, part: Part) -> Address:
         return Address.beside(_beside(out, part.name), stage)._replace(file=None)
 
-    for part in cell.parts:  # whatever the recipe says: the user asks for this stage
+    for part in cell.parts:  # also if the recipe has no reconstruction: the user asks for it
         CheckpointStore(cell.resources, address).run(RECONSTRUCT, part)
     cell.save(out, whole(cell.chains), RECONSTRUCT.mark)
     for part in cell.parts:
@@ -122,20 +122,20 @@ def reconstruct_stage(
 def evaluate_stage(request: CellRequest, checkpoint: Path, on_progress: OnProgress) -> Evaluation:
     """Evaluate a checkpoint of any stage; the checkpoint gives the model's name and arguments."""
     fingerprint, origin = read_origin(checkpoint, request.task)
-    cell = prepare(_of_origin(request, origin), on_progress)
+    cell = prepare(_with_origin(request, origin), on_progress)
     evaluation = cell.evaluate(_restored(cell, checkpoint, fingerprint, origin))
     said = replaced(origin.preprocessing.fields(), request.model.preprocessing)
     return replace(evaluation, notes=[*cell.notes, *said, *evaluation.notes])
 
 
 def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
-    """Return facts about the model in a checkpoint of any stage. Needs its float weights, no data.
+    """Return facts about the model in a checkpoint of any stage, without reading data.
 
-    Raises CheckpointError if the checkpoint is of another task or made from other weights, and
-    ModelError if the task does not say which images the model takes.
+    Raises CheckpointError if the checkpoint belongs to another task or to other weights, and
+    ModelError if the task does not tell the model's image size.
     """
     fingerprint, origin = read_origin(checkpoint, request.task)
-    cell = prepare(_of_origin(request, origin), silent)
+    cell = prepare(_with_origin(request, origin), silent)
     chains, loaded = _restored(cell, checkpoint, fingerprint, origin), cell.loaded
     inputs = cell.task.examples(loaded, chains)
     untouched = cell.task.untouched(loaded, chains)
@@ -144,13 +144,13 @@ def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
     return Inspection(checkpoint, request.task, *found, loaded.entry, loaded.preprocessing)
 
 
-def _run(stage: Stage, cell: PreparedCell, out: Path) -> None:
-    """Run a stage; each part is kept beside ``out``, or is ``out`` if it is the only part."""
+def _run_stage(stage: Stage, cell: PreparedCell, out: Path) -> None:
+    """Run a stage. A model of one chain is kept in ``out``, several parts in files beside it."""
     cell.run([stage], lambda stage, part: Address.beside(_beside(out, part.name), stage))
 
 
-def _join(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
-    """Write ``module`` of all parts to ``out``, unless it is there, and remove the parts' files."""
+def _join_parts(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
+    """Write ``module``, with all parts, to ``out`` if it is absent; remove the parts' files."""
     if not out.is_file():
         cell.save(out, module, mark)
     for part in cell.parts:
@@ -159,14 +159,14 @@ def _join(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
 
 
 def _beside(path: Path, name: str) -> Path:
-    """Return the file beside ``path`` with ``name`` in its name; ``path`` itself for no name."""
+    """Return ``path`` with ``name`` before the suffix; an empty name changes nothing."""
     return path.with_name(f"{path.stem}.{name}{path.suffix}") if name else path
 
 
 def _restored(
     cell: PreparedCell, checkpoint: Path, fingerprint: Fingerprint, origin: Origin
 ) -> Chains:
-    """Return the model of a checkpoint; that of stage ``mlp`` is in full precision."""
+    """Return the chains of a checkpoint, in full precision if its stage is ``mlp``."""
     if fingerprint.weights != cell.loaded.sha256:
         other, own = fingerprint.weights[:12], cell.loaded.sha256[:12]
         raise CheckpointError(
@@ -186,27 +186,27 @@ def _restored(
     return chains
 
 
-def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Recipe:
+def _changed(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:
     """Return a checkpoint's recipe with the ``given`` fields.
 
-    A given method replaces all fields but those of the ranges. ``usual``: fields that the task sets
-    for every method.
+    A given method replaces all fields except those of the ranges. Raises CheckpointError for
+    another scope, and RecipeError.
     """
     if given.get("scope", recipe.scope) != recipe.scope:
         raise CheckpointError(
             f"The checkpoint's scope is '{recipe.scope}', not '{given['scope']}': calibrate for "
-            "that one."
+            "the other scope first."
         )
     method, rest = recipe.method, dict(given)
     kept = recipe.model_dump(mode="json", exclude={"method"})
     if "method" in rest:
         method = rest.pop("method")
         kept = {name: kept[name] for name in (*recipe.range_fields(), "scope")}
-    return make_recipe(method, usual, kept, rest)
+    return make_recipe(method, defaults(task), kept, rest)
 
 
-def _of_origin(request: CellRequest, origin: Origin, recipe: Recipe | None = None) -> CellRequest:
-    """Return the request with a checkpoint's model; given preprocessing and entry have priority."""
+def _with_origin(request: CellRequest, origin: Origin, recipe: Recipe | None = None) -> CellRequest:
+    """Return the request with a checkpoint's model; fields given in the request have priority."""
     model = replace(
         request.model,
         name=origin.model,
