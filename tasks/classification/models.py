@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, Grayscale
 
 from fimaq_core.errors import ModelError, first_problem
-from tasks.classification.demo.digit_pairs import CANVAS_SIZE, eval_transform, train_transform
+from tasks.classification.demo import digit_pairs
 from tasks.classification.demo.models import DEMO
 from tasks.classification.tags import CATALOGUE, DEMO_NAMES, full_name
 from tasks.common.models.weights import load_state, read_weights
@@ -39,9 +39,10 @@ def load_model(request: ModelRequest) -> LoadedModel:
     tag, weights = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
     if request.name in DEMO_NAMES:
         model, stored = DEMO.load(request, weights)
-        facts = tag, f"file {stored.path.name}", stored.sha256(model, altered=False), 100
-        own = eval_transform(), train_transform(), "digit-pairs", (1, *CANVAS_SIZE)
-        return LoadedModel(model, *facts, *own, entry=stored.entry, entries=stored.entries)
+        facts = tag, f"file {stored.path.name}", stored.sha256(model, altered=False)
+        own = digit_pairs.NUM_CLASSES, digit_pairs.eval_transform(), digit_pairs.train_transform()
+        data = "digit-pairs", (1, *digit_pairs.CANVAS_SIZE)
+        return LoadedModel(model, *facts, *own, *data, entry=stored.entry, entries=stored.entries)
     path = weights or CATALOGUE.fetch(tag)
     model = _create(full_name(request.name), request.model_args)
     stored = read_weights(path, request.weights_entry)

@@ -215,17 +215,13 @@ def fingerprint(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def sealed(record: ResultRecord) -> ResultRecord:
-    """Return the record with its fingerprint."""
-    mark = fingerprint(record.model_dump(mode="json"))
-    return record.model_copy(update={"fingerprint": mark})
-
-
 def write_record(record: ResultRecord, folder: Path) -> Path:
     """Write ``result.json`` with its fingerprint into ``folder`` and return its path."""
+    mark = fingerprint(record.model_dump(mode="json"))
+    text = record.model_copy(update={"fingerprint": mark}).model_dump_json(indent=1)
     path = folder / "result.json"
     with replaced_whole(path) as temporary:
-        temporary.write_text(sealed(record).model_dump_json(indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
 

@@ -101,10 +101,6 @@ class Task:
     tags: ModuleType  # module tags.py of the package
     demo: str  # description of the demo models
 
-    def model_names(self) -> dict[str, str]:
-        """Return all short and demo names, each with its meaning."""
-        return {**self.tags.SHORT_NAMES, **dict.fromkeys(self.tags.DEMO_NAMES, self.demo)}
-
     def load(self, request: ModelRequest) -> LoadedModel:
         """Load model, weights and transforms. Raises ModelError."""
         raise NotImplementedError

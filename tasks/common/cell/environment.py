@@ -81,7 +81,8 @@ class StageClock:
         self._device = device
         self.seconds: dict[str, float] = {}  # wall-clock time by stage; repeated stages add up
         self.memory: dict[str, int] = {}  # peak bytes by stage; the largest of repeated stages
-        self._restart()
+        reset_peak_memory(device)
+        self._start = time.monotonic()
 
     def lap(self, stage: str) -> None:
         """End the present stage, named ``stage``, and start the next one."""
@@ -89,9 +90,6 @@ class StageClock:
             torch.cuda.synchronize(self._device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - self._start
         self.memory[stage] = max(self.memory.get(stage, 0), peak_memory(self._device))
-        self._restart()
-
-    def _restart(self) -> None:
         reset_peak_memory(self._device)
         self._start = time.monotonic()
 

@@ -51,10 +51,10 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         record = read_record(path)
         for name, metric in record.metrics.items():
             full = record.fp_metrics.get(name)
-            said = "" if full is None else f", full precision {full.value:.2f}"
+            compared = "" if full is None else f", full precision {full.value:.2f}"
             click.echo(
                 f"{record.model} {record.method} {name} {metric.value:.2f} ± {metric.stderr:.2f} "
-                f"(n = {record.n}{said})"
+                f"(n = {record.n}{compared})"
             )
         _echo(record.weights.notes())
         if record.preprocessing is not None:
@@ -132,7 +132,8 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         """List short names and demo models."""
         from tasks.common.registry import get_task
 
-        names = get_task(task).model_names()
+        found = get_task(task)
+        names = {**found.tags.SHORT_NAMES, **dict.fromkeys(found.tags.DEMO_NAMES, found.demo)}
         width = max(14, *map(len, names))
         for name, meaning in names.items():
             click.echo(f"{name:{width}s} {meaning}")
