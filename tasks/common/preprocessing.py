@@ -79,7 +79,7 @@ def parse_preprocessing(texts: Mapping[str, str | None]) -> dict[str, Any]:
         ) from error
 
 
-def replaced(made: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+def replaced_fields(made: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Return one sentence per ``given`` field that differs from the checkpoint's (``made``)."""
     return [
         f"--{name.replace('_', '-')} {_text(value)} replaces {_text(made.get(name))}, which the "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fimaq_core.recipe import Recipe
+from fimaq_core.resources import EngineChoice, Placement
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class CellRequest:
     device: str = "cpu"  # cpu, cuda or cuda:N
     threads: int | None = None  # of the CPU; None leaves the choice to PyTorch
     eval_batch: int = 32  # images per forward pass of evaluation, tape and Fisher passes
-    placement: Literal["device", "host", "disk"] = "device"  # of the inputs of all blocks
-    step_engine: Literal["auto", "eager", "fused", "compiled", "graph"] = "auto"
+    placement: Placement = "device"  # of the inputs of all blocks
+    step_engine: EngineChoice = "auto"
     mlp_checkpoint: Path | None = None  # reconstructed MLPs, instead of reconstructing them
     workers: int = 0  # data-loading processes
     notes: tuple[str, ...] = ()  # texts for the record, such as "ran out of memory once"

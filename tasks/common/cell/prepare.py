@@ -174,7 +174,7 @@ def _parts(cell: PreparedCell) -> list[Part]:
     return parts
 
 
-def whole(chains: Chains) -> nn.Module:
+def whole_module(chains: Chains) -> nn.Module:
     """Return one module with all chains, whose state a checkpoint of the whole model holds."""
     return chains[""] if list(chains) == [""] else nn.ModuleDict(chains)
 

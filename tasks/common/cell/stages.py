@@ -14,13 +14,13 @@ from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, STAGES, load_mlps
 from fimaq_core.progress import OnProgress, silent
 from fimaq_core.recipe import OFF, Recipe, make_recipe
 from fimaq_core.reconstruction.mlp import mlps, use_relu
-from fimaq_core.store import Address, CheckpointStore, Part, Pieces, Stage
+from fimaq_core.store import Address, Part, Pieces, Stage
 from tasks.common.cell.lease import Lease
 from tasks.common.cell.origin import Origin, read_origin
-from tasks.common.cell.prepare import PreparedCell, all_segments, prepare, whole
+from tasks.common.cell.prepare import PreparedCell, all_segments, prepare, whole_module
 from tasks.common.models.facts import joined_facts, model_facts
 from tasks.common.models.inspection import Inspection
-from tasks.common.preprocessing import replaced
+from tasks.common.preprocessing import replaced_fields
 from tasks.common.registry import defaults
 from tasks.common.request import CellRequest
 from tasks.common.task import Chains, Evaluation
@@ -53,7 +53,7 @@ def run_stages(cell: PreparedCell, lease: Lease) -> None:
     cell.run(STAGES, address)
     lease.check()
     done = RECONSTRUCT if any(map(RECONSTRUCT.wanted, cell.parts)) else CALIBRATE
-    cell.save(folder / "quantized.safetensors", whole(cell.chains), done.mark)
+    cell.save(folder / "quantized.safetensors", whole_module(cell.chains), done.mark)
 
 
 def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
@@ -79,10 +79,10 @@ def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) ->
     cell = prepare(request, on_progress)
     _run_stage(MLPS, cell, _beside(out, "mlp"))
     if out.is_file():
-        load_checkpoint(out, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
+        load_checkpoint(out, whole_module(cell.chains), cell.fingerprint, CALIBRATE.scope)
         return cell.notes
     _run_stage(CALIBRATE, cell, out)
-    _join_parts(cell, out, whole(cell.chains), CALIBRATE.mark)
+    _join_parts(cell, out, whole_module(cell.chains), CALIBRATE.mark)
     return cell.notes
 
 
@@ -101,21 +101,22 @@ def reconstruct_stage(
             f"The checkpoint {source} is of stage '{origin.stage}': reconstruct needs a calibrated "
             "one."
         )
-    recipe = _changed(fingerprint.recipe, given, request.task)
+    recipe = _changed_recipe(fingerprint.recipe, given, request.task)
     cell = prepare(_with_origin(request, origin, recipe), on_progress)
     if recipe.reconstruct_mlp:
         cell.keep_teachers()
         use_relu(all_segments(cell.chains))
-    load_checkpoint(source, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
+    load_checkpoint(source, whole_module(cell.chains), cell.fingerprint, CALIBRATE.scope)
 
-    def address(stage: Stage, part: Part) -> Address:
-        return Address.beside(_beside(out, part.name), stage)._replace(file=None)
+    def blocks(part: Part) -> Pieces:
+        folder = Address.beside(_beside(out, part.name), RECONSTRUCT).pieces
+        return Pieces(folder, RECONSTRUCT.piece, part.fingerprint, RECONSTRUCT.scope)
 
     for part in cell.parts:  # also if the recipe has no reconstruction: the user asks for it
-        CheckpointStore(cell.resources, address).run(RECONSTRUCT, part)
-    cell.save(out, whole(cell.chains), RECONSTRUCT.mark)
+        RECONSTRUCT.make(part, cell.resources, blocks(part))
+    cell.save(out, whole_module(cell.chains), RECONSTRUCT.mark)
     for part in cell.parts:
-        Pieces(address(RECONSTRUCT, part).pieces, RECONSTRUCT.piece).remove()
+        blocks(part).remove()
     return [*cell.notes, *cell.log.sentences()]
 
 
@@ -124,8 +125,8 @@ def evaluate_stage(request: CellRequest, checkpoint: Path, on_progress: OnProgre
     fingerprint, origin = read_origin(checkpoint, request.task)
     cell = prepare(_with_origin(request, origin), on_progress)
     evaluation = cell.evaluate(_restored(cell, checkpoint, fingerprint, origin))
-    said = replaced(origin.preprocessing.fields(), request.model.preprocessing)
-    return replace(evaluation, notes=[*cell.notes, *said, *evaluation.notes])
+    replaced = replaced_fields(origin.preprocessing.fields(), request.model.preprocessing)
+    return replace(evaluation, notes=[*cell.notes, *replaced, *evaluation.notes])
 
 
 def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
@@ -181,12 +182,12 @@ def _restored(
     chains = cell.task.chains(cell.loaded, recipe)
     if recipe.reconstruct_mlp:
         use_relu(all_segments(chains))
-    load_checkpoint(checkpoint, whole(chains), None)
-    set_quantized(whole(chains), True)
+    load_checkpoint(checkpoint, whole_module(chains), None)
+    set_quantized(whole_module(chains), True)
     return chains
 
 
-def _changed(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:
+def _changed_recipe(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:
     """Return a checkpoint's recipe with the ``given`` fields.
 
     A given method replaces all fields except those of the ranges. Raises CheckpointError for

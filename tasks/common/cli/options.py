@@ -10,6 +10,7 @@ import click
 
 from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
+from fimaq_core.resources import EngineChoice, Placement
 from tasks.common.data import class_order
 from tasks.common.preprocessing import HELP, parse_preprocessing
 from tasks.common.registry import defaults
@@ -126,8 +127,7 @@ def run(own: TaskOptions) -> Option:
     images = "File of image paths, one per line, or a result record with calibration images."
     limit = "Evaluate only this number of first samples; the record says so."
     corrupt = "Leave damaged images out, and name them in the record."
-    places = click.Choice(["device", "host", "disk"])
-    engines = click.Choice(["auto", "eager", "fused", "compiled", "graph"])
+    places, engines = click.Choice(get_args(Placement)), click.Choice(get_args(EngineChoice))
     steps = "Step engine; auto: graph on CUDA, compiled for long runs on CPUs, else fused."
     workers = click.IntRange(min=0)
     return _joined(
