@@ -91,8 +91,7 @@ class Calibration(Strict):
 class LayerEntry(Strict):
     """A quantized layer. ``input_*`` describes a product's first operand, ``other_*`` its second.
 
-    ``*_quantizer`` is the kind of quantizer, ``none`` if it is off. Older records lack the fields
-    with defaults.
+    ``*_quantizer`` is the kind of quantizer, ``none`` if off. Old records lack the last four fields.
     """
 
     name: str

@@ -147,8 +147,7 @@ def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> Non
     """Enter the file ``path``, which a cell of the resolved ``request`` shares, into the index.
 
     The name of the file depends on weights and images, which only a run loads. The index entry
-    depends on the request alone, so that a plan finds the file. ``kind`` and ``digest``: see
-    :func:`shared_digest`.
+    depends on the request alone, so that a plan finds the file.
     """
     entry = _index_entry(request, _basis(request), kind, digest)
     # If this fails, only plans miss the file, so the run goes on.

@@ -137,8 +137,7 @@ class PreparedCell:
 def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
     """Load the model; draw calibration images and build parts if the model is to be quantized.
 
-    Raises FimaqError if the request is contradictory, or if a file is missing, damaged or does not
-    fit.
+    Raises FimaqError if the request is contradictory, or a file is missing, damaged or unsuitable.
     """
     request = resolved(request)
     if request.threads is not None:

@@ -188,10 +188,7 @@ def take_recipe(task: str, options: dict[str, Any]) -> Recipe | None:
 
 
 def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
-    """Remove the recipe options from ``options`` and return the given fields.
-
-    Options have priority over the recipe file.
-    """
+    """Remove the recipe options and return the given fields; options override the recipe file."""
     method, file = options.pop("method"), options.pop("recipe_file")
     given = {name: options.pop(name) for name in list(Recipe.model_fields) if name in options}
     source = click.get_current_context().get_parameter_source("method")
