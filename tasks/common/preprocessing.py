@@ -53,7 +53,7 @@ class GivenPreprocessing(Strict):
 #: Help texts of the options by field of :class:`GivenPreprocessing`.
 HELP = {
     "input_size": "Size of input images: one number, H,W or C,H,W.  [as the model was built]",
-    "crop_pct": "Share of a resized image that is kept.  [the model's]",
+    "crop_pct": "Kept share of the resized image, in 0..1.  [the model's]",
     "mean": "Mean of input images in 0..1: a number, or one per channel.  [the model's]",
     "std": "Standard deviation of input images: a number, or one per channel.  [the model's]",
     "interpolation": "Interpolation of resizing: bicubic, bilinear, lanczos ...  [the model's]",

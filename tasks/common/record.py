@@ -91,7 +91,7 @@ class Calibration(Strict):
 class LayerEntry(Strict):
     """A quantized layer. ``input_*`` describes a product's first operand, ``other_*`` its second.
 
-    ``*_quantizer`` is the kind of quantizer, ``none`` if off. Old records lack the last four fields.
+    ``*_quantizer`` is the kind of quantizer, ``none`` if off. Old records lack the last 4 fields.
     """
 
     name: str

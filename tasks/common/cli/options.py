@@ -114,7 +114,7 @@ def model(own: TaskOptions) -> Option:
 def weights(file: str = "The float weights, if they came from a local file.") -> Option:
     """Add the options for the float weights; ``file`` is the help of ``--weights``."""
     folder = "Folder with <model.tag>.safetensors files."
-    entry = "Entry of the weights file, such as state_dict.  [timm's: averaged weights first]"
+    entry = "Entry of the weights file, such as state_dict.  [averaged weights first, as in timm]"
     return _joined(
         click.option("--weights", type=PATH, help=file),
         click.option("--weights-folder", type=PATH, help=folder),
@@ -125,7 +125,7 @@ def weights(file: str = "The float weights, if they came from a local file.") ->
 def run(own: TaskOptions) -> Option:
     """Add the options for the data and the run."""
     images = "File of image paths, one per line, or a result record with calibration images."
-    limit = "Evaluate only this number of first samples; the record says so."
+    limit = "Evaluate only the first samples, up to this number; the record says so."
     corrupt = "Leave damaged images out, and name them in the record."
     places, engines = click.Choice(get_args(Placement)), click.Choice(get_args(EngineChoice))
     steps = "Step engine; auto: graph on CUDA, compiled for long runs on CPUs, else fused."
