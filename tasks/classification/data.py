@@ -1,4 +1,4 @@
-"""Images of classification: class folders, the demo's digit pairs, and calibration samples."""
+"""Images of classification: class folders, the demo's digit pairs, and calibration images."""
 
 import hashlib
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from tasks.common.task import CalibrationSet, LoadedModel
 
 
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
-    """Open the part ``train`` or ``val`` of the data for a model. Raises DataError."""
+    """Open the part ``train`` or ``val`` of a model's data. Raises DataError."""
     if data.path is None and data.class_order is not None:
         raise DataError("--class-order is for class folders: give their folder with --data.")
     if loaded.data == "digit-pairs" and data.path is None:
@@ -33,15 +33,15 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
     source = open_folder(data.path, part, data.class_order, loaded.class_names, labelled)
     if source.classes != loaded.classes:
         raise DataError(
-            f"{data.path / part} has {source.classes} classes, {loaded.tag} has {loaded.classes}: "
-            "use data or weights that fit."
+            f"{data.path / part} has {source.classes} classes, but {loaded.tag} has "
+            f"{loaded.classes}: use data or weights that fit."
         )
     return source
 
 
 @lru_cache(maxsize=4)
 def digit_pairs(part: str) -> Source:
-    """Return a part of the demo's data; each part is composed only once."""
+    """Return a part of the demo's data. Each part is drawn only once."""
     pairs = DigitPairs(part)
     made = list(pairs.ids), list(pairs.targets), len(pairs.classes), lambda index: pairs[index][0]
     return Source("digit-pairs", part, *made, pairs.classes)
@@ -50,8 +50,8 @@ def digit_pairs(part: str) -> Source:
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
     """Draw the calibration images from the training part, or take those of a list.
 
-    The draw is a seeded permutation of the whole part. Random transforms are seeded per image, so
-    the sample depends on nothing else that runs. Raises DataError.
+    The draw is a seeded permutation of the whole part. Random transforms have one seed per image,
+    so other random numbers do not change the sample. Raises DataError.
     """
     source = None
     if data.calibration_list is None or loaded.data is not None:
@@ -84,8 +84,8 @@ def _listed(
         return ids, lambda index: source.read(positions[index])
     root = data.path or Path()
     paths = [root / name for name in ids]
-    # Ids are relative to the root where possible, because they seed random transforms. Files below
-    # the root are found in another Unicode form of their name, too.
+    # Ids seed random transforms, so they are relative to the root where possible. A file below the
+    # root is also found if the list has another Unicode form of its name.
     for place, path in enumerate(paths):
         if path.is_relative_to(root):
             paths[place] = file_below(root, path.relative_to(root).as_posix())

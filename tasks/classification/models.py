@@ -1,4 +1,4 @@
-"""Loading classifiers: demo models, and any timm ViT, DeiT or Swin."""
+"""Classifiers with weights and transforms: demo models, and any timm ViT, DeiT or Swin."""
 
 import inspect
 import json
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, Grayscale
 
 from fimaq_core.errors import ModelError, first_problem
-from tasks.classification.demo.digit_pairs import CANVAS_SIZE, eval_transform, train_transform
+from tasks.classification.demo import digit_pairs
 from tasks.classification.demo.models import DEMO
 from tasks.classification.tags import CATALOGUE, DEMO_NAMES, full_name
 from tasks.common.models.weights import load_state, read_weights
@@ -24,7 +24,7 @@ from tasks.common.preprocessing import Preprocessing
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
 
-#: Exceptions with which timm refuses arguments or weights.
+#: Exceptions that timm raises for arguments or weights that do not fit.
 _REFUSALS = (
     *(TypeError, ValueError, AssertionError, RuntimeError),
     *(LookupError, AttributeError, ArithmeticError),
@@ -39,9 +39,10 @@ def load_model(request: ModelRequest) -> LoadedModel:
     tag, weights = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
     if request.name in DEMO_NAMES:
         model, stored = DEMO.load(request, weights)
-        facts = tag, f"file {stored.path.name}", stored.sha256(model, altered=False), 100
-        own = eval_transform(), train_transform(), "digit-pairs", (1, *CANVAS_SIZE)
-        return LoadedModel(model, *facts, *own, entry=stored.entry, entries=stored.entries)
+        facts = tag, f"file {stored.path.name}", stored.sha256(model, altered=False)
+        own = digit_pairs.NUM_CLASSES, digit_pairs.eval_transform(), digit_pairs.train_transform()
+        data = "digit-pairs", (1, *digit_pairs.CANVAS_SIZE)
+        return LoadedModel(model, *facts, *own, *data, entry=stored.entry, entries=stored.entries)
     path = weights or CATALOGUE.fetch(tag)
     model = _create(full_name(request.name), request.model_args)
     stored = read_weights(path, request.weights_entry)
@@ -66,7 +67,7 @@ def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
     """Return timm's preprocessing for the model, with the ``given`` fields. Raises ModelError."""
     published = resolve_data_config(model=model)
     channels, *size = published["input_size"]
-    # Arguments may have changed the patch embedding.
+    # --model-args may have changed the patch embedding.
     if isinstance(embed := getattr(model, "patch_embed", None), PatchEmbed):
         channels, size = embed.proj.in_channels, embed.img_size or size
     if channels not in (1, 3):
@@ -75,7 +76,8 @@ def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
             "(1): give another in_chans in --model-args."
         )
     own = (channels, *size)
-    wanted = own[: 3 - len(given.get("input_size", own))] + tuple(given.get("input_size", own))
+    asked = tuple(given.get("input_size", own))
+    wanted = own[: 3 - len(asked)] + asked
     if wanted != own:
         _check_size(model, wanted, own)
     arguments = {**given, "input_size": wanted}
@@ -88,14 +90,14 @@ def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
 
 
 def _by_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Return one value per channel. One value, or several equal ones, serve all channels."""
+    """Return one value per channel. One value, or equal values, fit any number of channels."""
     if len(values) == channels:
         return tuple(values)
     if len(set(values)) == 1:
         return (values[0],) * channels
     plural = "s" if channels > 1 else ""
     raise ModelError(
-        f"The {name} of images has {len(values)} values and the model takes {channels} "
+        f"The {name} of images has {len(values)} values, but the model takes {channels} "
         f"channel{plural}: give --{name} with {channels} value{plural}, as the model was trained "
         "with."
     )
@@ -111,8 +113,8 @@ def _check_size(model: nn.Module, size: tuple[int, ...], own: tuple[int, ...]) -
         if size[0] != own[0]:
             arguments["in_chans"] = size[0]
         raise ModelError(
-            f"The model was built for inputs (C, H, W) of {own} and takes none of {size} "
-            f"(--input-size): build it for them with --model-args '{json.dumps(arguments)}'."
+            f"The model takes inputs (C, H, W) of {own}, not of {size} (--input-size): build it "
+            f"for this size with --model-args '{json.dumps(arguments)}'."
         ) from error
 
 
@@ -124,13 +126,14 @@ def _transform(preprocessing: Preprocessing, is_training: bool) -> Callable[[Any
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
-    # timm's own parameters name weights, files and caches, which only the request may name.
+    # Parameters of timm itself name weights, files and caches: only the request may name these.
     builders = timm.create_model, build_model_with_cfg
     own = {option for build in builders for option in inspect.signature(build).parameters}
     wrong = sorted((own - {"kwargs"}) & arguments.keys())
     if wrong:
-        problem = f"{', '.join(wrong)} are not: leave them out"
-        raise ModelError(f"--model-args are for the model's constructor, {problem}.")
+        raise ModelError(
+            f"--model-args are only for the model's constructor: leave out {', '.join(wrong)}."
+        )
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except _REFUSALS as error:
@@ -138,7 +141,7 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Convert older checkpoint layouts to the model's, by timm's function for its architecture."""
+    """Convert weights of older layouts with timm's function for the model's architecture."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         return state if convert is None else convert(state, model)

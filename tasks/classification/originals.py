@@ -1,4 +1,4 @@
-"""Original images of classified samples, without loading a model."""
+"""Original images of classified samples; no model is loaded."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from tasks.common.request import DataRequest, ModelRequest
 
 
 def originals(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """See :meth:`tasks.common.task.Task.originals`."""
+    """Return original images; see :meth:`tasks.common.task.Task.originals`."""
     if data.path is not None:
         return class_originals(data.path, ids)
     if model.name not in DEMO_NAMES:
         raise DataError(
-            f"{model.name} brings no data along: give --data /path/to/imagenet. {LAYOUT}."
+            f"{model.name} has no data of its own: give --data /path/to/imagenet. {LAYOUT}."
         )
     source = digit_pairs("test")
     return known_originals(ids, source.ids, source.read, "the demo's digit pairs")

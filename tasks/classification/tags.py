@@ -1,4 +1,4 @@
-"""Names of classifiers, and missing weights and data. Short and demo names import nothing heavy."""
+"""Names of classifiers, their missing weights and data. Only full names import timm."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from tasks.common.data.imagenet import missing_imagenet
 from tasks.common.models.hub import Catalogue, Repository
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
-#: Published checkpoints by short name. Untagged timm names changed their meaning over the years.
+#: Published checkpoints by short name, with tags: timm changed what untagged names mean.
 SHORT_NAMES = {
     "vit_tiny": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
     "vit_small": "vit_small_patch16_224.augreg_in21k_ft_in1k",
@@ -26,7 +26,7 @@ DEMO_NAMES = ("demo_vit", "demo_deit", "demo_swin")
 
 
 def full_name(name: str) -> str:
-    """Return the full timm name, ``model.tag`` or untagged as given. Raises ModelError."""
+    """Return the full timm name, with a tag if the given name has one. Raises ModelError."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     import timm
@@ -70,5 +70,5 @@ def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
 
 
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
-    """Return the missing part of the data; ``brings_data`` is True for demo models."""
+    """Return the missing data, if any; ``brings_data`` is True for demo models."""
     return missing_imagenet(data, brings_data, calibrates=data.calibration_list is None)

@@ -30,14 +30,14 @@ class ClassificationTask(Task):
         return models.load_model(request)
 
     def build(self, loaded: LoadedModel, recipe: Recipe) -> BlockChain:
-        """Turn the model into a chain, by the family that knows its class."""
+        """Turn the model into a chain with the family of its class."""
         return find_family(loaded.model).build(loaded.model, recipe)
 
     def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
         return calibration_set(loaded, data, recipe)
 
     def divergence(self, recipe: Recipe) -> Divergence:
-        """Return the KL divergence of class probabilities at the recipe's temperature."""
+        """Return the Kullback-Leibler divergence of class probabilities at a temperature."""
         return ClassifierDivergence(recipe.temperature)
 
     def evaluate(
@@ -50,7 +50,7 @@ class ClassificationTask(Task):
         workers: int,
         on_progress: OnProgress,
     ) -> Evaluation:
-        """Measure top-1 and top-5 on the evaluation part."""
+        """Measure top-1 and top-5 accuracy on the part ``val``."""
         source = open_source(loaded, data, "val").head(data.limit)
         source = replace(source, class_names=readable_names(source.class_names))
         content = source.ids, source.targets, source.read

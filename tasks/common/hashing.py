@@ -11,7 +11,7 @@ SUFFIXES = (".safetensors", ".pth", ".bin", ".pt", ".ckpt", ".pth.tar", ".tar")
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 (hex) of a file; an unchanged file is read only once. Raises DataError."""
+    """Return the sha256 (hex) of a file. An unchanged file is read only once. Raises DataError."""
     try:
         state = path.stat()
         return _sha256(path, state.st_mtime_ns, state.st_size)

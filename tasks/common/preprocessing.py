@@ -1,4 +1,4 @@
-"""Preprocessing of images: a model's own, and given by a user. Imports nothing heavy."""
+"""Preprocessing of images: the model's own, and fields given by a user. Imports nothing heavy."""
 
 import re
 from collections.abc import Mapping
@@ -13,16 +13,17 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Mean = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(ge=1e-3, le=1)]
+Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
 
 
 class Preprocessing(Strict):
-    """Steps from an image to a model's input, in the words of timm."""
+    """Settings that turn an image into a model's input, named as in timm."""
 
     input_size: tuple[PositiveInt, PositiveInt, PositiveInt]  # (C, H, W)
     crop_pct: Share | None = None  # share of a resized image that is kept; None: no crop
-    crop_mode: str  # timm's center, squash or border, or open_clip's mode of resizing
-    mean: tuple[FiniteFloat, ...]  # by channel, of values in 0..1
-    std: tuple[Positive, ...]
+    crop_mode: str  # timm: center, squash or border; open_clip: mode of resizing
+    mean: tuple[FiniteFloat, ...]  # per channel, of values in 0..1
+    std: tuple[Positive, ...]  # per channel
     interpolation: str  # of resizing
 
     def text(self) -> str:
@@ -36,25 +37,23 @@ class Preprocessing(Strict):
 
 
 class GivenPreprocessing(Strict):
-    """Fields that replace those of a model's :class:`Preprocessing`; None replaces nothing."""
+    """Fields of :class:`Preprocessing` given by a user; None keeps the model's own value."""
 
     input_size: Annotated[list[PositiveInt], Field(min_length=2, max_length=3)] | None = None
     crop_pct: Share | None = None
     mean: Annotated[list[Mean], Field(min_length=1)] | None = None
     std: Annotated[list[Deviation], Field(min_length=1)] | None = None
-    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"] | None = (
-        None
-    )
+    interpolation: Interpolation | None = None
 
     def fields(self) -> dict[str, Any]:
         """Return the given fields as JSON values."""
         return self.model_dump(mode="json", exclude_none=True)
 
 
-#: Help of the options, by the field that they give.
+#: Help texts of the options by field of :class:`GivenPreprocessing`.
 HELP = {
     "input_size": "Size of input images: one number, H,W or C,H,W.  [as the model was built]",
-    "crop_pct": "Share of a resized image that is kept.  [the model's]",
+    "crop_pct": "Kept share of the resized image, in 0..1.  [the model's]",
     "mean": "Mean of input images in 0..1: a number, or one per channel.  [the model's]",
     "std": "Standard deviation of input images: a number, or one per channel.  [the model's]",
     "interpolation": "Interpolation of resizing: bicubic, bilinear, lanczos ...  [the model's]",
@@ -80,8 +79,8 @@ def parse_preprocessing(texts: Mapping[str, str | None]) -> dict[str, Any]:
         ) from error
 
 
-def replaced(made: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Return one sentence per ``given`` field that the checkpoint was ``made`` with otherwise."""
+def replaced_fields(made: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Return one sentence per ``given`` field that differs from the checkpoint's (``made``)."""
     return [
         f"--{name.replace('_', '-')} {_text(value)} replaces {_text(made.get(name))}, which the "
         "checkpoint was made with"

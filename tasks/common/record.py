@@ -24,13 +24,13 @@ from tasks.common.hashing import file_sha256
 from tasks.common.preprocessing import Preprocessing
 
 SCHEMA_VERSION = 3
-#: Fields that version 2 added; the fields of version 3 have defaults that mean "not recorded".
+#: Fields that version 2 added. Version 3 added only fields whose default means "not recorded".
 _NEW_IN_2 = ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint")
 
 #: Name of the stage in which a cell waited for a file that another cell was making.
 WAIT = "wait"
 
-#: Name of a file beside the record. Records come from other people too, so it leads nowhere else.
+#: Name of a file beside the record, without a folder: records of other people are not trusted.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
 
 
@@ -47,11 +47,11 @@ class Weights(Strict):
     tag: str
     source: str
     sha256: str
-    entry: str | None = None  # entry of the file that was loaded; None without or in old records
+    entry: str | None = None  # loaded entry of the file; None if it has none, or in old records
     entries: list[str] = []  # all entries of the file that hold weights
 
     def notes(self) -> list[str]:
-        """Return a line that names the loaded entry if the file has several, else nothing."""
+        """Return one line with the loaded entry if the file has several, else no line."""
         if len(self.entries) < 2:
             return []
         return [f"weights: entry '{self.entry}' of {', '.join(self.entries)} (--weights-entry)"]
@@ -69,9 +69,9 @@ class Dataset(Strict):
     truncated_captions: int | None = None  # cut off at the model's context length
     exif: Literal["apply", "ignore"] | None = None  # the user's choice; None: by annotated sizes
     oriented_images: int | None = None  # images with an EXIF orientation tag
-    # Names from the weights file or demo, from COCO 2017, or from the order of annotations.
+    # Source of the class names: weights file or demo, COCO 2017, or the order of annotations.
     class_names_from: Literal["model", "published", "annotations"] | None = None
-    # Category of each class of the detector; None for a class that the data lack.
+    # Category of each class of the detector; None for a class without category in the data.
     class_categories: tuple[str | None, ...] | None = None
     class_order: str | None = None  # of class folders, see tasks.common.data.class_order
     left_out: int | None = None  # files that are neither hidden nor images
@@ -91,7 +91,7 @@ class Calibration(Strict):
 class LayerEntry(Strict):
     """A quantized layer. ``input_*`` describes a product's first operand, ``other_*`` its second.
 
-    ``*_quantizer`` is the kind, ``none`` if switched off. Defaults are those of older records.
+    ``*_quantizer`` is the kind of quantizer, ``none`` if off. Old records lack the last 4 fields.
     """
 
     name: str
@@ -114,21 +114,21 @@ class ModuleMap(Strict):
 
 
 class Environment(Strict):
-    """The machine and software of a measurement; old records lack the CPU's ``instructions``."""
+    """Machine and software of a measurement."""
 
     versions: dict[str, str]
     git_revision: str
     device: str
-    instructions: str = ""
+    instructions: str = ""  # of the CPU; empty in old records
     threads: int
 
 
 class BlockFigures(Strict):
     """Quality of a reconstructed block.
 
-    ``error`` is ``||q - f||² / ||f||²`` over all calibration images, where ``q`` is the block's
-    output in the quantized model (after all earlier errors) and ``f`` its full-precision output.
-    ``fisher`` is the mean diagonal Fisher weight of its loss; None for losses without.
+    ``error`` is ``||q - f||² / ||f||²`` over all calibration images: ``q`` is the block's output
+    in the quantized model, with the errors of all earlier blocks, and ``f`` its output in full
+    precision. ``fisher`` is the mean diagonal Fisher weight of the loss; None if the loss has none.
     """
 
     error: FiniteFloat
@@ -136,7 +136,7 @@ class BlockFigures(Strict):
 
 
 class ResultRecord(Strict):
-    """All facts of one finished cell; method ``fp`` is the full-precision model.
+    """All facts about one finished cell. Method ``fp`` is the full-precision model.
 
     Example::
 
@@ -191,7 +191,7 @@ class ResultRecord(Strict):
 
 
 def bits_name(w_bit: int, a_bit: int) -> str:
-    """Return a short name of bit-widths: ``fp`` for 32/32, else such as ``w3a3``."""
+    """Return a short name of bit-widths: ``fp`` for 32/32, ``w3a3`` for 3/3."""
     return "fp" if w_bit == a_bit == OFF else f"w{w_bit}a{a_bit}"
 
 
@@ -204,34 +204,30 @@ def cell_folder(root: Path, task: str, model_tag: str, recipe: Recipe | None, di
 
 
 def fingerprint(content: dict[str, Any]) -> str:
-    """Return the sha256 (hex) of ``content`` without its own fingerprint.
+    """Return the sha256 (hex) of a record's content, without its field ``fingerprint``.
 
-    It is that of canonical JSON (sorted keys, no whitespace, ASCII): the layout of a file does not
-    count. Raises ValueError for a number that is NaN, infinite or has thousands of digits.
+    The hash covers canonical JSON (sorted keys, no whitespace, ASCII), so the layout of the file
+    does not count. Raises ValueError for a number that is NaN, infinite or has thousands of digits.
     """
     rest = {name: value for name, value in content.items() if name != "fingerprint"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def sealed(record: ResultRecord) -> ResultRecord:
-    """Return the record with its fingerprint."""
-    mark = fingerprint(record.model_dump(mode="json"))
-    return record.model_copy(update={"fingerprint": mark})
-
-
 def write_record(record: ResultRecord, folder: Path) -> Path:
     """Write ``result.json`` with its fingerprint into ``folder`` and return its path."""
+    mark = fingerprint(record.model_dump(mode="json"))
+    text = record.model_copy(update={"fingerprint": mark}).model_dump_json(indent=1)
     path = folder / "result.json"
     with replaced_whole(path) as temporary:
-        temporary.write_text(sealed(record).model_dump_json(indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
 
 def read_record(path: Path) -> ResultRecord:
     """Read and validate a record; convert an older schema to the present one.
 
-    Raises CheckpointError if it is missing, damaged, edited, of a newer schema or no record.
+    Raises CheckpointError if the file is missing, damaged, edited, of a newer schema or no record.
     """
     remedy = "restore it, or delete it to measure that cell again"
     try:
@@ -259,8 +255,8 @@ def read_record(path: Path) -> ResultRecord:
 
 
 def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
-    """Return why the outcomes in ``folder`` are not the record's; None if they are, or unknown."""
-    if record.outcomes_sha256 is None:  # schema 1
+    """Return a message if the outcomes in ``folder`` do not belong to the record, else None."""
+    if record.outcomes_sha256 is None:  # schema 1 holds no hash
         return None
     path, wanted = folder / record.outcomes, record.outcomes_sha256
     try:
@@ -276,9 +272,9 @@ def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
 
 
 def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
-    """Return the per-sample outcomes (n,) of a record: ids in ``sample``, else numbers.
+    """Return the per-sample outcomes of a record: (n,) ids in ``sample``, (n,) numbers elsewhere.
 
-    Raises CheckpointError if the file is missing, damaged, of another record or of another form.
+    Raises CheckpointError if the file is missing, damaged, of another record or has other shapes.
     """
     path = folder / record.outcomes
     again = f"measure {record.model} {record.method} again with --force."
@@ -310,7 +306,7 @@ def proportion(correct: int, count: int) -> Metric:
 
 
 def own_seconds(record: ResultRecord) -> float:
-    """Return the seconds that a cell took, without waiting for other cells."""
+    """Return the wall-clock time (s) of a cell, without the time it waited for other cells."""
     return sum(seconds for stage, seconds in record.seconds.items() if stage != WAIT)
 
 

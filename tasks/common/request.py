@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fimaq_core.recipe import Recipe
+from fimaq_core.resources import EngineChoice, Placement
 
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """A model and the place of its weights."""
+    """A model and the source of its weights."""
 
-    name: str = ""  # short, demo or the library's own name; empty where a checkpoint names it
+    name: str = ""  # short name, demo name or the library's; empty if a checkpoint gives it
     model_args: dict[str, Any] = field(default_factory=dict)  # of the library's constructor
     weights: Path | None = None  # a local file; None: the demo's own or the published weights
-    weights_folder: Path | None = None  # of <model.tag>.safetensors (.pth, .bin); before the hub
+    weights_folder: Path | None = None  # searched before the hub for <model.tag>.safetensors ...
     weights_entry: str | None = None  # entry of the file, such as state_dict; None: timm's choice
     preprocessing: dict[str, Any] = field(default_factory=dict)  # fields of GivenPreprocessing
 
@@ -30,8 +31,8 @@ class DataRequest:
     skip_corrupt: bool = False  # leave damaged images out and name them, instead of stopping
     evaluation: str | None = None  # measurement, such as zero-shot; None: the task's default
     calibration_data: Path | None = None  # root; None: the training part of `path`
-    # Keep the model's output for each sample beside the record, if the task can. It is no part of
-    # a cell's identity: finished cells are not measured again for it.
+    # Write the model's output for each sample beside the record, if the task supports it. This is
+    # not part of a cell's identity: a finished cell is not measured again for its outputs.
     keep_outputs: bool = False
     exif: Literal["apply", "ignore"] | None = None  # detection; None: by the annotated sizes
     class_order: str | None = None  # of class folders, see tasks.common.data.class_order
@@ -39,14 +40,14 @@ class DataRequest:
 
 @dataclass(frozen=True)
 class Missing:
-    """An absent thing that a cell needs, with advice on how to get things of its kind."""
+    """Weights or data that a cell needs and that are absent, and advice on how to get them."""
 
     what: str
     advice: str
 
 
 def describe_missing(missing: Iterable[Missing]) -> str | None:
-    """Return one line per advice with the names of its things; None if nothing is missing."""
+    """Return one line per advice, with all missing items it is for; None if nothing is missing."""
     kinds: dict[str, dict[str, None]] = {}
     for item in missing:
         kinds.setdefault(item.advice, {})[item.what] = None
@@ -56,7 +57,7 @@ def describe_missing(missing: Iterable[Missing]) -> str | None:
 
 @dataclass(frozen=True)
 class CellRequest:
-    """One cell of a grid, or one ``run`` of a task's command line.
+    """A cell to measure: one of a grid, or one ``run`` of a task's command line.
 
     Example::
 
@@ -67,13 +68,13 @@ class CellRequest:
     model: ModelRequest
     data: DataRequest
     recipe: Recipe | None  # None measures the full-precision model
-    variant: str | None = None  # name of the recipe in tables; None: made of its changed settings
+    variant: str | None = None  # name of the recipe in tables; None: built from changed settings
     results: Path = Path("results/runs")  # root of the records
     device: str = "cpu"  # cpu, cuda or cuda:N
     threads: int | None = None  # of the CPU; None leaves the choice to PyTorch
     eval_batch: int = 32  # images per forward pass of evaluation, tape and Fisher passes
-    placement: Literal["device", "host", "disk"] = "device"  # of the inputs of blocks
-    step_engine: Literal["auto", "eager", "fused", "compiled", "graph"] = "auto"
+    placement: Placement = "device"  # of the inputs of all blocks
+    step_engine: EngineChoice = "auto"
     mlp_checkpoint: Path | None = None  # reconstructed MLPs, instead of reconstructing them
     workers: int = 0  # data-loading processes
-    notes: tuple[str, ...] = ()  # for the record, such as an attempt that ran out of memory
+    notes: tuple[str, ...] = ()  # texts for the record, such as "ran out of memory once"

@@ -1,4 +1,4 @@
-"""The interface of a task. Each task is a package whose libraries are imported when it runs."""
+"""The interface of a task, and the objects that its methods take and return."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -28,23 +28,23 @@ class LoadedModel:
 
     model: nn.Module  # in eval mode, on the CPU
     tag: str  # `model.tag`: identity of architecture and weights
-    source: str  # place of the weights, for people
+    source: str  # place of the weights, as text for people
     sha256: str  # of the weights
     classes: int  # number of outputs
     eval_transform: Callable[[Any], Tensor]  # image to (C, H, W) float32
     train_transform: Callable[[Any], Tensor]
-    data: str | None = None  # name of the data set that comes with the model
+    data: str | None = None  # name of the data set that comes with a demo model
     input_shape: tuple[int, int, int] | None = None  # (C, H, W) of images, for `inspect`
-    tokenizer: Callable[[list[str]], Tensor] | None = None  # captions to (n, length) int64
+    tokenizer: Callable[[list[str]], Tensor] | None = None  # n captions to (n, length) int64
     context_length: int | None = None  # largest number of tokens per caption
     entry: str | None = None  # entry of the weights file that was loaded, if it has entries
     entries: tuple[str, ...] = ()  # all entries of the file that hold weights
-    class_names: tuple[str, ...] | None = None  # in the weights file, by label; () if unreadable
-    preprocessing: Preprocessing | None = None  # None where the task has its own way
+    class_names: tuple[str, ...] | None = None  # by label, from the file; () if unreadable
+    preprocessing: Preprocessing | None = None  # None if the task has a preprocessing of its own
 
     @property
     def weights(self) -> Weights:
-        """The weights in the form of a record."""
+        """Origin of the weights, for the record."""
         found = {name: getattr(self, name) for name in ("tag", "source", "sha256", "entry")}
         return Weights(**found, entries=list(self.entries))
 
@@ -53,12 +53,12 @@ class LoadedModel:
 class CalibrationSet:
     """Calibration images with their ids."""
 
-    images: Samples | Tensor  # (n, C, H, W) float32, or Samples of (1, C, H, W) where sizes vary
+    images: Samples | Tensor  # (n, C, H, W) float32; Samples of (1, C, H, W) if sizes vary
     ids: list[str]
     transform: str  # name of the images' transform
     fingerprint: str  # sha256 of transform, ids and values
     skipped: list[str] = field(default_factory=list)  # ids of damaged images
-    inputs: dict[str, Samples | Tensor] = field(default_factory=dict)  # (n, ...) by part
+    inputs: dict[str, Samples | Tensor] = field(default_factory=dict)  # (n, ...) of each part
     captions: list[str] | None = None  # one per image
     truncated_captions: int | None = None  # captions that are longer than the model's context
     metas: list[dict[str, Any]] = field(default_factory=list)  # shape and scale of each image
@@ -71,46 +71,42 @@ class Evaluation:
 
     metrics: dict[str, Metric]
     n: int  # number of samples
-    outcomes: dict[str, np.ndarray]  # (n,) each; `sample` holds the ids
+    outcomes: dict[str, np.ndarray]  # arrays of (n,); `sample` holds the ids
     dataset: Dataset
     skipped: list[str] = field(default_factory=list)  # ids of damaged samples
     files: dict[str, Any] = field(default_factory=dict)  # JSON to write beside the record, by name
-    # Predictions for up to 12 samples, each the content of a ClassSample, CaptionSample or
-    # ObjectSample; their `sample` is an id that Task.originals takes.
+    # Up to 12 prediction samples, each the content of a ClassSample, CaptionSample or
+    # ObjectSample. Task.originals takes the ids in their field `sample`.
     examples: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # for the user
 
 
-#: The chains of a model by part. The only chain of a model has the name ``""``.
+#: The chains of a model by name of the part; the name is ``""`` if the model is one chain.
 Chains = dict[str, BlockChain]
 
 
 class Task:
-    """Interface of a task; ``tasks.<name>.task.TASK`` is an object of a subclass.
+    """Interface of a task. ``tasks.<name>.task.TASK`` is an object of a subclass.
 
-    A task whose models are one chain defines :meth:`load`, :meth:`build`, :meth:`calibration`,
-    :meth:`divergence` and :meth:`evaluate`. A task whose models have several parts defines
-    :meth:`chains` and the other methods that take or return chains instead of :meth:`build`.
+    A task with models of one chain defines :meth:`load`, :meth:`build`, :meth:`calibration`,
+    :meth:`divergence` and :meth:`evaluate`. A task with models of several parts replaces
+    :meth:`build` and :meth:`divergence` by the methods that take or return several chains.
 
-    Its module ``tags`` imports nothing heavy. It has ``SHORT_NAMES``, ``DEMO_NAMES``,
-    ``CATALOGUE``, ``model_tag``, ``weights_digest``, ``missing_data`` and ``preflight``; and, if
-    needed, ``SCOPES``, ``parts``, ``EVALUATIONS``, ``DEFAULTS``, see :mod:`tasks.common.registry`.
+    The module ``tags`` of a task imports nothing heavy. It has ``SHORT_NAMES``, ``DEMO_NAMES``,
+    ``CATALOGUE``, ``model_tag``, ``weights_digest``, ``missing_data`` and ``preflight``. It may
+    have ``SCOPES``, ``parts``, ``EVALUATIONS`` and ``DEFAULTS``, see :mod:`tasks.common.registry`.
     """
 
     name: str  # of the package
-    tags: ModuleType  # its tags.py
+    tags: ModuleType  # module tags.py of the package
     demo: str  # description of the demo models
-
-    def model_names(self) -> dict[str, str]:
-        """Return short and demo names with their meanings."""
-        return {**self.tags.SHORT_NAMES, **dict.fromkeys(self.tags.DEMO_NAMES, self.demo)}
 
     def load(self, request: ModelRequest) -> LoadedModel:
         """Load model, weights and transforms. Raises ModelError."""
         raise NotImplementedError
 
     def build(self, loaded: LoadedModel, recipe: Recipe) -> BlockChain:
-        """Turn a model into its only chain. Raises ModelError."""
+        """Turn a model of one chain into that chain. Raises ModelError."""
         raise NotImplementedError
 
     def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
@@ -118,7 +114,7 @@ class Task:
         return {"": self.build(loaded, recipe)}
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
-        """Return the model for :meth:`evaluate`: chains, and float modules for all other parts."""
+        """Return the model for :meth:`evaluate`: the chains and, as they are, all float parts."""
         return chains.get("", loaded.model)
 
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
@@ -126,7 +122,7 @@ class Task:
         return {}
 
     def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
-        """Return one input (1, ...) per chain, of any values. Raises ModelError."""
+        """Return one input (1, ...) per chain, with arbitrary values. Raises ModelError."""
         if loaded.input_shape is None:
             raise ModelError(
                 f"The operations of {loaded.tag} cannot be counted, because its task does not say "
@@ -145,11 +141,11 @@ class Task:
         return images.inputs or {"": images.images}
 
     def part_scope(self, part: str, recipe: Recipe) -> str:
-        """Return the scope of a run that quantizes the same layers of ``part`` and nothing else."""
+        """Return the scope that quantizes the same layers of ``part``, and no other part."""
         return part
 
     def divergence(self, recipe: Recipe) -> Divergence:
-        """Return the divergence of the only chain, for its Fisher passes."""
+        """Return the divergence for the Fisher passes of a model of one chain."""
         raise NotImplementedError
 
     def divergences(
@@ -173,16 +169,24 @@ class Task:
         workers: int,
         on_progress: OnProgress,
     ) -> Evaluation:
-        """Measure ``model`` of :meth:`assemble` on ``device``. Raises DataError, NumericsError."""
+        """Measure ``model``, made by :meth:`assemble`, in eval mode on ``device``.
+
+        Args:
+            batch_size: images per forward pass.
+            workers: data-loading processes.
+            on_progress: receives progress, one unit per image.
+
+        Raises DataError, ModelError if the model does not take the images, and NumericsError.
+        """
         raise NotImplementedError
 
     def originals(
         self, model: ModelRequest, data: DataRequest, ids: Sequence[str]
     ) -> dict[str, Image.Image]:
-        """Return the original RGB images of ``ids``, the samples of an evaluation's examples.
+        """Return the original RGB images by id, for the prediction samples of an evaluation.
 
-        Reads these images only, and no weights. Ids may come from files of other people: an id
-        never leads outside the data. Raises DataError.
+        Only these images are read, and no weights. Ids may come from other people's files, so an
+        id never leads outside the data. Raises DataError.
         """
         module = importlib.import_module(f"{self.tags.__package__}.originals")
         return module.originals(model, data, ids)

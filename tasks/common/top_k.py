@@ -1,4 +1,4 @@
-"""Top-1 and top-5 of a classifier, with the outcome of every sample and the answers to a few."""
+"""Top-1 and top-5 accuracy of a classifier, with outcomes and prediction samples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,17 +26,9 @@ def evaluate(
     workers: int,
     on_progress: OnProgress,
 ) -> Evaluation:
-    """Measure ``model`` on all of ``images``.
+    """Measure ``model``, (B, C, H, W) to logits (B, classes), on all of ``images``.
 
-    Args:
-        model: on ``device``, in eval mode; (B, C, H, W) to (B, classes).
-        images: of ``source``, transformed.
-        source: data set; its class names are for people, or empty for numbers.
-        device: of the model.
-        batch_size: images per forward pass.
-        workers: data-loading processes.
-        on_progress: receives progress, one unit per image.
-
+    See :meth:`tasks.common.task.Task.evaluate`. ``images`` are those of ``source``, transformed.
     Raises DataError if no image is left or a damaged one is not skipped, ModelError if the model
     does not take these images, and NumericsError if a logit is NaN or infinite.
     """
@@ -50,7 +42,7 @@ def evaluate(
                 "The model's outputs have NaN or infinite values: check the weights and the recipe."
             )
         own = logits.gather(1, target[:, None])
-        # Ties count against the model: a constant output must not score.
+        # Ties count against the model, so that constant outputs score nothing.
         rank = (logits >= own).sum(1) - 1
         found = batch.positions, batch.targets, logits.argmax(1).cpu(), rank.cpu()
         for column, values in zip(columns.values(), found, strict=True):
@@ -77,12 +69,12 @@ def evaluate(
 
 
 def _answers(logits: Tensor, target: int, names: Sequence[str]) -> dict[str, Any]:
-    """Return the true class of an image and the most probable classes, of its logits (classes,)."""
+    """Return the true and the most probable classes of an image from its logits (classes,)."""
 
     def name(label: int) -> str:
         return shortened(names[label]) if names else str(label)
 
-    # Double precision, so that shares do not depend on the device's softmax.
+    # Double precision on the CPU, so that shares do not depend on the device's softmax.
     values = logits.cpu().double()
     shares = values.softmax(0).tolist()
     best = leaders(values.numpy(), np.arange(len(values)) == target)

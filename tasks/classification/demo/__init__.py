@@ -1,1 +1,1 @@
-"""Demo of the classification task without any download: digit pairs and three tiny transformers."""
+"""Demo of classification without downloads: digit pairs and three tiny transformers."""

@@ -1,7 +1,7 @@
-"""Two-digit images made from real handwritten digits: a 100-class data set without a download.
+"""Digit pairs: a data set of 100 classes, made of real handwritten digits without a download.
 
-A sample is two digits side by side with the label ``10 * left + right``. Single digits are too easy
-even for a tiny model and would hide the cost of quantization.
+A sample is two digits side by side with the label ``10 * left + right``. Single digits are so easy
+that even a tiny model would hide the cost of quantization.
 """
 
 import hashlib
@@ -23,27 +23,25 @@ CANVAS_SIZE = (HALF_SIZE, 2 * HALF_SIZE)
 MAX_OFFSET = HALF_SIZE - DIGIT_SIZE
 NUM_CLASSES = 100
 
-# Statistics of the pixels of `train` in [0, 1]; constants, so that preprocessing never changes.
+# Pixel statistics of `train` in [0, 1]. They are fixed, so that preprocessing never changes.
 PIXEL_MEAN = 0.0999
 PIXEL_STD = 0.2748
 
-_DATA = "digit pairs"
 _PAIRS = {"train": 8192, "val": 1000, "test": 2000}
 
 
 @dataclass(frozen=True)
 class PairPlan:
-    """Digits of n pairs and their places, all int64."""
+    """Digits and positions of n pairs; all arrays are int64."""
 
     left: np.ndarray  # (n,) index of the source digit
     right: np.ndarray  # (n,)
-    offsets: np.ndarray  # (n, 2, 2): (top, left) in its half, of the left and the right digit
+    offsets: np.ndarray  # (n, 2, 2): (top, left) of both digits, each in its half of the image
     targets: np.ndarray  # (n,) labels
 
 
 def draw_pairs(part: str, count: int, rng: np.random.Generator) -> PairPlan:
-    """Draw ``count`` pairs in random order; classes and digits are used equally often."""
-    digits.check_part(part, _DATA)
+    """Draw ``count`` pairs in random order; all classes, and all digits, come equally often."""
     targets = rng.permutation(np.arange(count) % NUM_CLASSES)
     dealer = digits.DigitDealer(part, rng)
     left, right = np.empty((2, count), dtype=np.int64)
@@ -68,7 +66,7 @@ def compose_pairs(plan: PairPlan) -> np.ndarray:
 class DigitPairs(digits.DigitSamples):
     """One fixed part: 8,192 pairs in `train`, 1,000 in `val`, 2,000 in `test`.
 
-    Ids are such as ``test/00017-1234+0456``: position, then the source indices of both digits.
+    An id such as ``test/00017-1234+0456`` has the position and the indices of both digits.
 
     Example::
 
@@ -76,12 +74,11 @@ class DigitPairs(digits.DigitSamples):
     """
 
     def __init__(self, part: str, transform: Callable[[Image.Image], Any] | None = None) -> None:
-        digits.check_part(part, _DATA)
+        digits.check_part(part, "digit pairs")
         self.part, self.transform = part, transform
-        # One random stream per part, so that the size of a part does not affect the others.
-        self.plan = draw_pairs(
-            part, _PAIRS[part], np.random.default_rng([digits.SEED, digits.PARTS.index(part)])
-        )
+        # One random stream per part, so that the size of one part does not change another.
+        rng = np.random.default_rng([digits.SEED, digits.PARTS.index(part)])
+        self.plan = draw_pairs(part, _PAIRS[part], rng)
         self.pixels = compose_pairs(self.plan)
         self.targets: list[int] = self.plan.targets.tolist()
         sources = zip(self.plan.left, self.plan.right, strict=True)
@@ -92,7 +89,7 @@ class DigitPairs(digits.DigitSamples):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over ids, labels and pixels."""
+        """Hash (sha256, hex) of ids, labels and pixels."""
         digest = hashlib.sha256("\n".join(self.ids).encode())
         digest.update(np.asarray(self.targets, dtype="<i8").tobytes())
         digest.update(self.pixels.tobytes())

@@ -1,4 +1,4 @@
-"""Three small transformers of timm's classes for the digit pairs, and their weights."""
+"""Three small timm transformers for the digit pairs, and their weights."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Device, software, time and memory of a run."""
+"""Device, software, stage times and peak memory of a run."""
 
 import contextlib
 import os
@@ -55,7 +55,7 @@ def describe(device: torch.device) -> Environment:
 
 
 def _git_revision() -> str:
-    """Return the commit, with ``+changes`` where files differ; ``unknown`` without a checkout."""
+    """Return the commit, plus ``+changes`` if files differ; ``unknown`` without a checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     root = Path(__file__).resolve().parents[3]
     try:
@@ -81,20 +81,17 @@ class StageClock:
         self._device = device
         self.seconds: dict[str, float] = {}  # wall-clock time by stage; repeated stages add up
         self.memory: dict[str, int] = {}  # peak bytes by stage; the largest of repeated stages
-        self.restart()
-
-    def restart(self) -> None:
-        """Start a stage now; the time since the last lap counts for no stage."""
-        reset_peak_memory(self._device)
+        reset_peak_memory(device)
         self._start = time.monotonic()
 
     def lap(self, stage: str) -> None:
-        """End ``stage``, which began at the end of the one before, and start the next."""
+        """End the present stage, named ``stage``, and start the next one."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - self._start
         self.memory[stage] = max(self.memory.get(stage, 0), peak_memory(self._device))
-        self.restart()
+        reset_peak_memory(self._device)
+        self._start = time.monotonic()
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -102,14 +99,15 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError):  # the file is Linux's, and some sandboxes refuse the write
+    with contextlib.suppress(OSError):  # only Linux has the file; some containers forbid writing
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return peak bytes since :func:`reset_peak_memory`: CUDA tensors, or the process on the CPU.
+    """Return the peak (bytes) since :func:`reset_peak_memory`.
 
-    Where the system cannot reset the peak, it is that of the process so far.
+    On CUDA this is the memory of tensors, on the CPU that of the process. If the system cannot
+    reset the peak, it is the peak since the process began.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
@@ -117,10 +115,10 @@ def peak_memory(device: torch.device) -> int:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # a child starts with its parent's
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # a child inherits its parent's
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_memory() -> int:
-    """Return the bytes of memory that this process has now."""
+    """Return the resident memory (bytes) of this process now."""
     return int(psutil.Process().memory_info().rss)

@@ -1,4 +1,4 @@
-"""Identity of a cell: the folder of its record, and the files it shares. Imports nothing heavy."""
+"""Identity of a cell: folder of its record, and files shared with others. Imports nothing heavy."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,7 @@ _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"
 
 
 def planned_folder(request: CellRequest) -> Path:
-    """Return the folder of a cell: task, model.tag, method, bits, seed, digest of all else."""
+    """Return the folder of a cell, made of task, model.tag, method, bits, seed and a digest."""
     request = resolved(request)
     recipe, basis = request.recipe, _basis(request)
     own = None if recipe is None else recipe.digest()
@@ -36,12 +36,12 @@ def planned_folder(request: CellRequest) -> Path:
 
 
 def _basis(request: CellRequest) -> dict[str, Any]:
-    """Return what determines a resolved request's result, except recipe and evaluated samples."""
+    """Return all that determines the result of a resolved request, except recipe and limit."""
     recipe, model, data = request.recipe, request.model, request.data
     # The full-precision model needs no calibration images.
     listed, other = (data.calibration_list, data.calibration_data) if recipe else (None, None)
     order = class_order.chosen(data.class_order, data.path)
-    # Fields that came later count only where they are given, so that older cells keep their folder.
+    # Newer fields count only if they are given, so that older cells keep their folders.
     later = {
         "entry": model.weights_entry,
         "preprocessing": model.preprocessing,
@@ -52,7 +52,7 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         **{name: value for name, value in later.items() if value},
         "numerics": NUMERICS_VERSION,
         "model": registry.model_identity(request.task, model),
-        # A local file may be loaded under several names, which may stand for other transforms.
+        # A local file may be loaded under several names, and the name decides the transforms.
         "name": None if model.weights is None else model.name,
         "model_args": model.model_args,
         "data": data.path and os.path.realpath(data.path),
@@ -67,15 +67,22 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def resolved(request: CellRequest) -> CellRequest:
-    """Return the request with one spelling per choice: its scope named, the usual evaluation None.
+    """Return the request in its only form: with a named scope, and None for the default evaluation.
 
-    Raises RecipeError if the task has no such scope or evaluation.
+    Raises RecipeError if the task has no such scope or evaluation, or if ``mlp_checkpoint`` is
+    given for a recipe without MLP reconstruction.
     """
     recipe, data = request.recipe, request.data
     scopes, evaluations = registry.scopes(request.task), registry.evaluations(request.task)
     scope = None if recipe is None else recipe.scope
+    if request.mlp_checkpoint is not None and (recipe is None or not recipe.reconstruct_mlp):
+        method = "fp" if recipe is None else recipe.method
+        raise RecipeError(
+            f"The recipe of '{method}' has no MLP reconstruction, so --mlp-checkpoint is not used: "
+            "give --reconstruct-mlp too, or take method aphq."
+        )
     for kind, wanted, known, alone in (
-        ("evaluation", data.evaluation, evaluations, "It has one only"),
+        ("evaluation", data.evaluation, evaluations, "It has only one"),
         ("scope", scope, scopes, "It always quantizes the whole model"),
     ):
         if wanted is not None and wanted not in known:
@@ -89,7 +96,7 @@ def resolved(request: CellRequest) -> CellRequest:
 
 
 def variant_name(request: CellRequest) -> str:
-    """Return the given name or the settings that differ from the method's, and the scope."""
+    """Return the given name, or else the settings that differ from the method's; and the scope."""
     recipe, name = request.recipe, request.variant
     if recipe is None:
         return "fp" if name is None else name
@@ -106,12 +113,12 @@ def preflight(request: CellRequest) -> list[Missing]:
 
 
 def shared_digest(kind: str, part: str, recipe: Recipe) -> str:
-    """Return what determines a shared file of a part, besides model and data.
+    """Return the identity of a part's shared file, without that of model and data.
 
     Args:
         kind: ``calibration``, ``mlp`` or ``reconstruction``.
-        part: name of the part; empty where the model is one chain.
-        recipe: of the run, with the scope of this part only.
+        part: name of the part; empty if the model is one chain.
+        recipe: recipe of the run, with its scope limited to this part.
     """
     digests = {"calibration": recipe.calibration_digest, "mlp": recipe.mlp_digest}
     address = part if recipe.scope in (None, part) or not part else f"{part} {recipe.scope}"
@@ -119,9 +126,9 @@ def shared_digest(kind: str, part: str, recipe: Recipe) -> str:
 
 
 def shared_digests(request: CellRequest) -> dict[str, list[str]]:
-    """Return the digests of the files that a resolved request shares, by kind.
+    """Return :func:`shared_digest` of each file that a resolved request shares, by kind.
 
-    One file per part of the model that the task knows without loading it.
+    Each part of the model has its own file. The model is not loaded.
     """
     recipe = request.recipe
     if recipe is None:
@@ -137,13 +144,13 @@ def shared_digests(request: CellRequest) -> dict[str, list[str]]:
 
 
 def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> None:
-    """Write into the index that a cell of the resolved ``request`` shares the file ``path``.
+    """Enter the file ``path``, which a cell of the resolved ``request`` shares, into the index.
 
-    The file's name depends on weights and images, which only a run loads. The index depends on the
-    request alone, so a plan finds the file. ``kind`` and ``digest`` as of :func:`shared_digest`.
+    The name of the file depends on weights and images, which only a run loads. The index entry
+    depends on the request alone, so that a plan finds the file.
     """
-    entry = _entry(request, _basis(request), kind, digest)
-    # A plan misses the file if this fails, which is no reason to end a run.
+    entry = _index_entry(request, _basis(request), kind, digest)
+    # If this fails, only plans miss the file, so the run goes on.
     with contextlib.suppress(CheckpointError), replaced_whole(entry, durable=False) as temporary:
         temporary.write_text(path.name, encoding="utf-8")
 
@@ -151,15 +158,15 @@ def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> Non
 def cached(request: CellRequest, folder: Path) -> list[str]:
     """Describe the finished work of an unfinished cell, such as ``blocks 3`` or ``parts 1 of 2``.
 
-    Nothing is loaded: only the run can tell whether the files still belong to the cell.
+    No file is loaded. Only a run finds out if the files still belong to the cell.
     """
     folders, texts = [folder / "blocks"], []
-    for kind, files in _noted(request).items():
+    for kind, files in _shared_files(request).items():
         made = [file for file in files if file and file.is_file()]
         if made:
             rest = f" {len(made)} of {len(files)}" if len(made) < len(files) else ""
             texts.append(f"{_KINDS[kind]}{rest}")
-        if kind == "reconstruction":  # finished blocks of a part lie beside the part's later file
+        if kind == "reconstruction":  # blocks of an unfinished part lie beside its future file
             folders += [file.with_suffix(".blocks") for file in files if file and file not in made]
     blocks = sum(1 for place in folders for _ in place.glob("block-*.safetensors"))
     return [*([f"blocks {blocks}"] if blocks else []), *texts]
@@ -171,16 +178,16 @@ def forget(
     """Remove all files of cells and all files they share, so that a run starts from nothing.
 
     Files given by ``mlp_checkpoint`` stay. Raises Busy, and removes nothing, if another process
-    works on one of them; raises CheckpointError if a folder cannot be written.
+    works on one of the files. Raises CheckpointError if a folder cannot be written.
     """
-    doomed: dict[Path, list[Path]] = {}  # by the file whose lease protects them
+    doomed: dict[Path, list[Path]] = {}  # files to remove, by the file whose lease protects them
     for request in requests:
         folder = folder_of(request)
         if folder.is_dir():
-            # The record goes first: a cell without record is unfinished, whatever else is left.
+            # The record is removed first: a cell without a record counts as unfinished.
             record = folder / "result.json"
             doomed[record] = [record, *sorted(folder.glob("[!.]*"))]
-        for kind, files in _noted(request).items():
+        for kind, files in _shared_files(request).items():
             if kind != "mlp" or request.mlp_checkpoint is None:
                 for file in filter(None, files):
                     doomed[file] = [file, file.with_suffix(".blocks"), file.with_suffix(".mlps")]
@@ -192,27 +199,27 @@ def forget(
                 remove(file)
 
 
-def _noted(request: CellRequest) -> dict[str, list[Path | None]]:
-    """Return the files that a cell shares, made or not, by kind; None for one not in the index."""
+def _shared_files(request: CellRequest) -> dict[str, list[Path | None]]:
+    """Return the files that a cell shares, existing or not, by kind; None if not in the index."""
     if not any((request.results.parent / kind / ".index").is_dir() for kind in _KINDS):
         return {}
     request = resolved(request)
     basis = _basis(request)
     return {
-        kind: [_shared_file(_entry(request, basis, kind, digest)) for digest in digests]
+        kind: [_indexed_file(_index_entry(request, basis, kind, digest)) for digest in digests]
         for kind, digests in shared_digests(request).items()
     }
 
 
-def _entry(request: CellRequest, basis: dict[str, Any], kind: str, digest: str) -> Path:
-    """Return the file of the index for one shared file of a request."""
+def _index_entry(request: CellRequest, basis: dict[str, Any], kind: str, digest: str) -> Path:
+    """Return the path of the index entry of one shared file."""
     skip, task = request.data.skip_corrupt, request.task
     content = {**basis, "task": task, "skip_corrupt": skip, "kind": kind, "digest": digest}
     return request.results.parent / kind / ".index" / _digest(content)
 
 
-def _shared_file(entry: Path) -> Path | None:
-    """Return the file that an entry of the index names; None if it names no shared file."""
+def _indexed_file(entry: Path) -> Path | None:
+    """Return the shared file that an index entry names; None if the entry is absent or invalid."""
     try:
         with entry.open(encoding="utf-8") as file:
             name = file.read(64)

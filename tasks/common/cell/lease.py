@@ -1,11 +1,11 @@
 """Leases: only one process, on any machine, works on a file at a time.
 
-The lease of a file is `.<name>.lease` beside it. filelock creates it exclusively, writes its holder
-into it, touches it every few seconds and removes it at the end.
+The lease of a file is `.<name>.lease` beside it. The library filelock creates a lease exclusively,
+writes the holder into it, touches it every few seconds and removes it at the end.
 
-This module decides which leases are over, because filelock alone counts zombies as alive, takes
-leases from local processes that only sleep, confuses machines of the same name, and takes over
-nothing where a file system cannot exchange two names in one step (NFS).
+This module decides when the lease of a dead process is over. filelock alone counts zombies as
+alive, takes leases from local processes that only sleep, confuses machines of the same name, and
+cannot take over a lease on file systems that do not swap two names in one step (NFS).
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Busy(FimaqError):
     """Another process, `holder`, works on the file `path`."""
 
     def __init__(self, path: Path, holder: str) -> None:
-        super().__init__(path, holder)  # so that the error can travel between processes
+        super().__init__(path, holder)  # so that the error can be pickled
         self.path, self.holder = path, holder
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Busy(FimaqError):
 
 
 class LeaseLost(FimaqError):
-    """Others took this process for dead, so another process may work on the file now."""
+    """Another process took this one for dead and may work on the file now."""
 
 
 def this_process() -> tuple[str, int, float]:
@@ -50,10 +50,10 @@ def this_process() -> tuple[str, int, float]:
 
 
 def is_running(pid: int, started: float) -> bool:
-    """Return True if the process of this id and start time (s) runs here; a zombie does not run."""
+    """Return True if the process of this id and start time (s) runs here and is no zombie."""
     try:
         process = psutil.Process(pid)
-        same = abs(process.create_time() - started) < 5  # the system may correct times a little
+        same = abs(process.create_time() - started) < 5  # the system may correct its clock
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
@@ -63,18 +63,18 @@ def is_running(pid: int, started: float) -> bool:
 
 @cache
 def _machine() -> tuple[str, int]:
-    """Return the name and the boot of this machine in filelock's form; Linux only."""
+    """Return the name and the boot id of this machine in filelock's form; Linux only."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
         space = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
-        return "", 0  # no lease has this name, so only touches count
-    suffix = f"?pidns-{space:x}" if space != 0xEFFFFFFC else ""  # of the first process namespace
+        return "", 0  # no lease has this name, so all holders count as remote
+    suffix = f"?pidns-{space:x}" if space != 0xEFFFFFFC else ""  # empty in the first namespace
     return socket.gethostname() + suffix, int(boot.replace("-", ""), 16)
 
 
 class _Found(NamedTuple):
-    """State of a lease at one moment; `touched` (ns) changes with every sign of life."""
+    """State of a lease at one moment; its holder changes `touched` (ns) every few seconds."""
 
     owner: OwnerRecord | None
     inode: int
@@ -86,7 +86,7 @@ class _Found(NamedTuple):
         return f"process {self.owner.pid} on {self.owner.hostname.partition('?')[0]}"
 
     def runs(self) -> bool | None:
-        """Return True if the holder runs; None if unknown, as on another machine."""
+        """Return True if the holder runs, None if unknown, as for a holder on another machine."""
         boot, ticks = divmod((self.owner and self.owner.start) or 0, 2**64)
         if self.owner is None or (self.owner.hostname, boot) != _machine():
             return None
@@ -98,8 +98,8 @@ def _file(path: Path) -> Path:
 
 
 def _look(path: Path) -> _Found | None:
-    """Return the lease of `path` as it is now; None if there is none."""
-    # Reading the lease first makes network file systems refresh its time.
+    """Return the present state of the lease of `path`; None without a lease."""
+    # Network file systems refresh the time of a file that is read.
     owner = SoftFileLease(_file(path)).owner
     try:
         state = os.lstat(_file(path))
@@ -109,13 +109,13 @@ def _look(path: Path) -> _Found | None:
 
 
 class Observer:
-    """Tells who holds leases; remembers earlier states, and so knows which leases lapsed."""
+    """Tells who holds a lease. It remembers earlier states to notice leases without touches."""
 
     def __init__(self) -> None:
         self._seen: dict[Path, tuple[_Found, float]] = {}
 
     def holder(self, path: Path) -> str | None:
-        """Return the holder of the lease of `path`; None if nobody holds it, as known by now."""
+        """Return the holder of the lease of `path`; None if there is no lease or it is over."""
         try:
             found = _look(path)
         except OSError as error:
@@ -125,7 +125,7 @@ class Observer:
     def is_over(self, path: Path, found: _Found) -> bool:
         """Return True if the holder ended, or this observer saw no touch for `EXPIRY` seconds."""
         if (runs := found.runs()) is not None:
-            return not runs  # a local process may sleep for any time
+            return not runs  # a local process may sleep as long as it likes
         seen, since = self._seen.get(path, (None, 0.0))
         if seen != found:
             since = time.monotonic()
@@ -134,16 +134,16 @@ class Observer:
 
 
 @dataclass
-class Lease:
-    """Held lease of `path`, given back at the end of a `with` block."""
+class Lease(contextlib.AbstractContextManager["Lease"]):
+    """Lease of `path` that this process holds; a `with` block gives it back at its end."""
 
     path: Path
     lock: SoftFileLease
     waited: bool = False  # True if another process held it before
 
     def check(self) -> None:
-        """Raise LeaseLost unless the lease is still held; call this just before writing."""
-        with contextlib.suppress(OSError):  # touched first, so that nobody takes it over now
+        """Raise LeaseLost if the lease is lost; to be called just before writing."""
+        with contextlib.suppress(OSError):  # a touch keeps others from taking over now
             os.utime(self.lock.lock_file)
         if (owner := self.lock.owner) is None or owner.token != self.lock.token:
             raise LeaseLost(
@@ -156,19 +156,17 @@ class Lease:
         with contextlib.suppress(OSError):
             self.lock.release()
 
-    def __enter__(self) -> "Lease":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.release()
 
 
 def acquire(path: Path) -> Lease:
-    """Take the lease of `path`, which need not exist; its folder is created.
+    """Take the lease of `path`, which need not exist; create its folder.
 
-    Check afterwards if `path` exists: another process may just have made it. A holder on another
-    machine is watched until it touches its lease or `EXPIRY` is over. Raises Busy if a living
-    process holds the lease, and CheckpointError if the folder cannot be read or written.
+    The caller checks afterwards if `path` exists, because another process may just have made it. A
+    holder on another machine is watched until it touches its lease, or until `EXPIRY` seconds are
+    over. Raises Busy if a living process holds the lease, and CheckpointError if the folder cannot
+    be read or written.
     """
     observer = Observer()
     first: _Found | None = None
@@ -195,7 +193,7 @@ def acquire(path: Path) -> Lease:
 
 
 def _remove(path: Path, found: _Found) -> None:
-    """Remove a lease that is over, under a lease of its own: the next holder's lease stays."""
+    """Remove a lease that is over. One process at a time does so, so that no new lease is lost."""
     try:
         with acquire(_file(path)):
             if _look(path) == found:
@@ -205,7 +203,7 @@ def _remove(path: Path, found: _Found) -> None:
 
 
 def awaited(path: Path, on_progress: OnProgress = silent) -> Lease:
-    """Take the lease of `path` as soon as no other process holds it. Raises CheckpointError."""
+    """Wait until no other process holds the lease of `path`; take it. Raises CheckpointError."""
     waited = False
     while True:
         try:

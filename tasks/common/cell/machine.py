@@ -5,12 +5,12 @@ from pathlib import Path
 
 #: Folder of the control groups, and the file that names the groups of this process.
 CGROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-#: From this number of bytes on, version 1 of control groups means "no limit".
+#: Limit (bytes) from which version 1 of control groups means "no limit".
 _UNLIMITED = 2**60
 
 
 def processor() -> str:
-    """Return the processor's model name, or the architecture if the system does not tell."""
+    """Return the processor's model name, or its architecture if the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -20,21 +20,17 @@ def processor() -> str:
 
 
 def container_limits(proc: Path = OWN_GROUP, groups: Path = CGROUPS) -> dict[str, float | None]:
-    """Return the smallest limits of this process's control groups, of version 1 or 2.
+    """Return the smallest limits of the process's control groups, version 1 or 2.
 
-    Args:
-        proc: file that names the groups of the process.
-        groups: folder of all groups.
-
-    Returns:
-        ``memory`` in bytes and ``cores``; None for no limit.
+    ``proc`` is the file that names the groups of the process; ``groups`` is the folder of all
+    groups. Returns ``memory`` (bytes) and ``cores``; None means no limit.
     """
     memory: list[float] = []
     cores: list[float] = []
     lines = proc.read_text(encoding="ascii").splitlines() if proc.is_file() else []
     for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         for controller in controllers.split(","):
-            # A container may hide the group's own path; the top folder is its group then.
+            # A container may show its own group as the top folder, not at the group's path.
             own, top = groups / controller / path.strip("/"), groups / controller
             for folder in {own, *own.parents, top, *top.parents}:
                 if groups not in (folder, *folder.parents):
@@ -50,7 +46,7 @@ def container_limits(proc: Path = OWN_GROUP, groups: Path = CGROUPS) -> dict[str
 
 
 def _numbers(file: Path) -> list[float]:
-    """Return the numbers in ``file``; none if it is absent or says ``max``."""
+    """Return the numbers in ``file``; an empty list if it is absent or says ``max``."""
     try:
         return [float(word) for word in file.read_text(encoding="ascii").split()]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Origin of a checkpoint: the model it belongs to. Its header is not trusted."""
+"""Origin of a checkpoint: its task, model and stage. The header of the file is not trusted."""
 
 import re
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from fimaq_core.errors import CheckpointError, first_problem
 from tasks.common.preprocessing import GivenPreprocessing
 from tasks.common.registry import scopes
 
-#: Names of models: no address such as ``hf-hub:...``, no absolute path, no way up.
+#: Names of models: no address such as ``hf-hub:...``, no absolute path, no ``..``.
 _NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]+)*")
 #: Texts in arguments, such as kinds of pooling: no paths, no addresses, no dotted Python names.
 _WORD = re.compile(r"[A-Za-z0-9_ +-]*")
 
 
 class Origin(Strict, strict=True):
-    """Facts in a checkpoint's header, from which its model is built and loaded."""
+    """Facts in a checkpoint's header that tell how to build and load its model."""
 
     task: str
     model: str
@@ -34,8 +34,8 @@ class Origin(Strict, strict=True):
 def read_origin(path: Path, task: str) -> tuple[Fingerprint, Origin]:
     """Read fingerprint and origin of the checkpoint of a whole model of ``task``.
 
-    Raises CheckpointError if it is no checkpoint, one of another task or of a part of a model, or
-    has facts that would make a library read files, fetch or import something.
+    Raises CheckpointError if the file is no checkpoint, belongs to another task or to one part of a
+    model, or has facts that would make a library read a file, download or import something.
     """
     fingerprint, content = read_header(path)
 
@@ -47,9 +47,9 @@ def read_origin(path: Path, task: str) -> tuple[Fingerprint, Origin]:
     try:
         origin = Origin.model_validate(content)
     except ValidationError as error:
-        raise refused(f"does not say which model it is of ({first_problem(error)})") from error
+        raise refused(f"does not name its model ({first_problem(error)})") from error
     if not _NAME.fullmatch(origin.model):
-        raise refused(f"is of a model {origin.model!r}, which is no name of a model")
+        raise refused(f"names the model {origin.model!r}, which is not a valid name")
     rule = "a checkpoint may not name files, addresses or modules"
     for where, text in _texts(origin.model_args, "model_args"):
         if not _WORD.fullmatch(text):
@@ -61,7 +61,7 @@ def read_origin(path: Path, task: str) -> tuple[Fingerprint, Origin]:
 
 
 def _texts(value: object, where: str) -> Iterator[tuple[str, str]]:
-    """Yield all texts in a JSON value, keys too, each with its place."""
+    """Yield place and text of each string in a JSON value, keys included."""
     if isinstance(value, str):
         yield where, value
     elif isinstance(value, dict):

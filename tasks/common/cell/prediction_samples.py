@@ -1,4 +1,4 @@
-"""Prediction samples: a model's answers to a few samples, in ``examples.json`` of a cell."""
+"""Prediction samples: a model's answers to a few samples, kept in the cell's ``examples.json``."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,19 +13,19 @@ from fimaq_core.errors import CheckpointError, first_problem
 EXAMPLES_FILE = "examples.json"
 #: Samples that an evaluation keeps, and answers per sample.
 SAMPLES, ANSWERS = 12, 3
-#: Detections per image in the file, their least score, and annotated objects per image.
+#: Per image in the file: most detections, their lowest score, and most annotated objects.
 FOUND, LEAST_SCORE, TRUTHS = 20, 0.3, 100
-#: Captions per image in the file, and characters per text.
+#: Most captions per image in the file, and most characters per text.
 CAPTIONS, CHARACTERS = 10, 1000
-#: Limits on a file from other people: bytes and samples.
+#: Limits on a file that is read, since it may come from other people: bytes and samples.
 _BYTES, _SAMPLES = 5 * 10**6, 64
 
 
 class Spread:
     """Chooses up to :data:`SAMPLES` of ``count`` samples, evenly spaced.
 
-    The set, damaged samples included, is cut into that many strips, and the first sample that comes
-    of each strip is chosen. Only positions count, so all models show the same samples.
+    The samples, damaged ones included, are cut into equal strips. The first readable sample of each
+    strip is chosen. Only positions count, so all models show the same samples.
 
     Example::
 
@@ -37,7 +37,7 @@ class Spread:
         self.filled: set[int] = set()
 
     def take(self, positions: Iterable[int]) -> list[int]:
-        """Return the indices into ``positions`` of the chosen ones; positions rise over calls."""
+        """Return the chosen indices into ``positions``, which rise from call to call."""
         chosen = []
         for index, position in enumerate(positions):
             strip = position * self.strips // self.count
@@ -50,18 +50,18 @@ class Spread:
 def leaders(scores: np.ndarray, correct: np.ndarray) -> list[int]:
     """Return the indices of the :data:`ANSWERS` highest ``scores`` (n,), the highest first.
 
-    Among equal scores, ``correct`` ones (n,) come last: ties count against the model everywhere.
+    Among equal scores, ``correct`` (n,) ones come last, since ties count against the model.
     """
     return [int(index) for index in np.lexsort((correct, -scores))[:ANSWERS]]
 
 
 def shortened(text: str) -> str:
-    """Return ``text``, cut off if it is longer than the file may hold."""
+    """Return ``text``, cut to :data:`CHARACTERS`."""
     return text if len(text) <= CHARACTERS else f"{text[: CHARACTERS - 1]}…"
 
 
 class _Exact(Strict, strict=True, allow_inf_nan=False):
-    """Base of the file's parts: types are exact too, since the file may come from other people."""
+    """Base of all parts of the file. Types must match exactly: the file is not trusted."""
 
 
 _Text = Annotated[str, Field(max_length=CHARACTERS)]
@@ -79,7 +79,7 @@ class ClassAnswer(_Exact):
 
 
 class ClassSample(_Exact):
-    """A classified image: its class, and the classes with the highest probability."""
+    """A classified image: its true class, and the most probable classes."""
 
     sample: _Id
     truth: _Text
@@ -87,7 +87,7 @@ class ClassSample(_Exact):
 
 
 class CaptionAnswer(_Exact):
-    """A caption and its cosine similarity to the image; ``correct`` if it is the image's own."""
+    """A caption, its cosine similarity to the image, and True if it is the image's own."""
 
     caption: _Text
     score: float
@@ -95,7 +95,7 @@ class CaptionAnswer(_Exact):
 
 
 class CaptionSample(_Exact):
-    """An image as a query for captions: its own captions, and the most similar captions of all."""
+    """An image as query: its own captions, and the most similar captions of all images."""
 
     sample: _Id
     truth: list[_Text] = Field(max_length=CAPTIONS)
@@ -103,7 +103,7 @@ class CaptionSample(_Exact):
 
 
 class TrueObject(_Exact):
-    """An annotated object in pixels: box x, y, width, height, and outlines."""
+    """An annotated object in pixels: box (x, y, width, height) and outlines."""
 
     name: _Text
     box: list[float] = Field(min_length=4, max_length=4)
@@ -117,7 +117,7 @@ class FoundObject(TrueObject):
 
 
 class ObjectSample(_Exact):
-    """An image of ``size`` (width, height) with its annotated and its detected objects."""
+    """An image of ``size`` (width, height) with its annotated and detected objects."""
 
     sample: _Id
     size: list[_Side] = Field(min_length=2, max_length=2)
@@ -136,9 +136,9 @@ class ExampleFile(_Exact):
 
 
 def read_examples(folder: Path, name: str) -> ExampleFile:
-    """Read the file ``name`` of prediction samples in ``folder``; file and name are not trusted.
+    """Read the prediction samples of a record: file ``name`` in ``folder``; both are not trusted.
 
-    Raises CheckpointError if it is missing, elsewhere, too large or not valid.
+    Raises CheckpointError if the file is missing, elsewhere, too large or not valid.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(

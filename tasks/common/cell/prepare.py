@@ -1,4 +1,4 @@
-"""From a request to a cell with model, calibration images and parts, on which stages run."""
+"""A prepared cell: its model, calibration images and parts, ready for the stages."""
 
 import copy
 import hashlib
@@ -14,7 +14,6 @@ from torch import nn
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.chain import Segment
 from fimaq_core.checkpoint import Fingerprint, save_checkpoint
-from fimaq_core.errors import RecipeError
 from fimaq_core.files import remove_leftovers
 from fimaq_core.pipeline import load_mlps
 from fimaq_core.progress import OnProgress
@@ -34,13 +33,13 @@ from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, T
 class PreparedCell:
     """A cell with its model, its calibration images and the parts of the model.
 
-    :meth:`run` changes the parts stage by stage, and :meth:`evaluate` measures the result.
+    :meth:`run` changes the parts stage by stage. :meth:`evaluate` measures the result.
     """
 
-    request: CellRequest  # checked, see check_request
+    request: CellRequest  # resolved
     task: Task
     device: torch.device
-    resources: Resources  # how stages run
+    resources: Resources  # settings of stages
     clock: StageClock
     loaded: LoadedModel  # the float model
     images: CalibrationSet | None = None  # None for full precision
@@ -49,7 +48,7 @@ class PreparedCell:
     @property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of checkpoints of the whole model."""
-        given = self.request.model.model_args  # weights of one file may fit several architectures
+        given = self.request.model.model_args  # one weights file may fit several architectures
         return Fingerprint(
             model=self.loaded.tag + (json.dumps(given, sort_keys=True) if given else ""),
             weights=self.loaded.sha256,
@@ -59,7 +58,7 @@ class PreparedCell:
 
     @property
     def facts(self) -> dict[str, object]:
-        """Facts in a checkpoint's header, from which later commands load the model."""
+        """Facts for a checkpoint's header, with which later commands load the model."""
         model, task = self.request.model, self.request.task
         own = {"task": task, "model": model.name, "model_args": model.model_args}
         given = {"weights_entry": model.weights_entry, "preprocessing": model.preprocessing}
@@ -68,12 +67,12 @@ class PreparedCell:
 
     @property
     def chains(self) -> Chains:
-        """The chains by part."""
+        """The chain of each part."""
         return {part.name: part.chain for part in self.parts}
 
     @property
     def log(self) -> ReconstructionLog:
-        """The logs of all parts in one."""
+        """One log with the logs of all parts."""
         log = ReconstructionLog()
         for part in self.parts:
             merge_logs(log, part.name, part.log)
@@ -81,18 +80,18 @@ class PreparedCell:
 
     @property
     def notes(self) -> list[str]:
-        """Notes on the loaded weights, the preprocessing and the calibration images."""
+        """Notes for the user on weights, preprocessing and calibration images."""
         own = self.loaded.preprocessing
         said = [] if own is None else [f"preprocessing: {own.text()}"]
         return [*self.loaded.weights.notes(), *said, *(self.images.notes if self.images else [])]
 
     def keep_teachers(self) -> None:
-        """Keep a copy of each chain with its own MLPs, as the target of reconstruction."""
+        """Copy each chain before its MLPs change; reconstruction takes the copy as target."""
         for part in self.parts:
             part.teacher = copy.deepcopy(part.chain)
 
     def run(self, stages: Iterable[Stage], address: Callable[[Stage, Part], Address]) -> None:
-        """Run stages on all parts, or load the files that earlier runs kept at their addresses."""
+        """Run stages on all parts; a stage with a file at its ``address`` is loaded instead."""
         store = CheckpointStore(self.resources, address, self._alone)
         for stage in stages:
             for part in filter(stage.wanted, self.parts):
@@ -101,7 +100,7 @@ class PreparedCell:
                     self.clock.lap(stage.title(part) + (" (reused)" if reused else ""))
 
     def shared_file(self, stage: Stage, part: Part) -> Path:
-        """Return the file of a stage that cells share: equal inputs give an equal name."""
+        """Return the shared file of a stage. Equal inputs give equal names."""
         digest = shared_digest(stage.kind, part.name, part.recipe)
         own = self.fingerprint
         inputs = f"{digest}{own.weights}{own.calibration}{NUMERICS_VERSION}{own.model}"
@@ -112,7 +111,7 @@ class PreparedCell:
 
     @contextmanager
     def _alone(self, path: Path) -> Iterator[None]:
-        """Keep other processes from making ``path``; wait if one of them is making it now."""
+        """Keep other processes from making ``path``; wait for one that makes it now."""
         if path.is_file():
             yield
             return
@@ -123,12 +122,12 @@ class PreparedCell:
             yield
 
     def save(self, path: Path, module: nn.Module, stage: str) -> None:
-        """Write a checkpoint of ``module``, made of all chains, after ``stage``."""
+        """Write the checkpoint of a ``stage``; ``module`` holds the state of all parts."""
         facts = {**self.facts, "stage": stage}
         save_checkpoint(path, module.state_dict(), self.fingerprint, facts)
 
     def evaluate(self, chains: Chains) -> Evaluation:
-        """Measure the model with ``chains`` in place of its float parts."""
+        """Measure the model with ``chains`` in place of the float parts."""
         model = self.task.assemble(self.loaded, chains).to(self.device)
         how = self.device, self.request.eval_batch, self.request.workers
         data, on_progress = self.request.data, self.resources.on_progress
@@ -136,11 +135,11 @@ class PreparedCell:
 
 
 def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
-    """Load the model; if it is to be quantized, draw the calibration images and build its parts.
+    """Load the model; draw calibration images and build parts if the model is to be quantized.
 
-    Raises FimaqError if the request makes no sense, or something is missing, damaged or misfits.
+    Raises FimaqError if the request is contradictory, or a file is missing, damaged or unsuitable.
     """
-    request = check_request(request)
+    request = resolved(request)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     device = resolve_device(request.device)
@@ -159,14 +158,14 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
 
 
 def _parts(cell: PreparedCell) -> list[Part]:
-    """Turn the float model into its parts."""
+    """Turn the float model into parts."""
     task, loaded, images, recipe = cell.task, cell.loaded, cell.images, cell.request.recipe
-    # Chains take modules of the float model, so all that needs the float model comes first.
+    # Chains take over modules of the float model, so its last uses come first.
     divergences = task.divergences(loaded, images, recipe, cell.device, cell.resources.batch_size)
     inputs, parts = task.inputs(loaded, images, recipe, cell.device), []
     for name, chain in task.chains(loaded, recipe).items():
         own = recipe
-        if name:  # scope limited to this part, so that runs with other scopes share its files
+        if name:  # limit the scope to this part, so that runs of other scopes share its files
             own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
         mark = cell.fingerprint.model_copy(update={"recipe": own})
         chain, facts = chain.to(cell.device), cell.facts
@@ -174,25 +173,8 @@ def _parts(cell: PreparedCell) -> list[Part]:
     return parts
 
 
-def check_request(request: CellRequest) -> CellRequest:
-    """Return the resolved request.
-
-    Raises RecipeError if the task has no such scope or evaluation, or if the recipe reconstructs no
-    MLPs and ``mlp_checkpoint`` is given.
-    """
-    request = resolved(request)
-    recipe = request.recipe
-    if request.mlp_checkpoint is not None and (recipe is None or not recipe.reconstruct_mlp):
-        method = "fp" if recipe is None else recipe.method
-        raise RecipeError(
-            f"The recipe of '{method}' has no MLP reconstruction, so --mlp-checkpoint is not used: "
-            "give --reconstruct-mlp too, or take method aphq."
-        )
-    return request
-
-
-def whole(chains: Chains) -> nn.Module:
-    """Return the module of a whole checkpoint: the only chain, or all chains by part."""
+def whole_module(chains: Chains) -> nn.Module:
+    """Return one module with all chains, whose state a checkpoint of the whole model holds."""
     return chains[""] if list(chains) == [""] else nn.ModuleDict(chains)
 
 

@@ -16,10 +16,10 @@ from fimaq_core.recipe import OFF
 from fimaq_core.store import Pieces
 from tasks.common import record as records
 from tasks.common.cell.environment import describe
-from tasks.common.cell.identity import planned_folder, variant_name
+from tasks.common.cell.identity import planned_folder, resolved, variant_name
 from tasks.common.cell.lease import Lease, acquire, awaited
 from tasks.common.cell.prediction_samples import EXAMPLES_FILE
-from tasks.common.cell.prepare import PreparedCell, check_request, prepare
+from tasks.common.cell.prepare import PreparedCell, prepare
 from tasks.common.cell.stages import run_stages
 from tasks.common.hashing import file_sha256
 from tasks.common.models.module_map import whole_map
@@ -30,15 +30,14 @@ from tasks.common.task import Evaluation
 def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bool = False) -> Path:
     """Measure one cell and write its record; a cell with a valid record is not measured again.
 
-    The full-precision model of a quantized cell is measured first, as a cell of its own.
+    The full-precision model of a quantized cell is measured first, as a cell of its own. The folder
+    of a cell also has ``outcomes.npz`` and, if the model is quantized, ``quantized.safetensors``.
 
-    Returns the path of ``result.json``. Its folder also has ``outcomes.npz``, and
-    ``quantized.safetensors`` unless the model stays in full precision.
-
-    Raises Busy if another process measures the cell now, unless ``wait`` is True. Raises another
-    FimaqError for a problem that the user can solve; finished cells and blocks are kept.
+    Returns the path of ``result.json``. Raises Busy if another process measures the cell now,
+    unless ``wait`` is True. Raises another FimaqError for a problem that the user can solve;
+    finished cells and blocks are kept.
     """
-    request = check_request(request)
+    request = resolved(request)
     path = planned_folder(request) / "result.json"
     if not path.is_file():
         with awaited(path, on_progress) if wait else acquire(path) as lease:
@@ -67,17 +66,13 @@ def _measure(request: CellRequest, lease: Lease, on_progress: OnProgress) -> Non
 def _record(
     cell: PreparedCell, evaluation: Evaluation, full: dict[str, records.Metric] | None
 ) -> records.ResultRecord:
-    """Return the record of a cell, without the files beside it.
+    """Return the record of a cell, without the facts about the files beside it.
 
-    ``full``: metrics of the full-precision model; None if the cell is that model.
+    ``full`` are the metrics of the full-precision model; None if the cell is that model.
     """
     request, loaded, recipe, images = cell.request, cell.loaded, cell.request.recipe, cell.images
-    fields: dict[str, Any] = {
-        "method": "fp",
-        "recipe_digest": "",
-        **dict.fromkeys(("w_bit", "a_bit"), OFF),
-        **dict.fromkeys(("seed", "recipe", "calibration", "modules")),
-    }
+    fields: dict[str, Any] = {"method": "fp", "recipe_digest": "", "w_bit": OFF, "a_bit": OFF}
+    fields |= dict.fromkeys(("seed", "recipe", "calibration", "modules"))
     notes, skipped = [], evaluation.skipped
     if recipe is not None:
         log = cell.log
@@ -124,6 +119,7 @@ def _record(
 
 
 def _calibration(cell: PreparedCell) -> records.Calibration:
+    """Return the calibration images in the form of a record."""
     images, recipe = cell.images, cell.request.recipe
     passes = (recipe.reconstruct and takes_passes(recipe.loss)) or (
         recipe.reconstruct_mlp and recipe.mlp_loss == "perturb_mean"
@@ -137,7 +133,7 @@ def _calibration(cell: PreparedCell) -> records.Calibration:
 
 
 def _write(record: records.ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
-    """Write outcomes, further files and then the record, while the lease is held."""
+    """Write outcomes and further files and, as the last file, the record."""
     lease.check()
     folder = lease.path.parent
     with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:

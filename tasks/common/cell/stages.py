@@ -1,4 +1,4 @@
-"""The stages of a cell: all of them for ``run``, or one by one from checkpoint to checkpoint."""
+"""Stages of a cell: all together for ``run``, or one by one from checkpoint to checkpoint."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,13 @@ from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, STAGES, load_mlps
 from fimaq_core.progress import OnProgress, silent
 from fimaq_core.recipe import OFF, Recipe, make_recipe
 from fimaq_core.reconstruction.mlp import mlps, use_relu
-from fimaq_core.store import Address, CheckpointStore, Part, Pieces, Stage
+from fimaq_core.store import Address, Part, Pieces, Stage
 from tasks.common.cell.lease import Lease
 from tasks.common.cell.origin import Origin, read_origin
-from tasks.common.cell.prepare import PreparedCell, all_segments, prepare, whole
+from tasks.common.cell.prepare import PreparedCell, all_segments, prepare, whole_module
 from tasks.common.models.facts import joined_facts, model_facts
 from tasks.common.models.inspection import Inspection
-from tasks.common.preprocessing import replaced
+from tasks.common.preprocessing import replaced_fields
 from tasks.common.registry import defaults
 from tasks.common.request import CellRequest
 from tasks.common.task import Chains, Evaluation
@@ -35,8 +35,8 @@ _FULL_PRECISION = {
 def run_stages(cell: PreparedCell, lease: Lease) -> None:
     """Run all stages of a cell, and write the checkpoint of the whole model into its folder.
 
-    Cells share the files of their stages, except the blocks of a model of one chain: these stay in
-    the cell's folder until the record is written.
+    Cells share the files of stages. Finished blocks of a model of one chain are not shared; they
+    stay in the cell's folder until the record is written.
     """
     folder = lease.path.parent
 
@@ -53,36 +53,36 @@ def run_stages(cell: PreparedCell, lease: Lease) -> None:
     cell.run(STAGES, address)
     lease.check()
     done = RECONSTRUCT if any(map(RECONSTRUCT.wanted, cell.parts)) else CALIBRATE
-    cell.save(folder / "quantized.safetensors", whole(cell.chains), done.mark)
+    cell.save(folder / "quantized.safetensors", whole_module(cell.chains), done.mark)
 
 
 def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
     """Reconstruct the MLPs of a model into ``out``; return notes for the user.
 
-    An ``out`` of the same run is kept.
+    An ``out`` of an equal run is kept.
     """
-    # Merged again, so that fields that do not go with MLP reconstruction are refused now.
+    # The recipe is made again, which refuses fields that do not fit MLP reconstruction.
     given = request.recipe.model_dump(mode="json")
     recipe = make_recipe(request.recipe.method, given, {"reconstruct_mlp": True})
     made = out if out.is_file() else None
     cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=made), on_progress)
-    _run(MLPS, cell, out)
-    _join(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
+    _run_stage(MLPS, cell, out)
+    _join_parts(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
     return cell.notes
 
 
 def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
     """Calibrate a model into the checkpoint ``out``; return notes for the user.
 
-    An ``out`` of the same run is kept. MLPs that this reconstructs are kept in a file beside it.
+    An ``out`` of an equal run is kept. Reconstructed MLPs are kept in a file beside ``out``.
     """
     cell = prepare(request, on_progress)
-    _run(MLPS, cell, _beside(out, "mlp"))
+    _run_stage(MLPS, cell, _beside(out, "mlp"))
     if out.is_file():
-        load_checkpoint(out, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
+        load_checkpoint(out, whole_module(cell.chains), cell.fingerprint, CALIBRATE.scope)
         return cell.notes
-    _run(CALIBRATE, cell, out)
-    _join(cell, out, whole(cell.chains), CALIBRATE.mark)
+    _run_stage(CALIBRATE, cell, out)
+    _join_parts(cell, out, whole_module(cell.chains), CALIBRATE.mark)
     return cell.notes
 
 
@@ -92,8 +92,8 @@ def reconstruct_stage(
     """Reconstruct the calibrated checkpoint ``source`` into ``out``; return notes for the user.
 
     The checkpoint gives the model's name, its arguments and the recipe; ``given`` recipe fields
-    have priority. Finished blocks lie beside ``out`` until it is written. Raises CheckpointError if
-    the checkpoint is of another run, or if given fields would change its ranges.
+    have priority. Finished blocks lie beside ``out`` until ``out`` is written. Raises
+    CheckpointError if the checkpoint belongs to another run, or if ``given`` changes its ranges.
     """
     fingerprint, origin = read_origin(source, request.task)
     if origin.stage != CALIBRATE.mark:
@@ -101,41 +101,42 @@ def reconstruct_stage(
             f"The checkpoint {source} is of stage '{origin.stage}': reconstruct needs a calibrated "
             "one."
         )
-    recipe = _changed(fingerprint.recipe, given, defaults(request.task))
-    cell = prepare(_of_origin(request, origin, recipe), on_progress)
+    recipe = _changed_recipe(fingerprint.recipe, given, request.task)
+    cell = prepare(_with_origin(request, origin, recipe), on_progress)
     if recipe.reconstruct_mlp:
         cell.keep_teachers()
         use_relu(all_segments(cell.chains))
-    load_checkpoint(source, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
+    load_checkpoint(source, whole_module(cell.chains), cell.fingerprint, CALIBRATE.scope)
 
-    def address(stage: Stage, part: Part) -> Address:
-        return Address.beside(_beside(out, part.name), stage)._replace(file=None)
+    def blocks(part: Part) -> Pieces:
+        folder = Address.beside(_beside(out, part.name), RECONSTRUCT).pieces
+        return Pieces(folder, RECONSTRUCT.piece, part.fingerprint, RECONSTRUCT.scope)
 
-    for part in cell.parts:  # whatever the recipe says: the user asks for this stage
-        CheckpointStore(cell.resources, address).run(RECONSTRUCT, part)
-    cell.save(out, whole(cell.chains), RECONSTRUCT.mark)
+    for part in cell.parts:  # also if the recipe has no reconstruction: the user asks for it
+        RECONSTRUCT.make(part, cell.resources, blocks(part))
+    cell.save(out, whole_module(cell.chains), RECONSTRUCT.mark)
     for part in cell.parts:
-        Pieces(address(RECONSTRUCT, part).pieces, RECONSTRUCT.piece).remove()
+        blocks(part).remove()
     return [*cell.notes, *cell.log.sentences()]
 
 
 def evaluate_stage(request: CellRequest, checkpoint: Path, on_progress: OnProgress) -> Evaluation:
     """Evaluate a checkpoint of any stage; the checkpoint gives the model's name and arguments."""
     fingerprint, origin = read_origin(checkpoint, request.task)
-    cell = prepare(_of_origin(request, origin), on_progress)
+    cell = prepare(_with_origin(request, origin), on_progress)
     evaluation = cell.evaluate(_restored(cell, checkpoint, fingerprint, origin))
-    said = replaced(origin.preprocessing.fields(), request.model.preprocessing)
-    return replace(evaluation, notes=[*cell.notes, *said, *evaluation.notes])
+    replaced = replaced_fields(origin.preprocessing.fields(), request.model.preprocessing)
+    return replace(evaluation, notes=[*cell.notes, *replaced, *evaluation.notes])
 
 
 def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
-    """Return facts about the model in a checkpoint of any stage. Needs its float weights, no data.
+    """Return facts about the model in a checkpoint of any stage, without reading data.
 
-    Raises CheckpointError if the checkpoint is of another task or made from other weights, and
-    ModelError if the task does not say which images the model takes.
+    Raises CheckpointError if the checkpoint belongs to another task or to other weights, and
+    ModelError if the task does not tell the model's image size.
     """
     fingerprint, origin = read_origin(checkpoint, request.task)
-    cell = prepare(_of_origin(request, origin), silent)
+    cell = prepare(_with_origin(request, origin), silent)
     chains, loaded = _restored(cell, checkpoint, fingerprint, origin), cell.loaded
     inputs = cell.task.examples(loaded, chains)
     untouched = cell.task.untouched(loaded, chains)
@@ -144,13 +145,13 @@ def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
     return Inspection(checkpoint, request.task, *found, loaded.entry, loaded.preprocessing)
 
 
-def _run(stage: Stage, cell: PreparedCell, out: Path) -> None:
-    """Run a stage; each part is kept beside ``out``, or is ``out`` if it is the only part."""
+def _run_stage(stage: Stage, cell: PreparedCell, out: Path) -> None:
+    """Run a stage. A model of one chain is kept in ``out``, several parts in files beside it."""
     cell.run([stage], lambda stage, part: Address.beside(_beside(out, part.name), stage))
 
 
-def _join(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
-    """Write ``module`` of all parts to ``out``, unless it is there, and remove the parts' files."""
+def _join_parts(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
+    """Write ``module``, with all parts, to ``out`` if it is absent; remove the parts' files."""
     if not out.is_file():
         cell.save(out, module, mark)
     for part in cell.parts:
@@ -159,14 +160,14 @@ def _join(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
 
 
 def _beside(path: Path, name: str) -> Path:
-    """Return the file beside ``path`` with ``name`` in its name; ``path`` itself for no name."""
+    """Return ``path`` with ``name`` before the suffix; an empty name changes nothing."""
     return path.with_name(f"{path.stem}.{name}{path.suffix}") if name else path
 
 
 def _restored(
     cell: PreparedCell, checkpoint: Path, fingerprint: Fingerprint, origin: Origin
 ) -> Chains:
-    """Return the model of a checkpoint; that of stage ``mlp`` is in full precision."""
+    """Return the chains of a checkpoint, in full precision if its stage is ``mlp``."""
     if fingerprint.weights != cell.loaded.sha256:
         other, own = fingerprint.weights[:12], cell.loaded.sha256[:12]
         raise CheckpointError(
@@ -181,32 +182,32 @@ def _restored(
     chains = cell.task.chains(cell.loaded, recipe)
     if recipe.reconstruct_mlp:
         use_relu(all_segments(chains))
-    load_checkpoint(checkpoint, whole(chains), None)
-    set_quantized(whole(chains), True)
+    load_checkpoint(checkpoint, whole_module(chains), None)
+    set_quantized(whole_module(chains), True)
     return chains
 
 
-def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Recipe:
+def _changed_recipe(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:
     """Return a checkpoint's recipe with the ``given`` fields.
 
-    A given method replaces all fields but those of the ranges. ``usual``: fields that the task sets
-    for every method.
+    A given method replaces all fields except those of the ranges. Raises CheckpointError for
+    another scope, and RecipeError.
     """
     if given.get("scope", recipe.scope) != recipe.scope:
         raise CheckpointError(
             f"The checkpoint's scope is '{recipe.scope}', not '{given['scope']}': calibrate for "
-            "that one."
+            "the other scope first."
         )
     method, rest = recipe.method, dict(given)
     kept = recipe.model_dump(mode="json", exclude={"method"})
     if "method" in rest:
         method = rest.pop("method")
         kept = {name: kept[name] for name in (*recipe.range_fields(), "scope")}
-    return make_recipe(method, usual, kept, rest)
+    return make_recipe(method, defaults(task), kept, rest)
 
 
-def _of_origin(request: CellRequest, origin: Origin, recipe: Recipe | None = None) -> CellRequest:
-    """Return the request with a checkpoint's model; given preprocessing and entry have priority."""
+def _with_origin(request: CellRequest, origin: Origin, recipe: Recipe | None = None) -> CellRequest:
+    """Return the request with a checkpoint's model; fields given in the request have priority."""
     model = replace(
         request.model,
         name=origin.model,

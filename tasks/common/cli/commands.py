@@ -1,4 +1,4 @@
-"""The command line of a task: ``run``, its stages one by one, and facts about models."""
+"""Commands of a task: ``run``, each stage alone, and facts about models."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ _checkpoint = click.argument("checkpoint", type=options.PATH)
 
 
 def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
-    """Return the commands of a task. Libraries are imported only by the command that needs them."""
+    """Return the commands of a task. A command imports its libraries only when it runs."""
 
     @click.group(help=summary, context_settings=_SETTINGS)
     @click.option("--verbose", is_flag=True, help="Show the log.")
@@ -33,29 +33,28 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
     @options.recipe(own)
     @click.option("--variant", help="Name of this variant of the method in tables.")
     @click.option("--results", default="results/runs", type=options.PATH, help="Folder of records.")
-    @click.option("--force", is_flag=True, help="Remove the cell's and its shared files first.")
+    @click.option("--force", is_flag=True, help="First remove the cell's own and shared files.")
     def run(force: bool, **given: Any) -> None:
-        """Calibrate, reconstruct and evaluate one model; writes a result record."""
+        """Calibrate, reconstruct and evaluate one model; write a result record."""
         from tasks.common.cell.environment import resolve_device
-        from tasks.common.cell.identity import forget
-        from tasks.common.cell.prepare import check_request
+        from tasks.common.cell.identity import forget, resolved
         from tasks.common.cell.run import run_cell
         from tasks.common.record import read_record
 
         recipe = options.take_recipe(task, given)
-        request = check_request(options.cell_request(task, given, recipe))
+        request = resolved(options.cell_request(task, given, recipe))
         if force:
-            resolve_device(request.device)  # nothing is removed for a run that cannot start
+            resolve_device(request.device)  # a run that cannot start must remove nothing
             forget([request])
         with progress_bars() as on_progress:
             path = run_cell(request, on_progress)
         record = read_record(path)
         for name, metric in record.metrics.items():
             full = record.fp_metrics.get(name)
-            said = "" if full is None else f", full precision {full.value:.2f}"
+            compared = "" if full is None else f", full precision {full.value:.2f}"
             click.echo(
                 f"{record.model} {record.method} {name} {metric.value:.2f} ± {metric.stderr:.2f} "
-                f"(n = {record.n}{said})"
+                f"(n = {record.n}{compared})"
             )
         _echo(record.weights.notes())
         if record.preprocessing is not None:
@@ -68,7 +67,7 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
     @options.recipe(own)
     @options.out
     def reconstruct_mlp(out: Path, **given: Any) -> None:
-        """Reconstruct only the MLPs, with ReLU, as APHQ-ViT does first; writes a checkpoint."""
+        """Reconstruct only the MLPs with ReLU, the first stage of APHQ-ViT; write a checkpoint."""
         _first_stage(task, "mlp_stage", out, given)
         click.echo(f"checkpoint of reconstructed MLPs: {out}")
 
@@ -78,7 +77,7 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
     @options.recipe(own)
     @options.out
     def calibrate(out: Path, **given: Any) -> None:
-        """Find the ranges only; writes a checkpoint."""
+        """Find only the ranges; write a checkpoint."""
         _first_stage(task, "calibrate_stage", out, given)
         click.echo(f"calibrated checkpoint: {out}")
 
@@ -89,9 +88,9 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
     @options.recipe(own)
     @options.out
     def reconstruct(checkpoint: Path, out: Path, **given: Any) -> None:
-        """Reconstruct the calibrated CHECKPOINT; goes on where an earlier call stopped.
+        """Reconstruct the calibrated CHECKPOINT; continue where an earlier call stopped.
 
-        Recipe options apply to reconstruction; options of ranges must be the checkpoint's.
+        Recipe options apply to reconstruction. Options of ranges must equal the checkpoint's.
         """
         from tasks.common.cell.stages import reconstruct_stage
 
@@ -107,7 +106,7 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
     @options.run(own)
     @options.weights()
     def evaluate(checkpoint: Path, **given: Any) -> None:
-        """Evaluate CHECKPOINT, of any stage; reconstructed MLPs alone are in full precision."""
+        """Evaluate CHECKPOINT of any stage. Reconstructed MLPs alone run in full precision."""
         from tasks.common.cell.stages import evaluate_stage
 
         with progress_bars() as on_progress:
@@ -122,7 +121,7 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
     @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
     @options.weights()
     def inspect(checkpoint: Path, as_json: bool, **given: Any) -> None:
-        """Show layers, sizes, bit operations and origin of CHECKPOINT, of any stage."""
+        """Show layers, sizes, bit operations and origin of CHECKPOINT of any stage."""
         from tasks.common.cell.stages import inspect_stage
 
         found = inspect_stage(options.cell_request(task, given), checkpoint)
@@ -133,7 +132,8 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         """List short names and demo models."""
         from tasks.common.registry import get_task
 
-        names = get_task(task).model_names()
+        found = get_task(task)
+        names = {**found.tags.SHORT_NAMES, **dict.fromkeys(found.tags.DEMO_NAMES, found.demo)}
         width = max(14, *map(len, names))
         for name, meaning in names.items():
             click.echo(f"{name:{width}s} {meaning}")
@@ -160,9 +160,9 @@ def _first_stage(task: str, stage: str, out: Path, given: dict[str, Any]) -> Non
 
 
 def main(group: click.Group, arguments: list[str] | None = None) -> None:
-    """Run a command group; an error for the user becomes one message and exit code 2.
+    """Run a command group. An error for the user becomes one message and exit code 2.
 
-    ``arguments`` None takes those of the process.
+    ``arguments``: None for those of the process.
     """
     try:
         group.main(arguments, standalone_mode=False)

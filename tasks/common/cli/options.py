@@ -1,4 +1,4 @@
-"""The options of a task's commands. Those of recipes are made from the recipe's fields."""
+"""Options of a task's commands. Recipe options are made from the fields of :class:`Recipe`."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ import click
 
 from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
+from fimaq_core.resources import EngineChoice, Placement
 from tasks.common.data import class_order
 from tasks.common.preprocessing import HELP, parse_preprocessing
 from tasks.common.registry import defaults
@@ -23,7 +24,7 @@ _POSITIVE = click.IntRange(min=1)
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Options of one task, besides those of all tasks. An empty text or tuple is no option."""
+    """Options that only some tasks have. An empty text or tuple adds no option."""
 
     scope: str = ""  # name of the option for the recipe's scope
     scopes: tuple[str, ...] = ()  # its choices, the default first
@@ -54,8 +55,8 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(entries)
 
 
-def _all(*options: Option) -> Option:
-    """Return a decorator that adds all options to a command, in this order."""
+def _joined(*options: Option) -> Option:
+    """Return one decorator that adds all options to a command, in this order."""
 
     def add(command: Option) -> Option:
         for option in reversed(options):
@@ -68,8 +69,8 @@ def _all(*options: Option) -> Option:
 def recipe(own: TaskOptions) -> Option:
     """Add ``--method``, ``--recipe`` and one option per other field of a recipe."""
     methods = f"Method: {', '.join(['fp', *METHODS])}."
-    file = "YAML file with recipe fields ('field: value' lines); options win over it."
-    return _all(
+    file = "YAML file with recipe fields ('field: value' lines). Options have priority."
+    return _joined(
         click.option("--method", default="fimaq", help=methods),
         click.option("--recipe", "recipe_file", type=PATH, help=file),
         *_choice(own.scope, "scope", own.scopes, "Quantized part; the rest keeps full precision."),
@@ -100,9 +101,9 @@ def _choice(flag: str, name: str, choices: tuple[str, ...], text: str) -> Iterat
 def model(own: TaskOptions) -> Option:
     """Add the options for the model, its weights, the data and the run."""
     file = "Local file: safetensors, or of torch.save (.pth, .pt, .bin, .ckpt, .tar), weights only."
-    named = "Short name, demo name or the library's own 'model.tag'; see 'models'."
+    named = "Short name, demo name or the library's 'model.tag'; see the command 'models'."
     arguments = "JSON object of arguments for the model's constructor."
-    return _all(
+    return _joined(
         click.option("--model", "name", required=True, help=named),
         click.option("--model-args", default="{}", callback=_json_object, help=arguments),
         weights(file),
@@ -111,12 +112,10 @@ def model(own: TaskOptions) -> Option:
 
 
 def weights(file: str = "The float weights, if they came from a local file.") -> Option:
-    """Add the options for the place of the float weights; ``file`` is the help of ``--weights``."""
+    """Add the options for the float weights; ``file`` is the help of ``--weights``."""
     folder = "Folder with <model.tag>.safetensors files."
-    entry = (
-        "Entry of the weights file, such as state_dict.  [timm's choice: averaged weights first]"
-    )
-    return _all(
+    entry = "Entry of the weights file, such as state_dict.  [averaged weights first, as in timm]"
+    return _joined(
         click.option("--weights", type=PATH, help=file),
         click.option("--weights-folder", type=PATH, help=folder),
         click.option("--weights-entry", metavar="NAME", help=entry),
@@ -125,14 +124,13 @@ def weights(file: str = "The float weights, if they came from a local file.") ->
 
 def run(own: TaskOptions) -> Option:
     """Add the options for the data and the run."""
-    images = "Image paths, one per line, or a result record whose images to take."
-    limit = "Evaluate on the first samples only (recorded as such)."
-    corrupt = "Leave damaged images out and name them in the record."
-    places = click.Choice(["device", "host", "disk"])
-    engines = click.Choice(["auto", "eager", "fused", "compiled", "graph"])
-    steps = "Way of running steps; auto: a CUDA graph, compiled for long runs on CPUs, else fused."
+    images = "File of image paths, one per line, or a result record with calibration images."
+    limit = "Evaluate only the first samples, up to this number; the record says so."
+    corrupt = "Leave damaged images out, and name them in the record."
+    places, engines = click.Choice(get_args(Placement)), click.Choice(get_args(EngineChoice))
+    steps = "Step engine; auto: graph on CUDA, compiled for long runs on CPUs, else fused."
     workers = click.IntRange(min=0)
-    return _all(
+    return _joined(
         click.option("--data", "path", type=PATH, help=own.data),
         *_data_options(own),
         click.option("--calibration-list", type=PATH, help=images),
@@ -179,7 +177,7 @@ def _json_object(_: click.Context, __: click.Parameter, text: str) -> dict[str, 
 
 
 def take_recipe(task: str, options: dict[str, Any]) -> Recipe | None:
-    """Take the recipe for a task out of ``options``; None for method ``fp``."""
+    """Remove the recipe options from ``options`` and return their recipe; None for ``fp``."""
     method, content = options["method"], given_recipe(options)
     if method == "fp":
         return None
@@ -190,7 +188,7 @@ def take_recipe(task: str, options: dict[str, Any]) -> Recipe | None:
 
 
 def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the given recipe fields out of ``options``; options win over the recipe file."""
+    """Remove the recipe options and return the given fields; options override the recipe file."""
     method, file = options.pop("method"), options.pop("recipe_file")
     given = {name: options.pop(name) for name in list(Recipe.model_fields) if name in options}
     source = click.get_current_context().get_parameter_source("method")
@@ -201,7 +199,7 @@ def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell_request(task: str, options: dict[str, Any], recipe: Recipe | None = None) -> CellRequest:
-    """Make the request of a command from all its ``options``. Raises RecipeError."""
+    """Return the request of a command, made of all its ``options``. Raises RecipeError."""
     given = {name: options.pop(name) for name in HELP if name in options}
     options["preprocessing"] = parse_preprocessing(given)
     parts = []

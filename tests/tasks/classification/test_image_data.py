@@ -139,7 +139,7 @@ def test_empty_folders_are_named(root: Path, kind: str) -> None:
 
 
 def test_class_counts_must_fit(root: Path) -> None:
-    with pytest.raises(DataError, match=r"val has 3 classes, some_model.tag has 1000"):
+    with pytest.raises(DataError, match=r"val has 3 classes, but some_model.tag has 1000"):
         open_source(loaded(1000), DataRequest(root), "val")
 
 

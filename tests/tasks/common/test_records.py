@@ -29,7 +29,6 @@ from tasks.common.record import (
     proportion,
     read_record,
     recipe_of,
-    sealed,
     write_record,
 )
 
@@ -84,14 +83,14 @@ def test_round_trip(tmp_path: Path) -> None:
     original = record()
     path = write_record(original, tmp_path / "cell")
     assert path == tmp_path / "cell" / "result.json"
-    assert read_record(path) == sealed(original)
+    assert read_record(path).model_copy(update={"fingerprint": ""}) == original
     assert len(read_record(path).fingerprint) == 64
     assert recipe_of(read_record(path)) == make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
     full = record(
         method="fp", recipe=None, seed=None, calibration=None, modules=None, w_bit=32, a_bit=32
     )
     path = write_record(full, tmp_path / "cell")
-    assert read_record(path) == sealed(full)
+    assert read_record(path).model_copy(update={"fingerprint": ""}) == full
     assert recipe_of(full) is None
 
 

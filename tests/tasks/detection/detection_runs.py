@@ -15,7 +15,7 @@ from fimaq_core.checkpoint import load_checkpoint
 from fimaq_core.layers import set_quantized
 from fimaq_core.progress import OnProgress, silent
 from fimaq_core.recipe import make_recipe
-from tasks.common.cell.prepare import whole
+from tasks.common.cell.prepare import whole_module
 from tasks.common.cell.run import run_cell
 from tasks.common.cli.commands import build_group, main
 from tasks.common.record import ResultRecord, read_record, recipe_of
@@ -128,8 +128,8 @@ def restored(cell: Done) -> tuple[LoadedModel, Chains, QuantizedDetector]:
     assert recipe is not None
     loaded = TASK.load(MODEL)
     chains = TASK.chains(loaded, recipe)
-    load_checkpoint(cell.checkpoint, whole(chains), None)
-    set_quantized(whole(chains), True)
+    load_checkpoint(cell.checkpoint, whole_module(chains), None)
+    set_quantized(whole_module(chains), True)
     model = TASK.assemble(loaded, chains)
     assert isinstance(model, QuantizedDetector)
     return loaded, chains, model

@@ -19,7 +19,7 @@ from fimaq_core.progress import Progress
 from fimaq_core.recipe import make_recipe
 from tasks.common.cell.identity import forget, planned_folder
 from tasks.common.cell.run import run_cell
-from tasks.common.record import ResultRecord, read_record, sealed, write_record
+from tasks.common.record import ResultRecord, read_record, write_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
 pytestmark = pytest.mark.slow
@@ -218,7 +218,7 @@ def damaged(path: Path, how: str) -> None:
         "cut": text[: len(text) // 2],
         "edited": text.replace('"n": 64', '"n": 65'),
         "empty": "",
-        "newer": sealed(read_record(path))
+        "newer": read_record(path)
         .model_dump_json()
         .replace('"schema_version":3', '"schema_version":4'),
     }[how]

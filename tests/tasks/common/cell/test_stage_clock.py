@@ -49,7 +49,7 @@ def test_a_stage_that_comes_again_keeps_its_larger_peak() -> None:
     clock.lap("calibrate")
     assert clock.memory == first
     use()
-    clock.restart()
+    clock.lap("evaluate")
     clock.lap("load")
     assert clock.memory["calibrate"] - clock.memory["load"] > 0.9 * LARGE
     reset_peak_memory(CPU)
@@ -57,17 +57,17 @@ def test_a_stage_that_comes_again_keeps_its_larger_peak() -> None:
     assert peak_memory(CPU) - clock.memory["load"] > 0.9 * LARGE
 
 
-def test_times_of_stages_add_up_but_for_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter((10.0, 13.0, 13.0, 20.0, 20.0, 24.0, 34.0, 34.0))
+def test_times_of_equal_stages_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter((10.0, 13.0, 13.0, 20.0, 20.0, 24.0, 24.0, 34.0, 34.0))
     monkeypatch.setattr(
         "tasks.common.cell.environment.time", SimpleNamespace(monotonic=lambda: next(now))
     )
     clock = StageClock(CPU)
     clock.lap("load")
     clock.lap("calibrate")
-    clock.restart()  # at 24: four seconds of waiting
+    clock.lap("wait")
     clock.lap("load")
-    assert clock.seconds == {"load": 3.0 + 10.0, "calibrate": 7.0}
+    assert clock.seconds == {"load": 3.0 + 10.0, "calibrate": 7.0, "wait": 4.0}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

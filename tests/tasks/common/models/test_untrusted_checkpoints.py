@@ -104,10 +104,7 @@ ABSURD: dict[str, tuple[Change, str]] = {
     ),
     "an unknown field": (set_fact("surprise", 1), r"surprise: Extra inputs are not permitted"),
     "no stage": (lambda parts: parts["facts"].pop("stage"), "stage: Field required"),
-    "a stage that is none": (
-        set_fact("stage", ["calibrated"]),
-        "does not say which model it is of .stage",
-    ),
+    "a stage that is none": (set_fact("stage", ["calibrated"]), "does not name its model .stage"),
     "no model": (lambda parts: parts["facts"].pop("model"), "model: Field required"),
     "a model that is a list": (
         set_fact("model", ["demo_vit"]),
@@ -164,7 +161,7 @@ def test_absurd_headers_are_refused_with_one_message(
 )
 def test_a_model_is_no_address(name: str, calibrated: Path, tmp_path: Path) -> None:
     path = with_header(calibrated, tmp_path / "named.safetensors", set_fact("model", name))
-    assert all("which is no name of a model" in text for text in refusals(path, tmp_path))
+    assert all("which is not a valid name" in text for text in refusals(path, tmp_path))
     unknown = with_header(
         calibrated, tmp_path / "named.safetensors", set_fact("model", "vit_of_mine")
     )
@@ -296,9 +293,7 @@ def test_what_timm_takes_for_itself_is_no_argument_of_a_model(key: str, tmp_path
 
     weights = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(1)}, weights)
-    with pytest.raises(
-        ModelError, match=f"--model-args are for the model's constructor, {key} are not"
-    ):
+    with pytest.raises(ModelError, match=f"are only for the model's constructor: leave out {key}"):
         load_model(
             ModelRequest("vit_tiny_patch16_224", {key: str(tmp_path / "x.pth")}, weights=weights)
         )
