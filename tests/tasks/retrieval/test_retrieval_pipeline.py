@@ -281,10 +281,10 @@ def test_a_tower_that_stays_as_it_is(place: Path, tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_goes_on(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fimaq_core import store
+    from fimaq_core import checkpoint
 
     whole, _ = run(place, tmp_path / "a" / "runs", *QUICK)
-    real, saved = store.save_checkpoint, []
+    real, saved = checkpoint.save_checkpoint, []
 
     def breaks(path: Path, *rest: Any) -> None:
         real(path, *rest)
@@ -292,7 +292,7 @@ def test_a_run_that_was_stopped_goes_on(
         if len([one for one in saved if one.name.startswith("block")]) == 6:  # in the second tower
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "save_checkpoint", breaks)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", breaks)
     results = tmp_path / "b" / "runs"
     arguments = [
         "run",
