@@ -379,7 +379,7 @@ def test_the_usual_evaluation_has_one_name(place: Path, tmp_path: Path) -> None:
     request = CellRequest(
         "classification", ModelRequest("demo_vit"), DataRequest(evaluation="retrieval"), None
     )
-    with pytest.raises(RecipeError, match="has one only"):
+    with pytest.raises(RecipeError, match="has only one"):
         planned_folder(request)
 
 
