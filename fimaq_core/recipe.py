@@ -1,7 +1,7 @@
 """The recipe: one frozen, validated object with all settings of a quantization.
 
-Defaults are FIMA-Q's released settings. A method (:data:`METHODS`) is a named set of changes to
-them. :func:`make_recipe` merges defaults, method, file and command line.
+The defaults are FIMA-Q's released settings. A method is a named set of changes to the defaults, see
+:data:`METHODS`. :func:`make_recipe` merges defaults, method, file and command line.
 """
 
 import hashlib
@@ -25,6 +25,9 @@ LOSSES += ["perturb", "perturb_mean", "prediction", "least_squares"]
 
 #: Kinds of activation quantizers.
 Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
+#: Fields that a file depends on: all fields, the fields that determine ranges, or the fields that
+#: determine an MLP reconstruction.
+Fields = Literal["all", "ranges", "mlp"]
 
 _Arithmetic = Literal["float32", "tf32", "bfloat16"]
 
@@ -198,42 +201,30 @@ class Recipe(BaseModel):
         """Short name of the bit-widths, such as ``w3a3``."""
         return f"w{self.w_bits}a{self.a_bits}"
 
-    def digest(self) -> str:
-        """Return the sha256 (hex) of all fields: the recipe's identity."""
-        return self._digest_of(tuple(Recipe.model_fields))
-
-    def calibration_digest(self) -> str:
-        """Return the sha256 (hex) of :meth:`range_fields`: the identity of a calibration."""
-        return self._digest_of(self.range_fields())
-
-    def mlp_digest(self) -> str:
-        """Return the sha256 (hex) of :meth:`mlp_fields`."""
-        return self._digest_of(self.mlp_fields())
-
-    def range_fields(self) -> tuple[str, ...]:
-        """Return names of the fields that determine ranges, and MLPs if they are reconstructed."""
-        own = [name for name in _names("bits", "calibration") if name != "per_token"]
-        mlp = self.mlp_fields() if self.reconstruct_mlp else ("seed",)
-        return tuple(dict.fromkeys([*own, "reconstruct_mlp", *mlp]))
-
-    @staticmethod
-    def mlp_fields() -> tuple[str, ...]:
-        """Return names of the fields that determine an MLP reconstruction."""
-        own = tuple(name for name in _names("mlp") if name != "reconstruct_mlp")
-        shared = ("perturbation", "temperature", "divergence_batch", "detection_terms")
-        data = ("frozen_dtype", "calibration_images", "calibration_transform", "seed")
-        return (*own, *shared, *data)
-
-    def _digest_of(self, names: tuple[str, ...]) -> str:
+    def digest(self, fields: Fields = "all") -> str:
+        """Return the sha256 (hex) of ``fields``; of all fields it is the recipe's identity."""
         dump = self.model_dump(mode="json")
-        content = json.dumps({name: dump[name] for name in names}, sort_keys=True)
+        content = json.dumps({name: dump[name] for name in self.names_of(fields)}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def names_of(self, fields: Fields) -> list[str]:
+        """Return the names of ``fields``. Ranges depend on the MLPs if these are reconstructed."""
+        if fields == "all":
+            return list(Recipe.model_fields)
+        mlp = [name for name in _names("mlp") if name != "reconstruct_mlp"]
+        mlp += ["perturbation", "temperature", "divergence_batch", "detection_terms"]
+        mlp += ["frozen_dtype", "calibration_images", "calibration_transform", "seed"]
+        if fields == "mlp":
+            return mlp
+        own = [name for name in _names("bits", "calibration") if name != "per_token"]
+        own += ["reconstruct_mlp", *(mlp if self.reconstruct_mlp else ["seed"])]
+        return list(dict.fromkeys(own))
 
     def changes(self, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the fields that differ from the method's own settings.
 
-        Method, bits, seed and scope are left out. ``usual`` holds fields that the task sets for
-        every method.
+        Method, ``w_bits``, ``a_bits``, seed and scope are left out. ``usual`` holds fields that the
+        task sets for every method.
         """
         own = {name: getattr(self, name) for name in ("w_bits", "a_bits", "seed", "scope")}
         base = make_recipe(self.method, usual or {}, own)
@@ -241,7 +232,7 @@ class Recipe(BaseModel):
 
 
 def _names(*groups: str) -> list[str]:
-    """Return names of the fields of some groups, in order."""
+    """Return the names of the fields in ``groups``, in order."""
     extras = ((name, field.json_schema_extra) for name, field in Recipe.model_fields.items())
     return [name for name, extra in extras if isinstance(extra, dict) and extra["group"] in groups]
 
@@ -257,8 +248,8 @@ _REPQ: _Changes = {**_FEW_IMAGES, "range_search": "percentile", "softmax_quantiz
 #: Squared error, full-precision inputs, no dropping.
 _BRECQ: _Changes = {**_PER_TENSOR, "loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0}
 
-#: Each method as changes to the defaults (FIMA-Q's released settings). docs/methods.md describes
-#: each method and its differences from the released code.
+#: Changes to the defaults (FIMA-Q's released settings) by method. docs/methods.md describes each
+#: method and its differences from the released code.
 METHODS: dict[str, _Changes] = {
     # APHQ-ViT's MLP reconstruction alone, in full precision.
     "mlp-recon": {**_NO_RECONSTRUCTION, "w_bits": OFF, "a_bits": OFF, "reconstruct_mlp": True},
@@ -288,7 +279,7 @@ METHODS: dict[str, _Changes] = {
     # LS-ViT, CVPR 2026: its least-squares Hessian, otherwise FIMA-Q's settings.
     "lsvit": {"loss": "least_squares"},
 }
-#: Settings that a method's released configuration changes at some weight bits.
+#: Further changes at some weight bits, as in the method's released configuration.
 _AT_BITS: dict[str, dict[int, _Changes]] = {
     "aphq": {2: {"mlp_percentile": 0.98, "per_token": True}, 4: {"mlp_percentile": 0.98}}
 }
@@ -307,7 +298,7 @@ def register_method(name: str, changes: Mapping[str, Any]) -> None:
 
 
 def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
-    """Merge defaults, method (at its weight bits) and overrides (later ones win) into a recipe.
+    """Merge defaults, the method's settings and ``overrides`` into a recipe; later ones win.
 
     Raises:
         RecipeError: unknown method or key (with a suggestion), or a value that does not fit.
@@ -318,8 +309,7 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
     for override in overrides:
         _check_keys(override, "the recipe")
         given.update(override)
-    if given["method"] != method:
-        # The settings of the other method were not merged: the name would be wrong.
+    if given["method"] != method:  # the other method's settings were not merged
         raise RecipeError(
             f"The recipe names method '{given['method']}', but method '{method}' is asked for: "
             "choose one."
@@ -336,7 +326,7 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     """Read recipe fields from a YAML file: a flat mapping of field names to values.
 
     Raises:
-        RecipeError: the file is missing, is no YAML mapping, or names an unknown field.
+        RecipeError: the file is missing, is not a YAML mapping, or names an unknown field.
     """
     content = read_yaml(path, "recipe file", RecipeError)
     _check_keys(content, str(path))

@@ -1,4 +1,4 @@
-"""Ranges of a linear layer from its full-precision inputs; setters that other layers share."""
+"""Ranges of a linear layer from its full-precision inputs; setters for ranges of all layers."""
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from fimaq_core.recipe import Recipe
 def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     """Set the ranges of a linear layer for inputs (..., d).
 
-    First weight (per row) and input (one range) by their own squared error, then rounds of weight
-    and input by the squared error of the layer's output with the other one quantized. An input
-    behind a GELU with a quantizer made for it starts with the output's error.
+    The first ranges of the weight (one per row) and of the input (one) minimise their own squared
+    errors. Then rounds search the weight and the input by the squared error of the layer's output,
+    with the other one quantized. A quantizer made for GELU outputs has no first range.
     """
     weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
     flat, uniform = x.reshape(-1, x.shape[-1]), isinstance(inputs, AffineQuantizer)
@@ -53,14 +53,14 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
 def _rounds(
     layer: QuantLinear, x: Tensor, candidates: Candidates | None, rows: Tensor, recipe: Recipe
 ) -> None:
-    """Search weight and input in turns; ``rows`` are the weight's choices among its candidates."""
+    """Search weight and input in turns; ``rows`` are the rows' first choices of candidates."""
     weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
     assert isinstance(inputs, AffineQuantizer)
     flat, input_candidates, index = x.reshape(-1, x.shape[-1]), None, 0
     if not inputs.off:
         ordered = ascending(flat.reshape(1, -1))
         input_candidates, index = _start_input(inputs, ordered, recipe.range_candidates)
-    # A search sees only the other's last choice, so the rounds end once a choice repeats itself.
+    # A search depends on the other one's last choice only: a repeated choice ends the rounds.
     for number in range(recipe.range_rounds):
         if candidates is not None:
             scale = None if inputs.off else inputs.scale
@@ -81,7 +81,7 @@ def _rounds(
 
 
 def _progressive_rounds(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
-    """Search weight and input in turns with candidates that are refined step by step (AdaLog)."""
+    """Search weight and input in turns, progressively (AdaLog)."""
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     assert isinstance(inputs, AffineQuantizer)
     flat, count = x.reshape(-1, x.shape[-1]), recipe.range_candidates
@@ -120,7 +120,7 @@ def _rounds_after_gelu(
 
 
 def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[Candidates, Tensor]:
-    """Set a weight's ranges by own error; return the candidates and the rows' choices."""
+    """Set a weight's ranges by its own error; return the candidates and each row's choice."""
     ordered = ascending(weight)
     candidates = grid_candidates(ordered, quantizer.levels, count, MIN_WEIGHT_SCALE)
     rows = best_by_own_error(ordered, candidates, quantizer.levels)
@@ -129,7 +129,10 @@ def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[
 
 
 def _start_input(quantizer: AffineQuantizer, ordered: Tensor, count: int) -> tuple[Candidates, int]:
-    """Set an input's range by own error from its sorted values (1, n); return the choice."""
+    """Set an input's range by its own error, from ascending values (1, n).
+
+    Returns the candidates and the choice.
+    """
     candidates = grid_candidates(ordered, quantizer.levels, count)
     index = int(best_by_own_error(ordered, candidates, quantizer.levels)[0])
     quantizer.set_range(candidates.scale[index], candidates.zero_point[index])
@@ -144,7 +147,7 @@ def progressive_weight(layer: QuantLinear, flat: Tensor, count: int) -> None:
 
 
 def _input_product(layer: QuantLinear, x: Tensor) -> Product:
-    """Return the layer's product as a function of its input's range; x (..., d)."""
+    """Return the product of inputs ``x`` (..., d) and the quantized weight, for range searches."""
     weight = layer.weight.detach()
     batched = x.view(1, 1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1, x.shape[-1])
     other = layer.weight_quantizer.quantized(weight).t().unsqueeze(0)
@@ -152,22 +155,22 @@ def _input_product(layer: QuantLinear, x: Tensor) -> Product:
 
 
 def settings(quantizer: ActivationQuantizer) -> list[Tensor]:
-    """Return everything that a search sets of a quantizer."""
+    """Return all tensors of a quantizer that a search may set."""
     return list(quantizer.state_dict().values())
 
 
 def unchanged(quantizer: ActivationQuantizer, before: list[Tensor]) -> bool:
-    """True if a quantizer's settings are still those from ``before``."""
+    """Return True if the settings of a quantizer still equal ``before``."""
     return all(torch.equal(*pair) for pair in zip(before, settings(quantizer), strict=True))
 
 
 def set_rows(quantizer: WeightQuantizer, scale: Tensor, zero_point: Tensor) -> None:
-    """Set a weight's ranges, each (rows,)."""
+    """Set scales and zero points of a weight, each (rows,)."""
     quantizer.set_range(scale[:, None], zero_point[:, None])
 
 
 def set_minmax(quantizer: AffineQuantizer, rows: Tensor, shape: tuple[int, ...] = (-1, 1)) -> None:
-    """Set the min-max range of each row of ``rows`` (groups, n), in the given shape."""
+    """Set the min-max range of each row of ``rows`` (groups, n); ``shape`` is that of the scale."""
     if not quantizer.off:
         scale, zero = minmax(rows, quantizer.levels)
         quantizer.set_range(scale.view(shape), zero.view(shape))

@@ -79,7 +79,7 @@ def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) ->
     cell = prepare(request, on_progress)
     _run(MLPS, cell, _beside(out, "mlp"))
     if out.is_file():
-        load_checkpoint(out, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
+        load_checkpoint(out, whole(cell.chains), cell.fingerprint, CALIBRATE.fields)
         return cell.notes
     _run(CALIBRATE, cell, out)
     _join(cell, out, whole(cell.chains), CALIBRATE.mark)
@@ -106,7 +106,7 @@ def reconstruct_stage(
     if recipe.reconstruct_mlp:
         cell.keep_teachers()
         use_relu(all_segments(cell.chains))
-    load_checkpoint(source, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
+    load_checkpoint(source, whole(cell.chains), cell.fingerprint, CALIBRATE.fields)
 
     def address(stage: Stage, part: Part) -> Address:
         return Address.beside(_beside(out, part.name), stage)._replace(file=None)
@@ -201,7 +201,7 @@ def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Re
     kept = recipe.model_dump(mode="json", exclude={"method"})
     if "method" in rest:
         method = rest.pop("method")
-        kept = {name: kept[name] for name in (*recipe.range_fields(), "scope")}
+        kept = {name: kept[name] for name in (*recipe.names_of("ranges"), "scope")}
     return make_recipe(method, usual, kept, rest)
 
 

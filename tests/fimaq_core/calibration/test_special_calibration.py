@@ -24,7 +24,7 @@ from fimaq_core.calibration.percentile_ranges import (
 )
 from fimaq_core.calibration.product_ranges import calibrate_matmul, search_operand
 from fimaq_core.calibration.refit import (
-    Grid,
+    RoundingGrid,
     reduce_conv_error,
     reduce_linear_error,
     refine_rounding,
@@ -558,7 +558,7 @@ def test_error_reduction_of_a_linear_layer_is_refit_and_refined_rounding(
     weight, bias = ridge_refit(layer.weight, layer.bias, moments, 0.1 if len(shape) == 1 else 3.0)
     scale, zero = percentile_range(ascending(weight), levels, MIN_WEIGHT_SCALE)
     codes, bias = refine_rounding(
-        weight, bias, Grid(scale[:, None], zero[:, None], levels), moments, 3.0, 20
+        weight, bias, RoundingGrid(scale[:, None], zero[:, None], levels), moments, 3.0, 20
     )
     assert torch.equal(layer.weight_quantizer.scale[:, 0], scale)
     assert torch.equal(layer.weight_quantizer.zero_point[:, 0], zero)
@@ -609,7 +609,12 @@ def test_error_reduction_of_a_convolution_rounds_alone() -> None:
     patches = F.unfold(x, 4, stride=4).transpose(1, 2).reshape(-1, 48)
     scale, zero = layer.weight_quantizer.scale, layer.weight_quantizer.zero_point
     codes, expected = refine_rounding(
-        weight.flatten(1), bias, Grid(scale, zero, 8), refit_moments(patches, patches), 30.0, 20
+        weight.flatten(1),
+        bias,
+        RoundingGrid(scale, zero, 8),
+        refit_moments(patches, patches),
+        30.0,
+        20,
     )
     assert torch.equal(layer.weight_quantizer.codes, codes.to(torch.uint8))
     assert expected is not None
