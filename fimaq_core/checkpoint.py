@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import ValidationError, field_validator
 from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fimaq_core import NUMERICS_VERSION
+from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, first_problem
 from fimaq_core.files import remove, replaced_whole
 from fimaq_core.layers import QuantLinear
@@ -27,10 +28,8 @@ from fimaq_core.recipe import Fields, Recipe
 _DAMAGED = "The checkpoint {} is damaged ({}): delete it and run again."
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(Strict):
     """Everything that a checkpoint depends on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     numerics: int = NUMERICS_VERSION  # version of the code's arithmetic
     model: str = ""  # architecture of the weights; empty if the caller has only one
@@ -63,8 +62,8 @@ class Fingerprint(BaseModel):
         if self.calibration != other.calibration:
             return "it was made with other calibration images"
         mine, theirs = self.recipe, other.recipe
-        names = dict.fromkeys(["scope", *mine.names_of(fields), *theirs.names_of(fields)])
-        pairs = [(name, getattr(theirs, name), getattr(mine, name)) for name in names]
+        compared = dict.fromkeys(["scope", *mine.names_of(fields), *theirs.names_of(fields)])
+        pairs = [(name, getattr(theirs, name), getattr(mine, name)) for name in compared]
         different = [f"{name} ({old!r}, here {new!r})" for name, old, new in pairs if old != new]
         return f"it was made with another recipe: {', '.join(different)}" if different else None
 

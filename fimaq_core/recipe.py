@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fimaq_core.documents import problems, read_yaml
+from fimaq_core.documents import Strict, problems, read_yaml
 from fimaq_core.errors import RecipeError, suggest
 
 #: Bit-width that switches a quantizer off.
@@ -41,7 +41,7 @@ _mlp, _recon, _loss = (partial(_field, group) for group in ("mlp", "reconstructi
 _numerics = partial(_field, "numerics")
 
 
-class Recipe(BaseModel):
+class Recipe(Strict, allow_inf_nan=False):
     """Everything that determines a quantized model, given the float model and the images.
 
     Example::
@@ -49,8 +49,6 @@ class Recipe(BaseModel):
         recipe = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
         recipe.bits_name  # "w3a3"
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: str = _method("fimaq", "Method that the recipe started from.")
     seed: int = _method(3407, "Seed of calibration sample, batches, dropping, Fisher passes.", ge=0)

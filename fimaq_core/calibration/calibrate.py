@@ -87,7 +87,8 @@ def _calibrate_layer(
     percentile = recipe.range_search == "percentile"
     if isinstance(layer, QuantMatMul):
         if percentile:
-            percentile_ranges.matmul_percentiles(layer, seen[0], seen[1])
+            for quantizer, x in zip((layer.a_quantizer, layer.b_quantizer), seen, strict=True):
+                percentile_ranges.input_percentile(quantizer, x, (1, 1, 1, 1))
         else:
             calibrate_matmul(layer, seen[0], seen[1], recipe)
     elif isinstance(layer, QuantLinear):

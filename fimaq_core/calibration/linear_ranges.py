@@ -12,7 +12,7 @@ from fimaq_core.calibration.candidates import (
 )
 from fimaq_core.calibration.output_error import Product, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error
-from fimaq_core.calibration.progressive import progressive_input, progressive_rows
+from fimaq_core.calibration.progressive import progressive_heads, progressive_rows
 from fimaq_core.calibration.special_ranges import search_after_gelu
 from fimaq_core.calibration.weight_error import Rows, best_rows, input_moments
 from fimaq_core.layers import QuantLinear
@@ -42,60 +42,39 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
         set_rows(weights, *progressive_rows(weight, weights.levels, recipe.range_candidates))
     elif not weights.off:
         candidates, rows = start_rows(weights, weight, recipe.range_candidates)
-    if not uniform:
-        _rounds_after_gelu(layer, flat, candidates, rows, recipe)
-    elif recipe.range_search == "progressive":
-        _progressive_rounds(layer, x, recipe)
-    else:
+    if uniform:
         _rounds(layer, x, candidates, rows, recipe)
+    else:
+        _rounds_after_gelu(layer, flat, candidates, rows, recipe)
 
 
 def _rounds(
     layer: QuantLinear, x: Tensor, candidates: Candidates | None, rows: Tensor, recipe: Recipe
 ) -> None:
     """Search weight and input in turns; ``rows`` are the rows' first choices of candidates."""
-    weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
+    weights, inputs, count = layer.weight_quantizer, layer.input_quantizer, recipe.range_candidates
     assert isinstance(inputs, AffineQuantizer)
-    flat, input_candidates, index = x.reshape(-1, x.shape[-1]), None, 0
+    flat = x.reshape(-1, x.shape[-1])
     if not inputs.off:
         ordered = ascending(flat.reshape(1, -1))
-        input_candidates, index = _start_input(inputs, ordered, recipe.range_candidates)
+        grid = grid_candidates(ordered, inputs.levels, count)
+        index = int(best_by_own_error(ordered, grid, inputs.levels)[0])
+        inputs.set_range(grid.scale[index], grid.zero_point[index])
     # A search depends on the other one's last choice only: a repeated choice ends the rounds.
     for number in range(recipe.range_rounds):
-        if candidates is not None:
-            scale = None if inputs.off else inputs.scale
-            moments = input_moments(flat, inputs(flat), weight, scale, inputs.levels)
-            before = rows
-            rows = best_rows(Rows(weight, weights.levels, *moments), candidates, rows)
-            set_rows(weights, *candidates.pick(rows))
-            if number and torch.equal(rows, before):
-                break
-        if input_candidates is None:
-            break
-        scales, zeros = input_candidates.scale[:, 0], input_candidates.zero_point[:, 0]
-        chosen = best_operand(_input_product(layer, x), scales, zeros, index)
-        inputs.set_range(input_candidates.scale[chosen], input_candidates.zero_point[chosen])
-        if chosen == index or candidates is None:
-            break
-        index = chosen
-
-
-def _progressive_rounds(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
-    """Search weight and input in turns, progressively (AdaLog)."""
-    weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    assert isinstance(inputs, AffineQuantizer)
-    flat, count = x.reshape(-1, x.shape[-1]), recipe.range_candidates
-    ordered = ascending(flat.reshape(1, -1))
-    if not inputs.off:
-        _start_input(inputs, ordered, count)
-    for _ in range(recipe.range_rounds):
         if not weights.off:
-            progressive_weight(layer, flat, count)
+            last, rows = rows, search_weight(layer, flat, candidates, rows, count)
+            if number and candidates is not None and torch.equal(rows, last):
+                break
         if inputs.off:
             break
         before, product = settings(inputs), _input_product(layer, x)
-        inputs.set_range(*progressive_input(product, ordered, inputs.levels, count))
-        # With the input as before, the weight's next search would repeat itself.
+        if recipe.range_search == "progressive":
+            scale, zero = progressive_heads(product, 1, ordered, inputs.levels, count)
+            inputs.set_range(scale[0], zero[0])
+        else:
+            index = best_operand(product, grid.scale[:, 0], grid.zero_point[:, 0], index)
+            inputs.set_range(grid.scale[index], grid.zero_point[index])
         if weights.off or unchanged(inputs, before):
             break
 
@@ -104,19 +83,33 @@ def _rounds_after_gelu(
     layer: QuantLinear, flat: Tensor, candidates: Candidates | None, rows: Tensor, recipe: Recipe
 ) -> None:
     """Search a special input quantizer and the weight in turns, on inputs (tokens, d)."""
-    weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
+    inputs, count = layer.input_quantizer, recipe.range_candidates
     for number in range(max(recipe.range_rounds, 1)):
         before = settings(inputs)
-        search_after_gelu(layer, flat, recipe.range_candidates)
-        # With the input as before, the weight's next search would repeat itself.
-        if weights.off or (number and unchanged(inputs, before)):
+        search_after_gelu(layer, flat, count)
+        # With the same input quantizer, the weight's next search would give the same ranges.
+        if layer.weight_quantizer.off or (number and unchanged(inputs, before)):
             return
-        if candidates is None:
-            progressive_weight(layer, flat, recipe.range_candidates)
-        else:
-            moments = input_moments(flat, inputs(flat), weight)
-            rows = best_rows(Rows(weight, weights.levels, *moments), candidates, rows)
-            set_rows(weights, *candidates.pick(rows))
+        rows = search_weight(layer, flat, candidates, rows, count)
+
+
+def search_weight(
+    layer: QuantLinear, flat: Tensor, candidates: Candidates | None, rows: Tensor, count: int
+) -> Tensor:
+    """Set the weight's ranges by the output's error on inputs (tokens, d); return the choices.
+
+    ``rows`` are the last choices of ``candidates``. Without candidates the search is progressive.
+    """
+    weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
+    if candidates is None:
+        moments = input_moments(flat, inputs(flat), weight)
+        set_rows(weights, *progressive_rows(weight, weights.levels, count, moments))
+        return rows
+    scale = inputs.scale if isinstance(inputs, AffineQuantizer) and not inputs.off else None
+    moments = input_moments(flat, inputs(flat), weight, scale, inputs.levels)
+    rows = best_rows(Rows(weight, weights.levels, *moments), candidates, rows)
+    set_rows(weights, *candidates.pick(rows))
+    return rows
 
 
 def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[Candidates, Tensor]:
@@ -126,24 +119,6 @@ def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[
     rows = best_by_own_error(ordered, candidates, quantizer.levels)
     set_rows(quantizer, *candidates.pick(rows))
     return candidates, rows
-
-
-def _start_input(quantizer: AffineQuantizer, ordered: Tensor, count: int) -> tuple[Candidates, int]:
-    """Set an input's range by its own error, from ascending values (1, n).
-
-    Returns the candidates and the choice.
-    """
-    candidates = grid_candidates(ordered, quantizer.levels, count)
-    index = int(best_by_own_error(ordered, candidates, quantizer.levels)[0])
-    quantizer.set_range(candidates.scale[index], candidates.zero_point[index])
-    return candidates, index
-
-
-def progressive_weight(layer: QuantLinear, flat: Tensor, count: int) -> None:
-    """Search the weight's ranges progressively by the output's error on inputs (tokens, d)."""
-    weight, weights = layer.weight.detach(), layer.weight_quantizer
-    moments = input_moments(flat, layer.input_quantizer(flat), weight)
-    set_rows(weights, *progressive_rows(weight, weights.levels, count, moments))
 
 
 def _input_product(layer: QuantLinear, x: Tensor) -> Product:

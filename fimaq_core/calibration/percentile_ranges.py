@@ -21,7 +21,7 @@ from fimaq_core.calibration.candidates import (
 from fimaq_core.calibration.linear_ranges import set_rows
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.thinning import conv_values
-from fimaq_core.layers import QuantLinear, QuantMatMul, WeightLayer
+from fimaq_core.layers import QuantLinear, WeightLayer
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.quantizers.logarithm import log_fake_quantize
@@ -68,12 +68,6 @@ def conv_percentiles(layer: WeightLayer, x: Tensor | Sequence[Tensor]) -> None:
     if not layer.input_quantizer.off:
         input_percentile(layer.input_quantizer, conv_values(x), (1, 1, 1, 1))
     weight_percentiles(layer)
-
-
-def matmul_percentiles(layer: QuantMatMul, a: Tensor, b: Tensor) -> None:
-    """Set the ranges of an attention product."""
-    input_percentile(layer.a_quantizer, a, (1, 1, 1, 1))
-    input_percentile(layer.b_quantizer, b, (1, 1, 1, 1))
 
 
 def weight_percentiles(layer: WeightLayer, weight: Tensor | None = None) -> None:

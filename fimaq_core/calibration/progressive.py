@@ -103,22 +103,13 @@ def progressive_rows(
     return _search(errors, grid_candidates(ordered, levels, count, min_scale), count, min_scale)
 
 
-def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> Range:
-    """Return scale and zero point (scalars) of a whole operand by the error of ``product``."""
-    found = RangeErrors(product.x, product.other, product.residual, uniform_points(levels))
-
-    def errors(candidates: Candidates, width: int) -> Tensor:
-        return found.best(candidates.scale[:, 0], candidates.zero_point[:, 0], width)[:, None]
-
-    start = grid_candidates(sorted_values.reshape(1, -1), levels, count)
-    scale, zero = _search(errors, start, count, MIN_SCALE)
-    return scale[0], zero[0]
-
-
 def progressive_heads(
     product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int
 ) -> Range:
-    """Return scale and zero point (heads,); product as in :func:`.output_error.best_of_heads`."""
+    """Return scale and zero point (heads,), from ascending values (heads, n).
+
+    The product is as in :func:`.output_error.best_of_heads`. A whole operand is one head.
+    """
     parts = (part.chunk(heads) for part in (product.x, product.other, product.residual))
     points, operands = uniform_points(levels), zip(*parts, strict=True)
     found = [RangeErrors(x, other, residual, points) for x, other, residual in operands]

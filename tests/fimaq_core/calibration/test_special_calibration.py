@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, ascending, grid_candidates
-from fimaq_core.calibration.linear_ranges import calibrate_linear, progressive_weight
+from fimaq_core.calibration.linear_ranges import calibrate_linear, search_weight
 from fimaq_core.calibration.percentile_ranges import (
     conv_percentiles,
     linear_percentiles,
@@ -481,7 +481,7 @@ def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) 
             least += min(
                 error(x_hat, affine(row.double(), pair, levels), flat, row) for pair in pairs
             )
-        progressive_weight(layer, flat, 64)
+        search_weight(layer, flat, None, torch.zeros(0), 64)
         assert linear_error(layer, x) <= least * (1 + 1e-9)
         better += linear_error(layer, x) < least * 0.999
         calibrate_linear(layer, x, grid)
