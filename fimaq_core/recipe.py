@@ -51,11 +51,11 @@ class Recipe(Strict, allow_inf_nan=False):
     """
 
     method: str = _method("fimaq", "Method that the recipe started from.")
-    seed: int = _method(3407, "Seed of calibration sample, batches, dropping, Fisher passes.", ge=0)
+    seed: int = _method(3407, "Seed of calibration images, batches, dropping, Fisher passes.", ge=0)
     scope: str | None = _method(
         None,
         "Quantized part of the model, as the task names it (retrieval: both, vision, text; "
-        "detection: backbone+fpn+rpn+roi or some of them); none: the task's usual part.",
+        "detection: backbone+fpn+rpn+roi or some of them); if not given, the task's usual part.",
     )
 
     w_bits: int = _bits(4, "Bits of weights, 2 to 8, or 32 for off.")
@@ -77,7 +77,7 @@ class Recipe(Strict, allow_inf_nan=False):
         "Search of scales and zero points: min-max; the best of three percentiles by own error "
         "(RepQ-ViT); a grid by the layer's output error; that grid refined step by step (AdaLog).",
     )
-    range_images: int = _range(128, "First of the calibration images, used for ranges.", ge=1)
+    range_images: int = _range(128, "Calibration images for ranges: the first ones.", ge=1)
     range_candidates: int = _range(128, "Candidates per search.", ge=16)
     range_rounds: int = _range(3, "Rounds of alternating search.", ge=0)
     reparameterize: bool = _range(
@@ -87,7 +87,7 @@ class Recipe(Strict, allow_inf_nan=False):
     )
     refit: bool = _range(False, "Refit weights by ridge regression, refine roundings (ERQ).")
     refit_ridge: float = _range(1000.0, "Ridge of the refit, added to sums over tokens.", ge=0)
-    refit_flips: int = _range(100, "Most roundings changed per row and half.", ge=0)
+    refit_flips: int = _range(100, "Limit of changed roundings per row and half.", ge=0)
     per_token: bool = _range(True, "Expand activation scales to one per token position (FIMA-Q).")
 
     reconstruct_mlp: bool = _mlp(
@@ -111,10 +111,10 @@ class Recipe(Strict, allow_inf_nan=False):
     steps: int = _recon(20_000, "Optimisation steps per block.", ge=1)
     batch_size: int = _recon(32, "Images per step.", ge=1)
     prefix_prob: float = _recon(
-        0.5, "Share of the block's input from the quantized prefix, in 1/256.", ge=0, le=1
+        0.5, "Share of a block's input from the quantized prefix, in steps of 1/256.", ge=0, le=1
     )
     activation_prob: float = _recon(
-        0.5, "Share of activations quantized in training, in 1/256; 1: no dropping.", ge=0, le=1
+        0.5, "Share of activations quantized in training, in steps of 1/256.", ge=0, le=1
     )
     lr_alpha: float = _recon(1e-3, "Learning rate of the rounding variables (Adam).", gt=0)
     lr_scale: float = _recon(4e-5, "Learning rate of activation scales (Adam, cosine to 0).", gt=0)
@@ -143,7 +143,7 @@ class Recipe(Strict, allow_inf_nan=False):
     )
     temperature: float = _loss(20.0, "Temperature of a classifier's divergence.", gt=0)
     divergence_batch: int = _loss(
-        32, "Samples in a row that a divergence compares with each other (retrieval).", ge=2
+        32, "Consecutive samples that a divergence compares with each other (retrieval).", ge=2
     )
 
     step_dtype: _Arithmetic = _numerics(

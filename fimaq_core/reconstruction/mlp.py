@@ -8,7 +8,7 @@ before the MLP as trained, but the loss does not depend on the norm.)
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +36,7 @@ _VALUES = 2**24
 
 
 @dataclass(frozen=True)
-class _Lesson:
+class _TrainingData:
     """Training data of an MLP."""
 
     label: str  # name of the MLP in the original model
@@ -113,11 +113,11 @@ def reconstruct_mlps(
             if pieces.load(number, mlp) is None:
                 begin = replace(begin, done=number * steps, block=f"{segment.label}.{part.name}")
                 resources.on_progress(begin)
-                lesson = _prepare(tape, part, recipe, reference, divergence)
+                data = _prepare(tape, part, recipe, reference, divergence)
                 tick = losses_to(resources.on_progress, begin, steps, "the MLP's loss", advice)
-                _train(mlp, part, lesson, recipe, tick)
+                _train(mlp, part, data, recipe, tick)
                 pieces.save(number, mlp)
-                del lesson  # frees memory before the next lesson is made
+                del data  # frees memory before the next data are made
             number += 1
         if index + 1 < len(teacher):
             tape.advance()
@@ -127,7 +127,7 @@ def reconstruct_mlps(
 
 def _prepare(
     tape: Tape, part: MlpPart, recipe: Recipe, reference: Samples, divergence: Divergence
-) -> _Lesson:
+) -> _TrainingData:
     """Make the training data of an MLP in one sweep over the images."""
     device, full, segment = tape.storage.device, tape.full, tape.teacher.segment(tape.index)
     mlp, where = segment.block.get_submodule(part.name), f"{segment.label}.{part.name}"
@@ -169,7 +169,7 @@ def _prepare(
     elif recipe.mlp_loss == "perturb_mean":
         hessian = hessians.samples
     limit = positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile)
-    return _Lesson(where, inputs.samples, targets.samples, hessian, limit)
+    return _TrainingData(where, inputs.samples, targets.samples, hessian, limit)
 
 
 def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
@@ -222,19 +222,18 @@ def mlp_loss(
     return loss
 
 
-def _train(mlp: nn.Module, part: MlpPart, lesson: _Lesson, recipe: Recipe, tick: Tick) -> None:
+def _train(mlp: nn.Module, part: MlpPart, data: _TrainingData, recipe: Recipe, tick: Tick) -> None:
     device = next(mlp.parameters()).device
     layers = [mlp.get_submodule(name) for name in (part.fc1, part.fc2)]
     wanted = [value for layer in layers for value in (layer.weight, layer.bias)]
     parameters = [value for value in wanted if isinstance(value, nn.Parameter)]
-    pick = _picker(lesson, recipe, device)
     optimizer = torch.optim.Adam(parameters, lr=recipe.mlp_lr, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.mlp_steps)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        for step in range(1, recipe.mlp_steps + 1):
-            loss = mlp_loss(mlp, part, *pick(step - 1), lesson.limit)
+        for step, batch in enumerate(_batches(data, recipe, device), 1):
+            loss = mlp_loss(mlp, part, *batch, data.limit)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -246,26 +245,23 @@ def _train(mlp: nn.Module, part: MlpPart, lesson: _Lesson, recipe: Recipe, tick:
             parameter.grad = None
 
 
-def _picker(
-    lesson: _Lesson, recipe: Recipe, device: torch.device
-) -> Callable[[int], tuple[Tensor, Tensor, Tensor | None]]:
-    """Return a function from the step (from 0) to inputs, targets and Hessian of its batch.
+def _batches(
+    data: _TrainingData, recipe: Recipe, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield inputs, targets and Hessian of each step: a random batch.
 
-    Batches are random; if shapes vary, each batch is one sample, in order.
+    If shapes vary, each batch is one sample, in order and repeatedly.
     """
-    inputs, targets, hessian = lesson.inputs, lesson.targets, lesson.hessian
-    varying, drawn = inputs.varying, torch.zeros(0)
-    if not varying:
-        generator = block_generator(recipe.seed, f"{lesson.label}/mlp")
-        drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator)
-        drawn = drawn.to(inputs.device)
-
-    def pick(samples: Samples, number: int) -> Tensor:
-        found = samples[number % len(inputs)] if varying else samples.whole[drawn[number]]
-        return found.to(device, non_blocking=True)
-
-    def lesson_of(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        own = hessian if hessian is None else pick(hessian, number) if varying else hessian.whole
-        return pick(inputs, number), pick(targets, number), own
-
-    return lesson_of
+    inputs, targets, hessian = data.inputs, data.targets, data.hessian
+    if inputs.varying:
+        for step in range(recipe.mlp_steps):
+            number = step % len(inputs)
+            own = None if hessian is None else hessian[number].to(device, non_blocking=True)
+            yield inputs[number].to(device), targets[number].to(device), own
+        return
+    generator = block_generator(recipe.seed, f"{data.label}/mlp")
+    drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator)
+    own = None if hessian is None else hessian.whole
+    for rows in drawn.to(inputs.device):
+        x, target = inputs.whole[rows], targets.whole[rows]
+        yield x.to(device, non_blocking=True), target.to(device, non_blocking=True), own
