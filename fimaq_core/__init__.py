@@ -1,7 +1,7 @@
 """fimaq_core: block-wise post-training quantization of PyTorch vision transformers.
 
-The package needs PyTorch, and timm only for models of timm. A task adapter (see ``tasks``) turns
-its model into a :class:`fimaq_core.chain.BlockChain` and hands it to :mod:`fimaq_core.pipeline`.
+The package needs PyTorch, and timm only for timm's models. A task adapter (see ``tasks``) turns a
+model into a :class:`fimaq_core.chain.BlockChain` for :mod:`fimaq_core.pipeline`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUMERICS_VERSION = 3
 
 
 def __getattr__(name: str) -> Any:
-    """Import the functions for notebooks on first use: they import PyTorch."""
+    """Import the functions for notebooks on first use, since these import PyTorch."""
     if name in ("QuantizedModel", "load", "quantize"):
         from fimaq_core import api
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import PositiveInt, ValidationError
 from torch import Tensor, nn
 
 from fimaq_core import NUMERICS_VERSION, checkpoint
 from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint, state_sha256
+from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, DataError, ModelError, first_problem
 from fimaq_core.families import find_family
 from fimaq_core.families.own import described, names_of, own_chain
@@ -28,19 +29,16 @@ from fimaq_core.reconstruction.mlp import use_relu
 from fimaq_core.resources import Placement, Resources
 from fimaq_core.samples import Samples
 
-#: Recipe fields that count images, with the smallest number each field allows.
+#: Recipe fields that count images, with the least number that each field allows.
 _COUNTS = dict.fromkeys(("calibration_images", "range_images", "batch_size", "mlp_batch"), 1)
 _COUNTS["divergence_batch"] = 2
-
 
 #: Blocks and head of a custom module.
 _Parts = tuple[Iterable[nn.Module] | None, nn.Module | None]
 
 
-class _SavedModel(BaseModel):
-    """Header of a saved :class:`QuantizedModel`, whose content is not trusted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class _SavedModel(Strict, strict=True):
+    """Header of a saved :class:`QuantizedModel`."""
 
     stage: Literal["quantized"] = "quantized"
     segments: list[str]
@@ -63,8 +61,8 @@ class QuantizedModel(nn.Module):
 
     Attributes:
         chain: the model's segments in order; a segment's ``block`` holds the quantized layers.
-        recipe: all settings, with the numbers of images that were used.
-        log: facts about the reconstruction; empty for methods that only calibrate.
+        recipe: all settings, with the numbers of images actually used.
+        log: facts about the reconstruction; empty if the method only calibrates.
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class QuantizedModel(nn.Module):
 
     @property
     def notes(self) -> list[str]:
-        """Sentences about everything that did not go as the settings say."""
+        """Sentences about deviations from the settings."""
         return self.log.sentences()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -85,16 +83,15 @@ class QuantizedModel(nn.Module):
         return logits
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file for :func:`load`. Raises CheckpointError if it cannot."""
+        """Write a safetensors file for :func:`load`. Raises CheckpointError if that fails."""
         header = _SavedModel(
             segments=_labels(self.chain),
             shape=list(self._like.shape[1:]),
             dtype="float32" if self._like.is_floating_point() else "int64",
             log=asdict(self.log),
         )
-        checkpoint.save_checkpoint(
-            Path(path), self.chain.state_dict(), self._fingerprint, header.model_dump()
-        )
+        state, facts = self.chain.state_dict(), header.model_dump()
+        checkpoint.save_checkpoint(Path(path), state, self._fingerprint, facts)
 
 
 def quantize(
@@ -114,23 +111,23 @@ def quantize(
 
     Args:
         model: a ViT, DeiT or Swin of timm, or any module whose ``blocks`` and ``head`` are given.
-        images: (n, C, H, W) calibration images, transformed as the model needs them, or batches of
-            them, such as a DataLoader. Other parts of a batch, such as labels, are ignored. The
-            first ``calibration_images`` are used. For a text model: (n, L) int64 token ids.
+        images: (n, C, H, W) calibration images with the model's transform, or batches of images,
+            such as a DataLoader. Other parts of a batch, such as labels, are ignored. The first
+            ``calibration_images`` images are used. For a text model: (n, L) int64 token ids.
         method: a name from :data:`fimaq_core.recipe.METHODS`.
         blocks: blocks of your own module, in the order in which its forward applies them.
         head: last part of your own module; nothing may follow it.
-        divergence: measure for the Fisher information; by default the KL divergence of class
+        divergence: divergence for the Fisher information; by default the KL divergence of class
             probabilities.
-        progress: True to show progress bars, on a terminal or in a notebook.
-        device: where to run; by default where the model is.
+        progress: True to show progress bars on a terminal or in a notebook.
+        device: device of the computation; by default that of the model.
         placement: place of the cached block inputs: "device", "host" or "disk".
         settings: recipe fields that replace the method's, such as ``w_bits``, ``a_bits`` and
-            ``steps``. Numbers of images are lowered to the number of images given, with a note.
+            ``steps``. Numbers of images are lowered to the number of given images, with a note.
 
     Raises:
         RecipeError: an unknown method or setting, or a value that does not fit.
-        ModelError: a model or part that is not supported.
+        ModelError: the model or a part of it is not supported.
         DataError: no images, or images that the model does not accept.
         NumericsError: NaN or infinity in weights, activations or a loss.
     """
@@ -164,7 +161,7 @@ def load(
         path: the file.
         model: the float model that was quantized; it stays as it is.
         blocks, head: the same as in :func:`quantize`.
-        device: where to put the quantized model; by default where the model is.
+        device: device of the quantized model; by default that of ``model``.
 
     Raises:
         CheckpointError: the file is missing, damaged, or made from another model.
@@ -226,7 +223,7 @@ def _chain_of(
 
 
 def _like(shape: Sequence[int], images: bool) -> Tensor:
-    """Return three samples of a shape, to watch a model's forward: noise images, or token ids."""
+    """Return three samples of a shape to trace a model's forward: noise images, or token ids."""
     if not images:
         return torch.zeros(3, *shape, dtype=torch.int64)
     return torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
@@ -258,7 +255,7 @@ def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
 
 
 def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:
-    """Return the recipe with counts of at most ``count`` images, and a note on those it uses."""
+    """Return the recipe with counts of at most ``count`` images, and a note on lowered counts."""
     possible = {name: max(count, least) for name, least in _COUNTS.items()}
     lowered = {name: value for name, value in possible.items() if getattr(recipe, name) > value}
     unused = {"divergence_batch"}

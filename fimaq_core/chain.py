@@ -1,4 +1,4 @@
-"""A model as a chain of segments: the form in which it is calibrated, reconstructed and run."""
+"""A model as a chain of segments, for calibration, reconstruction and evaluation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fimaq_core.samples import Samples
 
-#: ``head`` is a classifier, whose loss compares probabilities; ``projection`` maps pooled features
-#: to an embedding; a ``neck`` is reconstructed by squared error whatever the recipe's loss; a
-#: ``predictor`` is calibrated and never reconstructed.
+#: ``head`` is a classifier, whose loss compares probabilities. ``projection`` maps pooled features
+#: to an embedding. A ``neck`` is always reconstructed by squared error. A ``predictor`` is
+#: calibrated and never reconstructed.
 Kind = Literal["patch_embed", "block", "merge", "head", "projection", "neck", "predictor"]
 
 #: Tensors that earlier blocks keep for later ones, in order, each (B, ...).
@@ -19,7 +19,7 @@ Kept = tuple[Tensor, ...]
 
 
 class Beside(NamedTuple):
-    """Tensors that travel beside the outputs of a chain's blocks, of all samples."""
+    """Tensors of all samples that later segments need besides the previous block's output."""
 
     side: Samples | None = None  # the chain's side, (n, ...); None for a chain without one
     kept: tuple[Samples, ...] = ()  # tensors that earlier segments keep, each (n, ...)
@@ -41,7 +41,7 @@ class NormPair:
 
     norm: nn.LayerNorm  # the normalisation, with affine parameters
     linear: str  # name of the linear layer inside the segment's block
-    #: name of the block's buffer (channels,) that pads between the two, which reparameterisation
+    #: name of the block's buffer (channels,) of padding between the two, which reparameterisation
     #: changes too; None without padding. (A name, since moving a module replaces its buffers.)
     pad: str | None = None
 
@@ -50,17 +50,16 @@ class NormPair:
 class MlpPart:
     """An MLP of a block: a module that computes ``fc2(act(fc1(x)))``."""
 
-    name: str  # of the module inside the segment's block
-    #: names of its parts
-    fc1: str = "fc1"
-    act: str = "act"
-    fc2: str = "fc2"
+    name: str  # name of the module inside the segment's block
+    fc1: str = "fc1"  # name of the first linear layer inside the MLP
+    act: str = "act"  # name of the activation
+    fc2: str = "fc2"  # name of the second linear layer
     #: classes that count as GELU in this kind of model; only these are replaced
     gelu: tuple[type[nn.Module], ...] = (nn.GELU,)
 
 
 class Segment(nn.Module):
-    """One reconstruction block and the frozen full-precision part before it.
+    """A block, and the full-precision part between the previous block and this one.
 
     Example::
 
@@ -74,8 +73,8 @@ class Segment(nn.Module):
         pairs: norm and linear pairs that can be reparameterised.
         mlps: the block's MLPs, for MLP reconstruction.
         takes_side: True if ``before`` takes the chain's side as its second argument.
-        keep: full-precision map from the block's output to the tensor (B, ...) that later segments
-            need, such as a stage's output for a neck; None if they need nothing.
+        keep: full-precision map from the block's output to a tensor (B, ...) for later segments,
+            such as a stage's output for a neck; None if this segment keeps nothing.
         takes_kept: True if ``before`` takes the kept tensors as its last argument.
     """
 
@@ -94,7 +93,7 @@ class Segment(nn.Module):
         super().__init__()
         self.label, self.pairs, self.mlps = label, pairs, mlps
         self.kind: Kind = kind
-        # The order of the modules is that of their tensors in checkpoints.
+        # The order of these modules is the order of tensors in checkpoints.
         self.before = before if before is not None else nn.Identity()
         self.block, self.keep = block, keep
         self.takes_side, self.takes_kept = takes_side, takes_kept
@@ -106,7 +105,7 @@ class Segment(nn.Module):
         return out
 
     def kept_with(self, output: Tensor, kept: Kept) -> Kept:
-        """Return ``kept`` and the tensor that this segment keeps of its ``output`` (B, ...)."""
+        """Return ``kept``, with the tensor that this segment keeps for its ``output`` (B, ...)."""
         return kept if self.keep is None else (*kept, self.keep(output))
 
     def forward(self, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
@@ -144,7 +143,7 @@ class BlockChain(nn.Module):
         return None if self.side is None else self.side(x)
 
     def tail(self, start: int, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        """Run the segments from ``start`` to the end, on the output ``x`` of the one before."""
+        """Run the segments from ``start`` to the end on the output ``x`` of segment start - 1."""
         for index in range(start, len(self)):
             segment = self.segment(index)
             x = segment(x, side, kept)
@@ -152,7 +151,10 @@ class BlockChain(nn.Module):
         return x
 
     def rest(self, index: int, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        """Return the model's output for output ``x`` of block ``index``; ``kept`` before it."""
+        """Return the model's output for output ``x`` of block ``index``.
+
+        ``kept`` are the tensors that segments before the block keep.
+        """
         return self.tail(index + 1, x, side, self.segment(index).kept_with(x, kept))
 
     def forward(self, x: Tensor) -> Tensor:

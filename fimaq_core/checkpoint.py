@@ -1,6 +1,7 @@
-"""Checkpoints: safetensors files whose header says which run they belong to. They hold no code.
+"""Checkpoints: safetensors files, so they hold no code.
 
-The header holds a :class:`Fingerprint`. A checkpoint of another run is refused with the reason.
+The header holds a :class:`Fingerprint` of the run. A checkpoint of another run is refused with the
+reason.
 """
 
 import contextlib
@@ -8,32 +9,27 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import ValidationError, field_validator
 from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fimaq_core import NUMERICS_VERSION
+from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, first_problem
 from fimaq_core.files import remove, replaced_whole
 from fimaq_core.layers import QuantLinear
-from fimaq_core.recipe import Recipe
-
-#: Recipe fields that a checkpoint depends on: all fields, the fields that determine ranges, or the
-#: fields that determine an MLP reconstruction.
-Scope = Literal["all", "ranges", "mlp"]
+from fimaq_core.recipe import Fields, Recipe
 
 _DAMAGED = "The checkpoint {} is damaged ({}): delete it and run again."
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(Strict):
     """Everything that a checkpoint depends on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     numerics: int = NUMERICS_VERSION  # version of the code's arithmetic
     model: str = ""  # architecture of the weights; empty if the caller has only one
@@ -44,13 +40,16 @@ class Fingerprint(BaseModel):
     @field_validator("model", "weights", "calibration")
     @classmethod
     def _printable(cls, text: str) -> str:
-        # These texts appear in messages, and a terminal obeys control characters.
+        # Messages quote these texts, and a terminal would obey control characters.
         if not text.isprintable():
             raise ValueError("has characters that cannot be printed")
         return text
 
-    def mismatch(self, other: "Fingerprint", scope: Scope = "all") -> str | None:
-        """Say how ``other`` differs, or None; recipe fields outside of ``scope`` may differ."""
+    def mismatch(self, other: "Fingerprint", fields: Fields = "all") -> str | None:
+        """Say how ``other`` differs, or return None; recipe fields outside ``fields`` may differ.
+
+        The recipe's scope always counts.
+        """
         if self.numerics != other.numerics:
             versions = f"version {other.numerics}, this is version {self.numerics}"
             return f"it was made by numerics {versions}"
@@ -63,18 +62,14 @@ class Fingerprint(BaseModel):
         if self.calibration != other.calibration:
             return "it was made with other calibration images"
         mine, theirs = self.recipe, other.recipe
-        fields: tuple[str, ...] = tuple(Recipe.model_fields)
-        if scope == "ranges":
-            fields = tuple(dict.fromkeys(("scope", *mine.range_fields(), *theirs.range_fields())))
-        elif scope == "mlp":
-            fields = ("scope", *Recipe.mlp_fields())
-        pairs = [(name, getattr(theirs, name), getattr(mine, name)) for name in fields]
+        compared = dict.fromkeys(["scope", *mine.names_of(fields), *theirs.names_of(fields)])
+        pairs = [(name, getattr(theirs, name), getattr(mine, name)) for name in compared]
         different = [f"{name} ({old!r}, here {new!r})" for name, old, new in pairs if old != new]
         return f"it was made with another recipe: {', '.join(different)}" if different else None
 
 
 def state_sha256(model: nn.Module) -> str:
-    """Return the sha256 (hex) of names, shapes, values of a state: identity of unfiled weights."""
+    """Return the sha256 (hex) of names, shapes, types and values of a model's state."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -125,18 +120,18 @@ def read_header(path: Path) -> tuple[Fingerprint, dict[str, Any]]:
 
 
 def load_checkpoint(
-    path: Path, module: nn.Module, expected: Fingerprint | None, scope: Scope = "all"
+    path: Path, module: nn.Module, expected: Fingerprint | None, fields: Fields = "all"
 ) -> dict[str, Any]:
-    """Load a checkpoint into ``module`` of the saved structure, strictly, and return its facts.
+    """Load a checkpoint into ``module``, which has the saved structure; return the facts.
 
-    ``expected`` is compared with its fingerprint (of recipes the fields in ``scope``); None accepts
-    any.
+    The fingerprint must agree with ``expected`` in the recipe's ``fields`` and in everything else.
+    None accepts any fingerprint.
 
     Raises:
-        CheckpointError: it belongs to another run (says why), is damaged, or does not fit.
+        CheckpointError: the file belongs to another run, is damaged, or does not fit.
     """
     fingerprint, facts = read_header(path)
-    reason = None if expected is None else expected.mismatch(fingerprint, scope)
+    reason = None if expected is None else expected.mismatch(fingerprint, fields)
     if reason is not None:
         raise CheckpointError(
             f"The checkpoint {path} does not belong to this run: {reason}. "
@@ -176,14 +171,14 @@ class Pieces:
     folder: Path | None = None  # folder of the files; None keeps nothing
     kind: str = ""  # ``block`` or ``mlp``
     fingerprint: Fingerprint | None = None  # identity of the run; needed with ``folder``
-    scope: Scope = "all"  # recipe fields that the files depend on
+    fields: Fields = "all"  # recipe fields that the files depend on
 
     def load(self, index: int, module: nn.Module) -> tuple[dict[str, Any], Path] | None:
-        """Load a finished piece into `module`; return its facts and its file, or None."""
+        """Load a finished piece into `module`; return the facts and the file, or None."""
         path = self._path(index)
         if path is None or not path.is_file():
             return None
-        return load_checkpoint(path, module, self.fingerprint, self.scope), path
+        return load_checkpoint(path, module, self.fingerprint, self.fields), path
 
     def save(self, index: int, module: nn.Module, facts: dict[str, Any] | None = None) -> None:
         """Keep a finished piece with `facts`."""
@@ -194,12 +189,12 @@ class Pieces:
             save_checkpoint(path, module.state_dict(), self.fingerprint, facts)
 
     def remove(self) -> None:
-        """Remove all pieces, and their folder if it is empty then."""
+        """Remove all pieces, and the folder if it is then empty."""
         if self.folder is None:
             return
         for file in self.folder.glob(f"{self.kind}-*.safetensors"):
             remove(file)
-        with contextlib.suppress(OSError):  # another process may have been faster
+        with contextlib.suppress(OSError):  # not empty, or removed by another process
             self.folder.rmdir()
 
     def _path(self, index: int) -> Path | None:

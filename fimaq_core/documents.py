@@ -1,4 +1,4 @@
-"""Reading of YAML files that users write; one message says everything to correct."""
+"""Reading of YAML files that users write; one message lists all problems of a file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +13,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """Base of records and settings that are read from files: frozen, without unknown fields."""
+    """Base of records and settings in files: frozen, unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping; PyYAML would drop the first one silently."""
+    """Loader that refuses a key twice in a mapping; PyYAML would silently drop the first value."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -54,7 +54,7 @@ def read_yaml(path: Path, what: str, error: type[FimaqError]) -> dict[str, Any]:
 
 
 def validate(model: type[Model], content: Any, where: str, error: type[FimaqError]) -> Model:
-    """Return ``content`` as a model; raise ``error`` with everything that does not fit."""
+    """Return ``content`` as a model; raise ``error`` with all problems of the content."""
     try:
         return model.model_validate(content)
     except ValidationError as problem:
@@ -82,7 +82,7 @@ def _sentence(item: Any, model: type[BaseModel]) -> str:
 
 
 def _owner(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
-    """Return the model at ``path`` inside ``model``; keys and indices of containers are skipped."""
+    """Return the model class at ``path`` inside ``model``; keys and indices are skipped."""
     for part in path:
         field = model.model_fields.get(part) if isinstance(part, str) else None
         if field is not None:

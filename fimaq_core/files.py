@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and their removal."""
+"""Writing of files that appear complete or not at all; removal of files."""
 
 import glob
 import os
@@ -32,16 +32,16 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
 
     Args:
         path: the file.
-        durable: True to wait until it is on the disk, so that it survives a crash of the machine.
+        durable: True to wait until the file is on the disk, so it survives a crash of the machine.
 
     Raises:
-        CheckpointError: the folder is read-only or the disk full; the old file is untouched.
+        CheckpointError: the folder is read-only or the disk is full; the old file is untouched.
     """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-        temporary.touch(exist_ok=False)  # with the usual permissions; tempfile's are private
+        temporary.touch(exist_ok=False)  # has the usual permissions, unlike tempfile's files
         yield temporary
         if durable:
             with temporary.open("rb+") as file:
@@ -54,12 +54,12 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
         ) from error
     finally:
         if temporary is not None:
-            with suppress(OSError):  # the error above says already that the folder fails
+            with suppress(OSError):  # the error above already tells the user about the folder
                 temporary.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it exists: another process may have been faster.
+    """Remove a file or a folder, if it exists (another process may have removed it).
 
     Raises:
         CheckpointError: the folder is read-only.

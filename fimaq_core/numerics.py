@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-#: ``tf32`` and ``bfloat16`` keep float32 values and round the operands of matrix products.
+#: ``tf32`` and ``bfloat16`` keep values in float32 and round the operands of matrix products.
 Arithmetic = Literal["float32", "tf32", "bfloat16"]
 
 

@@ -27,10 +27,10 @@ class ReconstructMlps(Stage):
     """Train the MLPs of an uncalibrated chain with ReLU; `teacher` becomes a copy with GELU."""
 
     name, kind, mark, piece = "reconstruct MLPs", "mlp", "mlp", "mlp"
-    scope = "mlp"
+    fields = "mlp"
 
     def wanted(self, part: Part) -> bool:
-        # A model without any MLP is an error; of a model of several parts, some may have none.
+        # One part of several may have no MLP; a whole model without an MLP is an error.
         possible = not part.name or len(mlps(part.chain)) > 0
         return part.recipe.reconstruct_mlp and part.teacher is None and possible
 
@@ -38,10 +38,8 @@ class ReconstructMlps(Stage):
         return self.name
 
     def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
-        settings = part.recipe, part.divergence
-        part.teacher = reconstruct_mlps(
-            part.chain, part.inputs, *settings, resources=resources, pieces=pieces
-        )
+        run = part.chain, part.inputs, part.recipe, part.divergence
+        part.teacher = reconstruct_mlps(*run, resources=resources, pieces=pieces)
 
     def load(self, part: Part, path: Path) -> None:
         teacher = copy.deepcopy(part.chain)
@@ -56,7 +54,7 @@ class Calibrate(Stage):
     """Find the ranges."""
 
     name, kind, mark = "calibrate", "calibration", "calibrated"
-    scope = "ranges"
+    fields = "ranges"
 
     def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
         calibrate(part.chain, part.inputs, part.recipe, resources.on_progress, resources.batch_size)
@@ -75,10 +73,8 @@ class Reconstruct(Stage):
         return part.recipe.reconstruct
 
     def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
-        settings, teacher = (part.recipe, part.divergence), part.teacher
-        part.log = reconstruct(
-            part.chain, part.inputs, *settings, resources=resources, teacher=teacher, pieces=pieces
-        )
+        run = part.chain, part.inputs, part.recipe, part.divergence
+        part.log = reconstruct(*run, resources=resources, teacher=part.teacher, pieces=pieces)
         finish(part.chain)
 
     def load(self, part: Part, path: Path) -> None:
@@ -104,11 +100,11 @@ STAGES: list[Stage] = [MLPS, CALIBRATE, RECONSTRUCT, FINISH]
 
 
 def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint | None) -> None:
-    """Load the reconstructed MLPs of a checkpoint into uncalibrated `segments` of any chains.
+    """Load the reconstructed MLPs of a checkpoint into uncalibrated `segments`, of any chains.
 
     Raises:
-        CheckpointError: it belongs to another run than ``fingerprint`` (None accepts any), is
-            damaged, or holds something else.
+        CheckpointError: the file belongs to another run than ``fingerprint`` (None accepts any
+            run), is damaged, or holds something else.
     """
     _, facts = read_header(path)
     if facts.get("stage") != "mlp":
@@ -138,14 +134,14 @@ def quantize_chain(
     divergence: Divergence,
     resources: Resources = Resources(),
 ) -> ReconstructionLog:
-    """Quantize `chain` in place by all stages that the recipe asks for, without files.
+    """Run all stages that the recipe asks for on `chain`, in place and without files.
 
     Example::
 
         log = quantize_chain(chain, Samples(images), recipe, ClassifierDivergence(20.0))
 
-    ``images`` (n, ...) are inputs of the chain; the first ``recipe.range_images`` set the ranges.
-    Everything runs on the chain's device.
+    ``images`` (n, ...) are inputs of the chain; the first ``recipe.range_images`` of them determine
+    the ranges. Everything runs on the chain's device.
     """
     part, store = Part(chain, images, recipe, divergence), CheckpointStore(resources)
     for stage in STAGES:

@@ -13,24 +13,24 @@ from rich.progress import Progress as Bars
 
 from fimaq_core.errors import NumericsError
 
-#: Up to so many optimisation steps per block, every step is reported.
+#: Largest number of steps per block for which every step is reported.
 FEW_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A moment of a run: ``done`` of ``total`` units of ``stage``, inside ``block`` if any."""
+    """Progress of a run: ``done`` of ``total`` units of ``stage``; now in ``block``, if any."""
 
     stage: str
     done: int
     total: int
     block: str = ""
-    loss: float | None = None  # loss of the optimisation step just made, else None
-    tape_bytes: int | None = None  # size of the tape behind a finished block, else None
+    loss: float | None = None  # loss of the step just done, if this reports a step
+    tape_bytes: int | None = None  # size of the tape, if this reports a finished block
 
 
 OnProgress = Callable[[Progress], None]
-#: Called after every step with its number (from 1) and its loss; refuses one that is not finite.
+#: Called after every step with its number (from 1) and its loss.
 Tick = Callable[[int, SupportsFloat], None]
 
 
@@ -39,14 +39,15 @@ def silent(_: Progress) -> None:
 
 
 def losses_to(on_progress: OnProgress, begin: Progress, steps: int, what: str, advice: str) -> Tick:
-    """Return a function of a step (from 1) and its loss, which now and then reports the loss.
+    """Return a function that reports the loss after the last and every 50th of ``steps`` steps.
 
-    ``begin`` is the moment before the first step. A loss that is NaN or infinite raises
-    NumericsError, with the name of the loss (``what``) and an ``advice``.
+    With at most :data:`FEW_STEPS` steps it reports every step. ``begin`` is the progress before the
+    first step. If a reported loss is NaN or infinite, it raises NumericsError with the name of the
+    loss (``what``) and an ``advice``.
     """
 
     def tick(step: int, loss: SupportsFloat) -> None:
-        # Reading the loss makes a GPU wait, so it happens rarely. A run of few steps measures time.
+        # Rarely, since a GPU waits while the loss is read.
         if step % 50 and step != steps and steps > FEW_STEPS:
             return
         value = float(loss)

@@ -1,7 +1,7 @@
 """The recipe: one frozen, validated object with all settings of a quantization.
 
-Defaults are FIMA-Q's released settings. A method (:data:`METHODS`) is a named set of changes to
-them. :func:`make_recipe` merges defaults, method, file and command line.
+The defaults are FIMA-Q's released settings. A method is a named set of changes to the defaults, see
+:data:`METHODS`. :func:`make_recipe` merges defaults, method, file and command line.
 """
 
 import hashlib
@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fimaq_core.documents import problems, read_yaml
+from fimaq_core.documents import Strict, problems, read_yaml
 from fimaq_core.errors import RecipeError, suggest
 
 #: Bit-width that switches a quantizer off.
@@ -25,6 +25,9 @@ LOSSES += ["perturb", "perturb_mean", "prediction", "least_squares"]
 
 #: Kinds of activation quantizers.
 Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
+#: Fields that a file depends on: all fields, the fields that determine ranges, or the fields that
+#: determine an MLP reconstruction.
+Fields = Literal["all", "ranges", "mlp"]
 
 _Arithmetic = Literal["float32", "tf32", "bfloat16"]
 
@@ -38,7 +41,7 @@ _mlp, _recon, _loss = (partial(_field, group) for group in ("mlp", "reconstructi
 _numerics = partial(_field, "numerics")
 
 
-class Recipe(BaseModel):
+class Recipe(Strict, allow_inf_nan=False):
     """Everything that determines a quantized model, given the float model and the images.
 
     Example::
@@ -47,14 +50,12 @@ class Recipe(BaseModel):
         recipe.bits_name  # "w3a3"
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     method: str = _method("fimaq", "Method that the recipe started from.")
-    seed: int = _method(3407, "Seed of calibration sample, batches, dropping, Fisher passes.", ge=0)
+    seed: int = _method(3407, "Seed of calibration images, batches, dropping, Fisher passes.", ge=0)
     scope: str | None = _method(
         None,
         "Quantized part of the model, as the task names it (retrieval: both, vision, text; "
-        "detection: backbone+fpn+rpn+roi or some of them); none: the task's usual part.",
+        "detection: backbone+fpn+rpn+roi or some of them); if not given, the task's usual part.",
     )
 
     w_bits: int = _bits(4, "Bits of weights, 2 to 8, or 32 for off.")
@@ -76,7 +77,7 @@ class Recipe(BaseModel):
         "Search of scales and zero points: min-max; the best of three percentiles by own error "
         "(RepQ-ViT); a grid by the layer's output error; that grid refined step by step (AdaLog).",
     )
-    range_images: int = _range(128, "First of the calibration images, used for ranges.", ge=1)
+    range_images: int = _range(128, "Calibration images for ranges: the first ones.", ge=1)
     range_candidates: int = _range(128, "Candidates per search.", ge=16)
     range_rounds: int = _range(3, "Rounds of alternating search.", ge=0)
     reparameterize: bool = _range(
@@ -86,7 +87,7 @@ class Recipe(BaseModel):
     )
     refit: bool = _range(False, "Refit weights by ridge regression, refine roundings (ERQ).")
     refit_ridge: float = _range(1000.0, "Ridge of the refit, added to sums over tokens.", ge=0)
-    refit_flips: int = _range(100, "Most roundings changed per row and half.", ge=0)
+    refit_flips: int = _range(100, "Limit of changed roundings per row and half.", ge=0)
     per_token: bool = _range(True, "Expand activation scales to one per token position (FIMA-Q).")
 
     reconstruct_mlp: bool = _mlp(
@@ -110,10 +111,10 @@ class Recipe(BaseModel):
     steps: int = _recon(20_000, "Optimisation steps per block.", ge=1)
     batch_size: int = _recon(32, "Images per step.", ge=1)
     prefix_prob: float = _recon(
-        0.5, "Share of the block's input from the quantized prefix, in 1/256.", ge=0, le=1
+        0.5, "Share of a block's input from the quantized prefix, in steps of 1/256.", ge=0, le=1
     )
     activation_prob: float = _recon(
-        0.5, "Share of activations quantized in training, in 1/256; 1: no dropping.", ge=0, le=1
+        0.5, "Share of activations quantized in training, in steps of 1/256.", ge=0, le=1
     )
     lr_alpha: float = _recon(1e-3, "Learning rate of the rounding variables (Adam).", gt=0)
     lr_scale: float = _recon(4e-5, "Learning rate of activation scales (Adam, cosine to 0).", gt=0)
@@ -142,7 +143,7 @@ class Recipe(BaseModel):
     )
     temperature: float = _loss(20.0, "Temperature of a classifier's divergence.", gt=0)
     divergence_batch: int = _loss(
-        32, "Samples in a row that a divergence compares with each other (retrieval).", ge=2
+        32, "Consecutive samples that a divergence compares with each other (retrieval).", ge=2
     )
 
     step_dtype: _Arithmetic = _numerics(
@@ -198,42 +199,30 @@ class Recipe(BaseModel):
         """Short name of the bit-widths, such as ``w3a3``."""
         return f"w{self.w_bits}a{self.a_bits}"
 
-    def digest(self) -> str:
-        """Return the sha256 (hex) of all fields: the recipe's identity."""
-        return self._digest_of(tuple(Recipe.model_fields))
-
-    def calibration_digest(self) -> str:
-        """Return the sha256 (hex) of :meth:`range_fields`: the identity of a calibration."""
-        return self._digest_of(self.range_fields())
-
-    def mlp_digest(self) -> str:
-        """Return the sha256 (hex) of :meth:`mlp_fields`."""
-        return self._digest_of(self.mlp_fields())
-
-    def range_fields(self) -> tuple[str, ...]:
-        """Return names of the fields that determine ranges, and MLPs if they are reconstructed."""
-        own = [name for name in _names("bits", "calibration") if name != "per_token"]
-        mlp = self.mlp_fields() if self.reconstruct_mlp else ("seed",)
-        return tuple(dict.fromkeys([*own, "reconstruct_mlp", *mlp]))
-
-    @staticmethod
-    def mlp_fields() -> tuple[str, ...]:
-        """Return names of the fields that determine an MLP reconstruction."""
-        own = tuple(name for name in _names("mlp") if name != "reconstruct_mlp")
-        shared = ("perturbation", "temperature", "divergence_batch", "detection_terms")
-        data = ("frozen_dtype", "calibration_images", "calibration_transform", "seed")
-        return (*own, *shared, *data)
-
-    def _digest_of(self, names: tuple[str, ...]) -> str:
+    def digest(self, fields: Fields = "all") -> str:
+        """Return the sha256 (hex) of ``fields``; of all fields it is the recipe's identity."""
         dump = self.model_dump(mode="json")
-        content = json.dumps({name: dump[name] for name in names}, sort_keys=True)
+        content = json.dumps({name: dump[name] for name in self.names_of(fields)}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def names_of(self, fields: Fields) -> list[str]:
+        """Return the names of ``fields``. Ranges depend on the MLPs if these are reconstructed."""
+        if fields == "all":
+            return list(Recipe.model_fields)
+        mlp = [name for name in _names("mlp") if name != "reconstruct_mlp"]
+        mlp += ["perturbation", "temperature", "divergence_batch", "detection_terms"]
+        mlp += ["frozen_dtype", "calibration_images", "calibration_transform", "seed"]
+        if fields == "mlp":
+            return mlp
+        own = [name for name in _names("bits", "calibration") if name != "per_token"]
+        own += ["reconstruct_mlp", *(mlp if self.reconstruct_mlp else ["seed"])]
+        return list(dict.fromkeys(own))
 
     def changes(self, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the fields that differ from the method's own settings.
 
-        Method, bits, seed and scope are left out. ``usual`` holds fields that the task sets for
-        every method.
+        Method, ``w_bits``, ``a_bits``, seed and scope are left out. ``usual`` holds fields that the
+        task sets for every method.
         """
         own = {name: getattr(self, name) for name in ("w_bits", "a_bits", "seed", "scope")}
         base = make_recipe(self.method, usual or {}, own)
@@ -241,7 +230,7 @@ class Recipe(BaseModel):
 
 
 def _names(*groups: str) -> list[str]:
-    """Return names of the fields of some groups, in order."""
+    """Return the names of the fields in ``groups``, in order."""
     extras = ((name, field.json_schema_extra) for name, field in Recipe.model_fields.items())
     return [name for name, extra in extras if isinstance(extra, dict) and extra["group"] in groups]
 
@@ -257,8 +246,8 @@ _REPQ: _Changes = {**_FEW_IMAGES, "range_search": "percentile", "softmax_quantiz
 #: Squared error, full-precision inputs, no dropping.
 _BRECQ: _Changes = {**_PER_TENSOR, "loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0}
 
-#: Each method as changes to the defaults (FIMA-Q's released settings). docs/methods.md describes
-#: each method and its differences from the released code.
+#: Changes to the defaults (FIMA-Q's released settings) by method. docs/methods.md describes each
+#: method and its differences from the released code.
 METHODS: dict[str, _Changes] = {
     # APHQ-ViT's MLP reconstruction alone, in full precision.
     "mlp-recon": {**_NO_RECONSTRUCTION, "w_bits": OFF, "a_bits": OFF, "reconstruct_mlp": True},
@@ -288,7 +277,7 @@ METHODS: dict[str, _Changes] = {
     # LS-ViT, CVPR 2026: its least-squares Hessian, otherwise FIMA-Q's settings.
     "lsvit": {"loss": "least_squares"},
 }
-#: Settings that a method's released configuration changes at some weight bits.
+#: Further changes at some weight bits, as in the method's released configuration.
 _AT_BITS: dict[str, dict[int, _Changes]] = {
     "aphq": {2: {"mlp_percentile": 0.98, "per_token": True}, 4: {"mlp_percentile": 0.98}}
 }
@@ -307,7 +296,7 @@ def register_method(name: str, changes: Mapping[str, Any]) -> None:
 
 
 def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
-    """Merge defaults, method (at its weight bits) and overrides (later ones win) into a recipe.
+    """Merge defaults, the method's settings and ``overrides`` into a recipe; later ones win.
 
     Raises:
         RecipeError: unknown method or key (with a suggestion), or a value that does not fit.
@@ -318,8 +307,7 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
     for override in overrides:
         _check_keys(override, "the recipe")
         given.update(override)
-    if given["method"] != method:
-        # The settings of the other method were not merged: the name would be wrong.
+    if given["method"] != method:  # the other method's settings were not merged
         raise RecipeError(
             f"The recipe names method '{given['method']}', but method '{method}' is asked for: "
             "choose one."
@@ -336,7 +324,7 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     """Read recipe fields from a YAML file: a flat mapping of field names to values.
 
     Raises:
-        RecipeError: the file is missing, is no YAML mapping, or names an unknown field.
+        RecipeError: the file is missing, is not a YAML mapping, or names an unknown field.
     """
     content = read_yaml(path, "recipe file", RecipeError)
     _check_keys(content, str(path))

@@ -1,20 +1,20 @@
-"""Where and how a quantization runs. Step engines and placements agree within rounding."""
+"""Settings of a run beside the recipe. Results of all choices agree within rounding."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from fimaq_core.progress import OnProgress, silent
 
-#: How an optimisation step runs, see :mod:`fimaq_core.reconstruction.engines`.
+#: Step engines, see :mod:`fimaq_core.reconstruction.engines`.
 Engine = Literal["eager", "fused", "compiled", "graph"]
 EngineChoice = Literal["auto", "eager", "fused", "compiled", "graph"]
-#: Where the tape lies: on the computing device, in host memory, or in temporary files.
+#: Place of the tape: the computing device, host memory or temporary files.
 Placement = Literal["device", "host", "disk"]
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Settings of a run that the recipe leaves open.
+    """Settings of a run that do not belong to the recipe.
 
     Example::
 

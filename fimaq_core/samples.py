@@ -9,9 +9,9 @@ from fimaq_core.errors import RecipeError
 
 
 class Samples:
-    """Samples in order: one tensor (n, ...), or one tensor per sample if their shapes vary.
+    """Samples in order: one tensor (n, ...), or one tensor per sample if shapes vary.
 
-    Samples of varying shapes are taken one by one: each is a batch, usually (1, ...).
+    Samples of varying shapes are taken one by one. Each is a batch, usually (1, ...).
 
     Example::
 
@@ -50,7 +50,7 @@ class Samples:
         return len(self.tensors) if self.varying else len(self.whole)
 
     def __getitem__(self, key: int | slice) -> Tensor:
-        """Return a sample, or the batch of one of :meth:`slices`, with its leading dimension."""
+        """Return a sample or a batch (a slice from :meth:`slices`), with its leading dimension."""
         rows = slice(key, key + 1) if isinstance(key, int) else key
         if not self.varying:
             return self.whole[rows]
@@ -61,7 +61,7 @@ class Samples:
         return self.batches(1)
 
     def slices(self, size: int) -> Iterator[slice]:
-        """Yield slices of ``size`` samples in a row, of one sample if shapes vary."""
+        """Yield slices of ``size`` consecutive samples, or of one sample if shapes vary."""
         step = 1 if self.varying else size
         for start in range(0, len(self), step):
             yield slice(start, min(start + step, len(self)))
@@ -79,7 +79,7 @@ class Samples:
         return Samples(tensors if self.varying else tensors[0])
 
     def joined(self, batches: Sequence[Tensor]) -> "Samples":
-        """Join batches, in order, to samples of the kind of these."""
+        """Join batches, in order, to samples of the same kind as these."""
         return Samples(batches if self.varying else torch.cat(list(batches)))
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class Samples:
         return self.joined([function(batch) for batch in self.batches(size)])
 
     def check_batch(self, size: int, field: str) -> None:
-        """Raise RecipeError if no batches of ``size``, the recipe's ``field``, can be drawn."""
+        """Raise RecipeError if batches of ``size`` cannot be drawn; ``field`` is the setting."""
         if self.varying and size != 1:
             raise RecipeError(
                 "These images vary in size and are taken one at a time: "

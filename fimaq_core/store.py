@@ -1,4 +1,4 @@
-"""Stages of a quantization: each runs once, or is loaded from the file of an earlier run."""
+"""Stages of a quantization: each is run once, or loaded from the file of an earlier run."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.checkpoint import Fingerprint, Pieces, Scope, save_checkpoint
+from fimaq_core.checkpoint import Fingerprint, Pieces, save_checkpoint
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.recipe import Recipe
+from fimaq_core.recipe import Fields, Recipe
 from fimaq_core.reconstruction.log import ReconstructionLog
 from fimaq_core.resources import Resources
 from fimaq_core.samples import Samples
@@ -19,7 +19,10 @@ from fimaq_core.samples import Samples
 
 @dataclass
 class Part:
-    """One chain of a model, with all that its quantization needs. Most models have one part."""
+    """One chain of a model, with everything that is needed to quantize the chain.
+
+    Most models have one part.
+    """
 
     chain: BlockChain  # on the computing device; stages change it in place
     inputs: Samples  # (n, ...) calibration inputs of the chain
@@ -35,14 +38,14 @@ class Part:
 class Stage:
     """One step of a quantization, which changes a part in place.
 
-    A subclass defines :meth:`make` and, if the stage has a file, :meth:`load` and the attributes.
+    A subclass defines :meth:`make`, and :meth:`load` and the attributes if the stage has a file.
     """
 
     name: str = ""  # name for people and records
     kind: str = ""  # kind of its shared files; empty for a stage without a file
     mark: str = ""  # value of ``stage`` in the header of its file
-    scope: Scope = "all"  # recipe fields that its file depends on
-    piece: str = ""  # kind of its :class:`Pieces`; empty for none
+    fields: Fields = "all"  # recipe fields that its file depends on
+    piece: str = ""  # kind of its :class:`Pieces`; empty if the stage keeps no pieces
 
     def wanted(self, part: Part) -> bool:
         """Return True if the recipe asks for the stage and it has not run yet."""
@@ -65,19 +68,19 @@ class Stage:
         return part.chain
 
     def facts(self, part: Part) -> dict[str, Any]:
-        """Return the JSON values in the header of the file, beside the fingerprint."""
+        """Return the JSON values that the file's header holds beside the fingerprint."""
         return {**part.facts, "stage": self.mark}
 
 
 class Address(NamedTuple):
-    """File of a stage of a part, and folder of its pieces; None keeps nothing."""
+    """Places of a stage's results for one part: file, and folder of pieces; None keeps nothing."""
 
     file: Path | None = None
     pieces: Path | None = None
 
     @staticmethod
     def beside(file: Path, stage: Stage) -> "Address":
-        """Return the address with pieces beside the file."""
+        """Return the address of ``file`` with the pieces' folder beside it."""
         return Address(file, file.with_name(f"{file.stem}.{stage.piece}s") if stage.piece else None)
 
 
@@ -97,15 +100,15 @@ class CheckpointStore:
     alone: Callable[[Path | None], AbstractContextManager[object]] = nullcontext
 
     def run(self, stage: Stage, part: Part) -> bool:
-        """Run `stage` on `part` and keep the result; return True if it was loaded instead.
+        """Run `stage` on `part` and keep the result; return True if the result was loaded instead.
 
-        Pieces are removed once the file exists. Without a file they stay.
+        Pieces are removed once the file exists. If the stage has no file, the pieces stay.
 
         Raises:
             CheckpointError: the file belongs to another run, is damaged or cannot be written.
         """
         path, folder = self.address(stage, part)
-        pieces = Pieces(folder, stage.piece, part.fingerprint, stage.scope)
+        pieces = Pieces(folder, stage.piece, part.fingerprint, stage.fields)
         if path is None:
             stage.make(part, self.resources, pieces)
             return False
@@ -118,5 +121,5 @@ class CheckpointStore:
                 stage.make(part, self.resources, pieces)
                 state, facts = stage.kept(part).state_dict(), stage.facts(part)
                 save_checkpoint(path, state, part.fingerprint, facts)
-            pieces.remove()  # also those of a run that was stopped just before
+            pieces.remove()  # also pieces of a run that was stopped just before
         return reused

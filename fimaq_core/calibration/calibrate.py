@@ -33,15 +33,16 @@ def calibrate(
     LayerNorm reparameterisation changes norms and weights, but not the float function. Convolutions
     outside the patch embedding are calibrated by their own errors and not refit.
 
-    Time grows with the images, except for the weights' searches, which need only moments of the
-    inputs. Memory: the block's output and the inputs of all its quantizable layers for all images,
-    about five copies of one layer's inputs while it is searched, and temporaries of fixed size.
-    Images of varying shapes leave a bounded number of rows per layer (:class:`.capture.Capture`).
+    The time of weight searches does not depend on the number of images; that of all others grows
+    with it. Memory: outputs of the block and inputs of its quantizable layers for all images, about
+    five copies of the inputs of the layer just searched, and temporaries of fixed size. Images of
+    varying shapes keep a bounded number of rows per layer, see :class:`.capture.Capture`.
 
     Args:
         images: (N, ...) inputs of the chain; the first ``recipe.range_images`` are used. If shapes
             vary, a sample may have any number of rows, also none (an image without proposals).
-        on_progress, batch_size: receives one unit per block; samples per forward pass.
+        on_progress: receives one unit per block.
+        batch_size: samples per forward pass.
 
     Raises:
         NumericsError: a weight or activation is not finite, or a layer gets no input.
@@ -82,11 +83,12 @@ def calibrate(
 def _calibrate_layer(
     segment: Segment, name: str, layer: QuantLayer, seen: tuple[Tensor, ...], recipe: Recipe
 ) -> None:
-    """Set the ranges of the layer ``name`` of a segment's block from its full-precision inputs."""
+    """Set the ranges of layer ``name`` of a block from its full-precision inputs ``seen``."""
     percentile = recipe.range_search == "percentile"
     if isinstance(layer, QuantMatMul):
         if percentile:
-            percentile_ranges.matmul_percentiles(layer, seen[0], seen[1])
+            for quantizer, x in zip((layer.a_quantizer, layer.b_quantizer), seen, strict=True):
+                percentile_ranges.input_percentile(quantizer, x, (1, 1, 1, 1))
         else:
             calibrate_matmul(layer, seen[0], seen[1], recipe)
     elif isinstance(layer, QuantLinear):
@@ -114,7 +116,10 @@ def _calibrate_layer(
 def _reparameterized(
     segment: Segment, name: str, layer: QuantLinear, x: Tensor, recipe: Recipe
 ) -> tuple[Tensor, Range | None]:
-    """Reparameterise ``layer`` with its norm, if any; return its new inputs and their range."""
+    """Reparameterise ``layer`` and its norm, if it has one; return its new inputs and their range.
+
+    The range is None without reparameterisation.
+    """
     bits, percentile = layer.input_quantizer.bits, recipe.range_search == "percentile"
     agree = percentile or bits == layer.weight_quantizer.bits
     pair = next((pair for pair in segment.pairs if pair.linear == name), None)

@@ -1,4 +1,4 @@
-"""Candidate ranges, after RepQ-ViT's percentile scheme (Li et al., ICCV 2023), as FIMA-Q has it."""
+"""Candidate ranges, as in FIMA-Q's released code, after RepQ-ViT (Li et al., ICCV 2023)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Elements of a temporary. On a CPU a few temporaries fit into the last cache, and a pass over one
-#: costs much more than its start (2**18 took 1.3 times as long, 2**23 as long). GPUs need more.
+#: Elements of a temporary on a CPU and on other devices. On a CPU a few temporaries must fit into
+#: the last cache (2**18 took 1.3 times as long, 2**23 as long). GPUs need larger ones.
 _CPU, _OTHER = 2**21, 2**25
 #: Lower bound of activation scales, as released; dead channels would divide by zero.
 MIN_SCALE = 1e-4
-#: Lower bound of weight scales: an all-zero row would divide by zero.
+#: Lower bound of weight scales; an all-zero row would divide by zero.
 MIN_WEIGHT_SCALE = 1e-12
-
 
 #: Scale and zero point.
 Range = tuple[Tensor, Tensor]
@@ -31,7 +30,8 @@ class Candidates:
 
     scale: Tensor
     zero_point: Tensor
-    #: scales repeat after so many candidates, with equal zero points of all groups; None if not
+    #: number of candidates after which the scales repeat, with the next zero point for all groups;
+    #: None if they do not repeat
     period: int | None = None
 
     def pick(self, index: Tensor) -> Range:
@@ -40,19 +40,19 @@ class Candidates:
         return self.scale.gather(0, row)[0], self.zero_point.gather(0, row)[0]
 
     def chunks(self, size: int) -> "Iterator[Candidates]":
-        """Yield some candidates at a time: at least one, and at most ``size``."""
+        """Split the candidates into parts of at most ``size``, and of at least one."""
         step = max(size, 1)
         parts = torch.split(self.scale, step), torch.split(self.zero_point, step)
         for scale, zero in zip(*parts, strict=True):
             yield Candidates(scale, zero)
 
     def chosen(self, index: Tensor, row: Tensor) -> "Candidates":
-        """Return single candidates (1, pairs): number ``index`` (pairs,) of ``row`` (pairs,)."""
+        """Return one candidate per pair, (1, pairs): candidate ``index`` of group ``row``."""
         return Candidates(self.scale[index, row][None], self.zero_point[index, row][None])
 
 
 def ascending(rows: Tensor) -> Tensor:
-    """Sort each row (..., n); NumPy keeps no indices, so on a CPU it takes a tenth of the time."""
+    """Sort each row (..., n). On CPUs NumPy sorts, which takes a tenth of the time."""
     if rows.device.type == "cpu":
         return torch.from_numpy(np.sort(rows.detach().numpy(), axis=-1))
     return rows.sort(dim=-1).values
@@ -61,7 +61,7 @@ def ascending(rows: Tensor) -> Tensor:
 def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
     """Return quantiles (points, groups) of ascending rows (groups, n), linearly interpolated.
 
-    They are exact, where ``torch.quantile`` refuses more than 2**24 values and the released code
+    They are exact; ``torch.quantile`` refuses more than 2**24 values, and the released code
     averages the quantiles of pieces.
     """
     last = sorted_rows.shape[1] - 1
@@ -78,10 +78,10 @@ def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
 def grid_candidates(
     sorted_rows: Tensor, levels: int, count: int, min_scale: float = MIN_SCALE
 ) -> Candidates:
-    """Return candidates of linear layers: ``min(16, L)`` zero points around L/2, times scales.
+    """Return a grid of ``count`` candidates: ``min(16, L)`` zero points around L/2, times scales.
 
-    Scales run evenly from the inner span of the ascending rows (groups, n), between the 0.1 and 0.9
-    quantiles, to the full span.
+    ``sorted_rows`` (groups, n) are ascending. Scales run evenly from the span between the 0.1 and
+    0.9 quantiles to the full span.
     """
     zeros = min(16, levels)
     scales = max(count // zeros, 1)
@@ -101,15 +101,15 @@ def grid_candidates(
 def from_bounds(
     lower: Tensor, upper: Tensor, levels: int, min_scale: float = MIN_WEIGHT_SCALE
 ) -> Candidates:
-    """Return scales and rounded zero points of ranges by their bounds (candidates, groups)."""
+    """Return the candidates of given bounds (candidates, groups), with rounded zero points."""
     scale = ((upper - lower) / (levels - 1)).clamp(min=min_scale)
     return Candidates(scale, -torch.round(lower / scale))
 
 
 def minmax(values: Tensor, levels: int) -> Range:
-    """Return scale and zero point (groups,) that span zero and each row of ``values`` (groups, n).
+    """Return scale and zero point (groups,) that span each row of ``values`` (groups, n) and zero.
 
-    So zero padding and dead channels have no error.
+    Since zero is in the range, zero padding and dead channels have no error.
     """
     lower = values.amin(dim=1).clamp(max=0)
     upper = values.amax(dim=1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Inputs of the quantizable layers of a segment, collected over batches in the form of searches."""
+"""Inputs of a segment's quantizable layers, collected over batches for the range searches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,24 +19,28 @@ _Call = tuple[Tensor, ...]
 
 
 class Capture:
-    """Collects the positional inputs of every layer of a segment's block that is quantized.
+    """Positional inputs of every quantized layer in a segment's block, collected by hooks.
 
-    Samples of equal shapes are kept whole. Of N samples of varying shapes each leaves at most its
-    Nth part of 2**15 rows and 2**25 values per layer (at least one row), evenly spread: tokens of
-    linear layers, windows of products (their rows of all heads count); of convolutions its Nth part
-    of 2**23 values. The patch embedding's inputs are kept whole. For min-max ranges, which need no
-    search, each sample leaves its smallest and largest values instead.
+    Samples of equal shapes are kept whole. N samples of varying shapes share a limit per layer, and
+    each keeps an evenly spread Nth part of it (at least one row):
+
+    * linear layers: 2**15 tokens and 2**25 values,
+    * attention products: whole windows, with 2**15 rows over all heads and 2**25 values,
+    * convolutions: 2**23 values, except the patch embedding, whose inputs are kept whole.
+
+    Min-max ranges need no search: each sample keeps its smallest and largest values instead.
 
     Args:
-        segment: segment of the block; its layers are watched until :meth:`remove`.
+        segment: segment of the block; hooks watch its layers until :meth:`remove`.
         recipe: all settings.
-        samples: number of samples of varying shapes, each ended by :meth:`settle`; else None.
+        samples: number N of samples of varying shapes, each ended by :meth:`settle`; None for
+            samples of equal shapes.
     """
 
     def __init__(self, segment: Segment, recipe: Recipe, samples: int | None = None) -> None:
         self.label, self.samples = segment.label, samples
         self.whole = segment.kind == "patch_embed"
-        # A reparameterised input's ranges are searched whatever the recipe's search.
+        # Reparameterisation searches the input's ranges, also in min-max recipes.
         self.extremes = recipe.range_search == "minmax" and not recipe.reparameterize
         found = quant_layers(segment.block)
         self.layers = {name: layer for name, layer in found if quantizes(layer)}
@@ -54,7 +58,7 @@ class Capture:
         return keep
 
     def settle(self) -> None:
-        """End a sample of varying shape: keep the part of its inputs that the searches will see."""
+        """End a sample of varying shape: keep the part of its inputs that the searches need."""
         for name, calls in self._calls.items():
             if calls:
                 for args in calls:
@@ -63,7 +67,7 @@ class Capture:
                 calls.clear()
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
-        """Return all inputs of a layer: a product's two, a convolution's one or more.
+        """Return all inputs of a layer: two of a product, one or more of a convolution.
 
         Raises:
             NumericsError: the layer got no input, or NaN or infinite values.
@@ -92,7 +96,7 @@ class Capture:
             handle.remove()
 
     def _thinned(self, layer: QuantLayer, calls: list[_Call]) -> list[_Call]:
-        """Return the part of one sample's calls of a layer that is kept."""
+        """Return the part of one sample's inputs of a layer that is kept."""
         if isinstance(layer, QuantLinear):
             return [self._chosen(layer, (_tokens(calls),), ROWS, VALUES)]
         if isinstance(layer, QuantMatMul):
@@ -105,10 +109,13 @@ class Capture:
         return [(rows.t()[None, :, :, None],)]
 
     def _chosen(self, layer: QuantLayer, operands: _Call, rows: int, values: int) -> _Call:
-        """Return the same rows of all ``operands`` (count, ...); limits are for all samples."""
+        """Return the same rows of all ``operands`` (count, ...).
+
+        ``rows`` and ``values`` are the limits of all samples together.
+        """
         assert self.samples is not None
         uniform = all(isinstance(part, AffineQuantizer) for part in _quantizers(layer))
-        if self.extremes and uniform:  # smallest and largest value in each place are enough
+        if self.extremes and uniform:
             return tuple(torch.stack([operand.amin(0), operand.amax(0)]) for operand in operands)
         limit = min(rows, *(values // operand[0].numel() for operand in operands))
         wanted = max(limit // self.samples, 1)
@@ -126,7 +133,7 @@ class Capture:
 
 
 def quantizes(layer: QuantLayer) -> bool:
-    """True if any of the layer's quantizers is on."""
+    """Return True if any of the layer's quantizers is on."""
     return not all(part.off for part in _quantizers(layer))
 
 
@@ -135,17 +142,20 @@ def _quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:
 
 
 def _columns(calls: Sequence[_Call]) -> _Call:
-    """Return the calls' arguments, each joined over calls."""
+    """Join each argument over all calls."""
     return tuple(torch.cat(parts) for parts in zip(*calls, strict=True))
 
 
 def _tokens(calls: Sequence[_Call]) -> Tensor:
-    """Return a linear layer's inputs as rows, (tokens, d)."""
+    """Join a linear layer's inputs as rows, (tokens, d)."""
     return torch.cat([x.reshape(-1, x.shape[-1]) for (x,) in calls])
 
 
 def _joined(layer: QuantLayer, calls: list[_Call]) -> _Call:
-    """Return whole inputs over all calls; if shapes differ, tokens (1, tokens, d) or one by one."""
+    """Join whole inputs over all calls.
+
+    If shapes differ, a linear layer gets (1, tokens, d) and a convolution several inputs.
+    """
     shapes = {args[0].shape[1:] for args in calls}
     if len(shapes) == 1 or isinstance(layer, QuantMatMul):
         return _columns(calls)

@@ -1,6 +1,7 @@
-"""Ranges of convolutions from their full-precision inputs: patch embeddings, detectors' layers.
+"""Ranges of convolutions from their full-precision inputs: patch embeddings, layers of detectors.
 
-Inputs are one tensor (N, C, H, W), or several if sizes vary or a convolution runs once per level.
+Inputs are one tensor (N, C, H, W), or several if sizes vary or a convolution runs once per level of
+a pyramid.
 """
 
 from collections.abc import Sequence
@@ -23,12 +24,12 @@ Inputs = Tensor | Sequence[Tensor]
 
 
 def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
-    """Set the ranges of a convolution (the patch embedding).
+    """Set the ranges of a patch embedding.
 
-    Weights per output channel: bounds between the 0.99 and the 0.9999 quantiles and the maximum, by
-    output error; both bounds together, then the lower, then the upper alone. The input's range, if
-    it is quantized, is min-max. The released code never tries the maximum itself (its loop ends one
-    candidate early); it is tried here.
+    The weight gets one range per output channel, by the output's error. Candidates of its bounds
+    are quantiles from 0.99 to 0.9999, their mirror images, and the extremes. Both bounds are
+    searched together, then the lower, then the upper one alone. The input's range is min-max. The
+    released code never tries the extremes (its loop ends one candidate early).
     """
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     matrix = layer.weight.detach().flatten(1)
@@ -63,7 +64,7 @@ def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
 
 
 def _conv_moments(layer: QuantConv2d, x: Inputs, group: int, weight: Tensor) -> Moments:
-    """Return moments of one group's input patches, summed so that unfolding never needs all."""
+    """Return the moments of one group's input patches; few images are unfolded at a time."""
     width, inputs = weight.shape[1], layer.input_quantizer
     square = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
     linear = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
@@ -83,9 +84,9 @@ def eights(x: Inputs) -> list[Tensor]:
 
 
 def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
-    """Return the patches that one group's kernels multiply, (patches, channels x kernel).
+    """Return the patches of ``x`` (N, C, H, W) that one group's kernels multiply.
 
-    ``x`` is (N, C, H, W).
+    Their shape is (patches, channels x kernel).
     """
     channels = layer.in_channels // layer.groups
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
@@ -102,13 +103,14 @@ def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
 def calibrate_conv_by_own_error(layer: WeightLayer, x: Inputs, recipe: Recipe) -> None:
     """Set the ranges of a convolution outside the patch embedding: FPN, RPN, mask head.
 
-    As in APHQ-ViT's detection (Wu et al., CVPR 2025, arXiv:2504.02508) weights per output channel
-    and the input per tensor, each by its own squared error, without rounds by the output's error.
-    Candidates are the grid of linear layers. For the input min-max is one more: the grid's zero
-    points lie around the middle, so with 8 bits the grid covers about half of a ReLU's outputs.
-    Min-max recipes set min-max ranges of all values; progressive ones search as the others do.
+    As in APHQ-ViT's detection (Wu et al., CVPR 2025, arXiv:2504.02508) the weight has one range per
+    output channel and the input has one range. Each range minimises its own squared error; there
+    are no rounds by the output's error. Candidates are the grid of linear layers. The input has the
+    min-max range as a further candidate: the grid's zero points lie around the middle, so with 8
+    bits the grid covers about half of a ReLU's outputs. Min-max recipes set min-max ranges of all
+    values; progressive recipes search as the others do.
 
-    Searches use at most 2**23 input values: the finest level of one image of 800 x 1333 has 17
+    The search uses at most 2**23 input values; the finest level of a single 800 x 1333 image has 17
     million.
     """
     weights, inputs = layer.weight_quantizer, layer.input_quantizer

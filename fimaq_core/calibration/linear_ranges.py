@@ -1,4 +1,4 @@
-"""Ranges of a linear layer from its full-precision inputs; setters that other layers share."""
+"""Ranges of a linear layer from its full-precision inputs; setters for ranges of all layers."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from fimaq_core.calibration.candidates import (
 )
 from fimaq_core.calibration.output_error import Product, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error
-from fimaq_core.calibration.progressive import progressive_input, progressive_rows
+from fimaq_core.calibration.progressive import progressive_heads, progressive_rows
 from fimaq_core.calibration.special_ranges import search_after_gelu
 from fimaq_core.calibration.weight_error import Rows, best_rows, input_moments
 from fimaq_core.layers import QuantLinear
@@ -24,9 +24,9 @@ from fimaq_core.recipe import Recipe
 def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     """Set the ranges of a linear layer for inputs (..., d).
 
-    First weight (per row) and input (one range) by their own squared error, then rounds of weight
-    and input by the squared error of the layer's output with the other one quantized. An input
-    behind a GELU with a quantizer made for it starts with the output's error.
+    The first ranges of the weight (one per row) and of the input (one) minimise their own squared
+    errors. Then rounds search the weight and the input by the squared error of the layer's output,
+    with the other one quantized. A quantizer made for GELU outputs has no first range.
     """
     weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
     flat, uniform = x.reshape(-1, x.shape[-1]), isinstance(inputs, AffineQuantizer)
@@ -42,60 +42,39 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
         set_rows(weights, *progressive_rows(weight, weights.levels, recipe.range_candidates))
     elif not weights.off:
         candidates, rows = start_rows(weights, weight, recipe.range_candidates)
-    if not uniform:
-        _rounds_after_gelu(layer, flat, candidates, rows, recipe)
-    elif recipe.range_search == "progressive":
-        _progressive_rounds(layer, x, recipe)
-    else:
+    if uniform:
         _rounds(layer, x, candidates, rows, recipe)
+    else:
+        _rounds_after_gelu(layer, flat, candidates, rows, recipe)
 
 
 def _rounds(
     layer: QuantLinear, x: Tensor, candidates: Candidates | None, rows: Tensor, recipe: Recipe
 ) -> None:
-    """Search weight and input in turns; ``rows`` are the weight's choices among its candidates."""
-    weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
+    """Search weight and input in turns; ``rows`` are the rows' first choices of candidates."""
+    weights, inputs, count = layer.weight_quantizer, layer.input_quantizer, recipe.range_candidates
     assert isinstance(inputs, AffineQuantizer)
-    flat, input_candidates, index = x.reshape(-1, x.shape[-1]), None, 0
+    flat = x.reshape(-1, x.shape[-1])
     if not inputs.off:
         ordered = ascending(flat.reshape(1, -1))
-        input_candidates, index = _start_input(inputs, ordered, recipe.range_candidates)
-    # A search sees only the other's last choice, so the rounds end once a choice repeats itself.
+        grid = grid_candidates(ordered, inputs.levels, count)
+        index = int(best_by_own_error(ordered, grid, inputs.levels)[0])
+        inputs.set_range(grid.scale[index], grid.zero_point[index])
+    # A search depends on the other one's last choice only: a repeated choice ends the rounds.
     for number in range(recipe.range_rounds):
-        if candidates is not None:
-            scale = None if inputs.off else inputs.scale
-            moments = input_moments(flat, inputs(flat), weight, scale, inputs.levels)
-            before = rows
-            rows = best_rows(Rows(weight, weights.levels, *moments), candidates, rows)
-            set_rows(weights, *candidates.pick(rows))
-            if number and torch.equal(rows, before):
-                break
-        if input_candidates is None:
-            break
-        scales, zeros = input_candidates.scale[:, 0], input_candidates.zero_point[:, 0]
-        chosen = best_operand(_input_product(layer, x), scales, zeros, index)
-        inputs.set_range(input_candidates.scale[chosen], input_candidates.zero_point[chosen])
-        if chosen == index or candidates is None:
-            break
-        index = chosen
-
-
-def _progressive_rounds(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
-    """Search weight and input in turns with candidates that are refined step by step (AdaLog)."""
-    weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    assert isinstance(inputs, AffineQuantizer)
-    flat, count = x.reshape(-1, x.shape[-1]), recipe.range_candidates
-    ordered = ascending(flat.reshape(1, -1))
-    if not inputs.off:
-        _start_input(inputs, ordered, count)
-    for _ in range(recipe.range_rounds):
         if not weights.off:
-            progressive_weight(layer, flat, count)
+            last, rows = rows, search_weight(layer, flat, candidates, rows, count)
+            if number and candidates is not None and torch.equal(rows, last):
+                break
         if inputs.off:
             break
         before, product = settings(inputs), _input_product(layer, x)
-        inputs.set_range(*progressive_input(product, ordered, inputs.levels, count))
-        # With the input as before, the weight's next search would repeat itself.
+        if recipe.range_search == "progressive":
+            scale, zero = progressive_heads(product, 1, ordered, inputs.levels, count)
+            inputs.set_range(scale[0], zero[0])
+        else:
+            index = best_operand(product, grid.scale[:, 0], grid.zero_point[:, 0], index)
+            inputs.set_range(grid.scale[index], grid.zero_point[index])
         if weights.off or unchanged(inputs, before):
             break
 
@@ -104,23 +83,37 @@ def _rounds_after_gelu(
     layer: QuantLinear, flat: Tensor, candidates: Candidates | None, rows: Tensor, recipe: Recipe
 ) -> None:
     """Search a special input quantizer and the weight in turns, on inputs (tokens, d)."""
-    weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
+    inputs, count = layer.input_quantizer, recipe.range_candidates
     for number in range(max(recipe.range_rounds, 1)):
         before = settings(inputs)
-        search_after_gelu(layer, flat, recipe.range_candidates)
-        # With the input as before, the weight's next search would repeat itself.
-        if weights.off or (number and unchanged(inputs, before)):
+        search_after_gelu(layer, flat, count)
+        # With the same input quantizer, the weight's next search would give the same ranges.
+        if layer.weight_quantizer.off or (number and unchanged(inputs, before)):
             return
-        if candidates is None:
-            progressive_weight(layer, flat, recipe.range_candidates)
-        else:
-            moments = input_moments(flat, inputs(flat), weight)
-            rows = best_rows(Rows(weight, weights.levels, *moments), candidates, rows)
-            set_rows(weights, *candidates.pick(rows))
+        rows = search_weight(layer, flat, candidates, rows, count)
+
+
+def search_weight(
+    layer: QuantLinear, flat: Tensor, candidates: Candidates | None, rows: Tensor, count: int
+) -> Tensor:
+    """Set the weight's ranges by the output's error on inputs (tokens, d); return the choices.
+
+    ``rows`` are the last choices of ``candidates``. Without candidates the search is progressive.
+    """
+    weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
+    if candidates is None:
+        moments = input_moments(flat, inputs(flat), weight)
+        set_rows(weights, *progressive_rows(weight, weights.levels, count, moments))
+        return rows
+    scale = inputs.scale if isinstance(inputs, AffineQuantizer) and not inputs.off else None
+    moments = input_moments(flat, inputs(flat), weight, scale, inputs.levels)
+    rows = best_rows(Rows(weight, weights.levels, *moments), candidates, rows)
+    set_rows(weights, *candidates.pick(rows))
+    return rows
 
 
 def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[Candidates, Tensor]:
-    """Set a weight's ranges by own error; return the candidates and the rows' choices."""
+    """Set a weight's ranges by its own error; return the candidates and each row's choice."""
     ordered = ascending(weight)
     candidates = grid_candidates(ordered, quantizer.levels, count, MIN_WEIGHT_SCALE)
     rows = best_by_own_error(ordered, candidates, quantizer.levels)
@@ -128,23 +121,8 @@ def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[
     return candidates, rows
 
 
-def _start_input(quantizer: AffineQuantizer, ordered: Tensor, count: int) -> tuple[Candidates, int]:
-    """Set an input's range by own error from its sorted values (1, n); return the choice."""
-    candidates = grid_candidates(ordered, quantizer.levels, count)
-    index = int(best_by_own_error(ordered, candidates, quantizer.levels)[0])
-    quantizer.set_range(candidates.scale[index], candidates.zero_point[index])
-    return candidates, index
-
-
-def progressive_weight(layer: QuantLinear, flat: Tensor, count: int) -> None:
-    """Search the weight's ranges progressively by the output's error on inputs (tokens, d)."""
-    weight, weights = layer.weight.detach(), layer.weight_quantizer
-    moments = input_moments(flat, layer.input_quantizer(flat), weight)
-    set_rows(weights, *progressive_rows(weight, weights.levels, count, moments))
-
-
 def _input_product(layer: QuantLinear, x: Tensor) -> Product:
-    """Return the layer's product as a function of its input's range; x (..., d)."""
+    """Return the product of inputs ``x`` (..., d) and the quantized weight, for range searches."""
     weight = layer.weight.detach()
     batched = x.view(1, 1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1, x.shape[-1])
     other = layer.weight_quantizer.quantized(weight).t().unsqueeze(0)
@@ -152,22 +130,22 @@ def _input_product(layer: QuantLinear, x: Tensor) -> Product:
 
 
 def settings(quantizer: ActivationQuantizer) -> list[Tensor]:
-    """Return everything that a search sets of a quantizer."""
+    """Return all tensors of a quantizer that a search may set."""
     return list(quantizer.state_dict().values())
 
 
 def unchanged(quantizer: ActivationQuantizer, before: list[Tensor]) -> bool:
-    """True if a quantizer's settings are still those from ``before``."""
+    """Return True if the settings of a quantizer still equal ``before``."""
     return all(torch.equal(*pair) for pair in zip(before, settings(quantizer), strict=True))
 
 
 def set_rows(quantizer: WeightQuantizer, scale: Tensor, zero_point: Tensor) -> None:
-    """Set a weight's ranges, each (rows,)."""
+    """Set scales and zero points of a weight, each (rows,)."""
     quantizer.set_range(scale[:, None], zero_point[:, None])
 
 
 def set_minmax(quantizer: AffineQuantizer, rows: Tensor, shape: tuple[int, ...] = (-1, 1)) -> None:
-    """Set the min-max range of each row of ``rows`` (groups, n), in the given shape."""
+    """Set the min-max range of each row of ``rows`` (groups, n); ``shape`` is that of the scale."""
     if not quantizer.off:
         scale, zero = minmax(rows, quantizer.levels)
         quantizer.set_range(scale.view(shape), zero.view(shape))

@@ -1,13 +1,13 @@
 """Range search of operands by the squared error of the product they enter: fast exact forms.
 
 An operand is a linear layer's input or either side of an attention product. With operand x, its
-quantized form x + D and the other side's quantized form M, the error is ``|D M + R|²``, R the error
-of M alone. Where M has more columns than rows, ``Σ D∘(D MMᵀ + 2 R Mᵀ) + const`` costs rows²
-instead of rows x columns.
+quantized form x + D and the other side's quantized form M, the error is ``|D M + R|²``, where R is
+the error by M alone. If M has more columns than rows, the form ``Σ D∘(D MMᵀ + 2 R Mᵀ) + const`` is
+cheaper.
 
-The error is a sum over tokens, so a candidate whose partial sum exceeds the best one's whole sum is
-dropped. That pays for linear layers, whose grids hold many bad candidates; the bounds of attention
-operands differ by a few per cent in their errors, so all are computed, heads at once.
+The error is a sum over tokens, so a candidate is dropped once its partial sum exceeds the whole sum
+of the best one. This saves time for linear layers, whose grids hold many bad candidates. The errors
+of an attention operand's bounds differ by a few per cent only, so all of them are computed.
 """
 
 import torch
@@ -19,8 +19,8 @@ from fimaq_core.calibration.candidates import block_elements
 class Product:
     """Squared error of ``x̂ @ other`` against the full-precision product, by the range of ``x``.
 
-    x is (batch, rows, inner), in full precision; ``other`` (batch or 1, inner, columns), quantized;
-    ``residual`` (batch, rows, columns) is ``x @ (other - other in full precision)``.
+    ``x`` (batch, rows, inner) is in full precision. ``other`` (batch or 1, inner, columns) is
+    quantized. ``residual`` (batch, rows, columns) is ``x @ (other - other in full precision)``.
     """
 
     def __init__(self, x: Tensor, other: Tensor, residual: Tensor, levels: int) -> None:
@@ -36,7 +36,10 @@ class Product:
     def errors(
         self, scale: Tensor, zero_point: Tensor, start: int = 0, stop: int | None = None
     ) -> Tensor:
-        """Return errors, float64 (entries, candidates), for ranges (1 or entries, candidates)."""
+        """Return errors, float64 (entries, candidates), of batch entries ``start`` to ``stop``.
+
+        Scale and zero point are (1 or entries, candidates).
+        """
         stop, count = len(self.x) if stop is None else stop, scale.shape[1]
         size = self.x[0].numel() * max(self.matrix.shape[2] // self.x.shape[2], 1)
         limit = block_elements(self.x.device)
@@ -70,7 +73,7 @@ class Product:
 
 
 def best_of_heads(product: Product, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return the index (heads,) of each head's best candidate, of ranges (candidates, heads).
+    """Return the index (heads,) of each head's best candidate; ranges are (candidates, heads).
 
     The batch of ``product`` holds all samples of the first head, then of the second, and so on.
     """
@@ -83,8 +86,8 @@ def best_of_heads(product: Product, scale: Tensor, zero_point: Tensor) -> Tensor
 def best_operand(product: Product, scale: Tensor, zero_point: Tensor, guess: int = 0) -> int:
     """Return the index of the best candidate (candidates,), one range for the whole operand.
 
-    Candidates are dropped as soon as another one is better for certain. The whole error of
-    ``guess``, a candidate that is probably good, is the first bound.
+    A candidate is dropped as soon as another one is surely better. ``guess`` is the number of a
+    probably good candidate, whose whole error is the first bound.
     """
 
     def errors(which: Tensor, start: int, stop: int) -> Tensor:
@@ -96,12 +99,12 @@ def best_operand(product: Product, scale: Tensor, zero_point: Tensor, guess: int
     bound = errors(best[None], 0, batch)[0]
     partial = torch.zeros(len(scale), dtype=torch.float64, device=device)
     alive = alive[alive != best]
-    size = -(-batch // 16)  # of at most 16 slices
+    size = -(-batch // 16)  # entries per slice, for at most 16 slices
     for start in range(0, batch, size):
         stop = min(start + size, batch)
         partial[alive] += errors(alive, start, stop)
         if start == 0 and len(alive):
-            # The most promising one is finished at once: its error bounds the others tightly.
+            # The whole error of the most promising candidate is a tight bound for the others.
             first = alive[partial[alive].argmin()]
             whole = partial[first] + errors(first[None], stop, batch)[0]
             bound, best = torch.minimum(bound, whole), torch.where(whole < bound, first, best)

@@ -2,7 +2,7 @@
 
 A uniform quantizer maps an interval of values to one point. On sorted values the squared error of
 an interval follows from prefix sums of 1, x and x², so after one sort a candidate costs L lookups.
-(A value exactly between two points may be put on either side; its error is the same.)
+(A value exactly between two points may go to either point; its error is the same.)
 """
 
 import torch
@@ -13,7 +13,7 @@ from fimaq_core.quantizers.affine import fake_quantize
 
 #: Cost of one lookup of the sorted form, in elements of a plain pass (measured on a CPU).
 _LOOKUP_COST = 100
-#: Elements of a temporary: of a plain pass (it stays in a core's caches), and of the sorted form.
+#: Elements of a temporary in a plain pass (it stays in a core's caches) and in the sorted form.
 _CHUNK = 2**18
 _TABLE = 2**22
 
@@ -44,7 +44,7 @@ def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tens
 
 
 def _direct(rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """Return the same by one pass per candidate, cheaper for short rows and many ``levels``."""
+    """Return the errors by one pass per candidate: cheaper for short rows and many ``levels``."""
     out = []
     for some in candidates.chunks(_CHUNK // rows.numel()):
         x_hat = fake_quantize(rows, some.scale[..., None], some.zero_point[..., None], levels)
@@ -53,7 +53,7 @@ def _direct(rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
 
 
 def errors_of_groups(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """Return :func:`own_errors` of many groups, computed in chunks of bounded memory."""
+    """Return :func:`own_errors`, computed for some groups at a time to bound the memory."""
     step = max(_TABLE // (candidates.scale.shape[0] * levels), 1)
     scales, zeros = (torch.split(x, step, 1) for x in (candidates.scale, candidates.zero_point))
     pieces = zip(torch.split(sorted_rows, step), scales, zeros, strict=True)

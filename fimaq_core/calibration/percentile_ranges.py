@@ -1,7 +1,7 @@
 """Ranges by RepQ-ViT's scheme (Li et al., ICCV 2023, arXiv:2212.08254): percentiles by own error.
 
-The best of three percentiles is taken: for weights per output channel, for activations and
-attention operands per tensor. No range depends on a layer's output.
+Each range is the best of three percentiles. Weights have one range per output channel, activations
+and attention operands one range per tensor. No range depends on a layer's output.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from fimaq_core.calibration.candidates import (
 from fimaq_core.calibration.linear_ranges import set_rows
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.thinning import conv_values
-from fimaq_core.layers import QuantLinear, QuantMatMul, WeightLayer
+from fimaq_core.layers import QuantLinear, WeightLayer
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.quantizers.logarithm import log_fake_quantize
@@ -32,7 +32,10 @@ _POINTS = [0.999, 0.9999, 0.99999]
 
 
 def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SCALE) -> Range:
-    """Return scale and zero point (groups,): quantiles 1 - p and p of the best own error."""
+    """Return scale and zero point (groups,) between the quantiles 1 - p and p of least own error.
+
+    ``sorted_rows`` (groups, n) are ascending.
+    """
     upper = quantiles(sorted_rows, _POINTS)
     lower = quantiles(sorted_rows, [1 - point for point in _POINTS])
     candidates = from_bounds(lower, upper, levels, min_scale)
@@ -40,9 +43,9 @@ def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SC
 
 
 def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor:
-    """Return the scale (scalar) of a logarithmic quantizer: the quantile of the best own error.
+    """Return the scale (scalar) of a logarithmic quantizer: the quantile of least own error.
 
-    ``x`` holds the quantizer's values, so behind a GELU with the shift; ``step`` is in octaves.
+    ``x`` are the values that are quantized, behind a GELU with the shift; ``step`` is in octaves.
     """
     flat = x.reshape(-1)
     scales = quantiles(ascending(flat[None]), _POINTS)[:, 0].clamp(min=MIN_SCALE)
@@ -55,26 +58,20 @@ def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor
 
 
 def linear_percentiles(layer: QuantLinear, x: Tensor, common: Range | None = None) -> None:
-    """Set a linear layer's ranges; ``common`` is the input's range from reparameterisation."""
+    """Set a linear layer's ranges; ``common`` is the input's range after reparameterisation."""
     input_percentile(layer.input_quantizer, x, (1,), common)
     weight_percentiles(layer)
 
 
 def conv_percentiles(layer: WeightLayer, x: Tensor | Sequence[Tensor]) -> None:
-    """Set a convolution's ranges for inputs (N, C, H, W); several are thinned beyond a bound."""
+    """Set a convolution's ranges for one or several inputs (N, C, H, W)."""
     if not layer.input_quantizer.off:
         input_percentile(layer.input_quantizer, conv_values(x), (1, 1, 1, 1))
     weight_percentiles(layer)
 
 
-def matmul_percentiles(layer: QuantMatMul, a: Tensor, b: Tensor) -> None:
-    """Set the ranges of an attention product."""
-    input_percentile(layer.a_quantizer, a, (1, 1, 1, 1))
-    input_percentile(layer.b_quantizer, b, (1, 1, 1, 1))
-
-
 def weight_percentiles(layer: WeightLayer, weight: Tensor | None = None) -> None:
-    """Set a weight's ranges, of ``weight`` (rows, d) if it is given instead of the layer's own."""
+    """Set the ranges of a layer's weight, or of ``weight`` (rows, d) in its place."""
     if not layer.weight_quantizer.off:
         rows = ascending(layer.weight.detach().flatten(1) if weight is None else weight)
         ranges = percentile_range(rows, layer.weight_quantizer.levels, MIN_WEIGHT_SCALE)
@@ -84,7 +81,7 @@ def weight_percentiles(layer: WeightLayer, weight: Tensor | None = None) -> None
 def input_percentile(
     quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int, ...], common: Range | None = None
 ) -> None:
-    """Set one range for all of ``x``; its scale has shape ``shape``."""
+    """Set one range for all of ``x``, by default the best percentile; ``shape`` is the scale's."""
     if quantizer.off:
         return
     if isinstance(quantizer, AffineQuantizer):

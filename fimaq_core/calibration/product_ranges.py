@@ -1,6 +1,7 @@
 """Ranges of an attention product from its full-precision operands.
 
-Operands are searched by the squared error of the product, the other operand quantized, in rounds.
+Rounds search one operand after the other, by the squared error of the product with the other
+operand quantized.
 """
 
 import torch
@@ -21,10 +22,10 @@ from fimaq_core.recipe import Recipe
 def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:
     """Set the ranges of a product for operands (batch, heads, ...), one range per head.
 
-    The grid search takes upper and lower bounds between the 0.99 and 0.99999 quantiles and their
-    mirror images: both together for a, then for b, then rounds of a-lower, a-upper, b-lower,
-    b-upper (the released order). A left quantizer made for softmax outputs has one range for all
-    heads.
+    The grid search takes upper bounds between the 0.99 and 0.99999 quantiles, and lower bounds
+    between the 0.00001 and 0.01 quantiles. It searches both bounds of a, then both of b, then in
+    rounds a's lower and upper and b's lower and upper bound (the released order). A left quantizer
+    made for softmax outputs has one range for all heads.
     """
     left, right, count = layer.a_quantizer, layer.b_quantizer, recipe.range_candidates
     if not isinstance(left, AffineQuantizer):
@@ -42,7 +43,7 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
             if unchanged(right, before):
                 break
     else:
-        # The right operand is searched as the left one of the transposed product.
+        # The right operand is the left one of the transposed product.
         first, second = _HeadSearch(left, a, count), _HeadSearch(right, b.transpose(2, 3), count)
         first.search("both", second)
         second.search("both", first)
@@ -53,9 +54,9 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
 
 
 def _calibrate_after_softmax(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:
-    """Set the ranges of a product with a special left quantizer.
+    """Set the ranges of a product whose left quantizer is made for softmax outputs.
 
-    Logarithmic quantizers of fixed base keep scale 1, a softmax's largest value.
+    Logarithmic quantizers of fixed base keep scale 1, the largest value of a softmax.
     """
     left, right, count = layer.a_quantizer, layer.b_quantizer, recipe.range_candidates
     if not left.off:
@@ -76,9 +77,9 @@ def _calibrate_after_softmax(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: R
 
 
 def start_heads(quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
-    """Set ranges per head to the grid's last but one, as released.
+    """Set the range of each head to the last but one candidate of the grid, as released.
 
-    Its zero point is the highest, so it serves values below zero only: rounds must follow.
+    This candidate has the highest zero point and suits only values below zero: rounds must follow.
     """
     if not quantizer.off:
         candidates = grid_candidates(ascending(per_head(x)), quantizer.levels, count)
@@ -88,7 +89,7 @@ def start_heads(quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
 def search_operand(
     quantizer: AffineQuantizer, x: Tensor, other: Tensor, other_hat: Tensor, recipe: Recipe
 ) -> None:
-    """Search ranges per head by the error of ``x̂ @ ôther``: progressively, or in the grid."""
+    """Search one range per head by the error of ``x̂ @ other_hat``: progressive or in the grid."""
     if quantizer.off:
         return
     left, plain, hat = (
@@ -110,12 +111,15 @@ def per_head(x: Tensor) -> Tensor:
 
 
 def set_heads(quantizer: AffineQuantizer, scale: Tensor, zero_point: Tensor) -> None:
-    """Set the ranges of an attention operand, each (heads,)."""
+    """Set scales and zero points of an attention operand, each (heads,)."""
     quantizer.set_range(scale.view(1, -1, 1, 1), zero_point.view(1, -1, 1, 1))
 
 
 class _HeadSearch:
-    """Bounds of one attention operand per head; they start as the widest upper, narrowest lower."""
+    """Search of the bounds of one attention operand per head.
+
+    At the start the upper bound is the widest candidate and the lower bound the narrowest one.
+    """
 
     def __init__(self, quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
         self.quantizer = quantizer
@@ -123,7 +127,7 @@ class _HeadSearch:
         self.heads = len(self.x)
         #: index of the lower and of the upper bound of each head
         self.index = torch.full((self.heads, 2), count - 1, device=x.device)
-        #: inputs and choices of the last search of each kind
+        #: last search of each kind: the indices on which its result depends, and its choices
         self.memory: dict[str, tuple[Tensor, Tensor]] = {}
         if quantizer.off:
             return
@@ -135,14 +139,14 @@ class _HeadSearch:
         self._set()
 
     def _set(self) -> None:
-        """Set the ranges that belong to the current indices."""
+        """Set the ranges of the current indices."""
         rows = self.index.t()[:, None]
         lower, upper = self.lowers.gather(0, rows[0]), self.uppers.gather(0, rows[1])
         found = from_bounds(lower, upper, self.quantizer.levels)
         set_heads(self.quantizer, found.scale, found.zero_point)
 
     def quantized(self, heads: Tensor) -> Tensor:
-        """Return ``x`` of some heads, quantized with the current ranges."""
+        """Return ``x`` of ``heads``, quantized with the current ranges."""
         x, quantizer = self.x[heads], self.quantizer
         if quantizer.off:
             return x
@@ -154,14 +158,14 @@ class _HeadSearch:
         """Choose bounds per head by the error of ``x̂ @ ôᵀ`` against ``x @ oᵀ``.
 
         Args:
-            which: the bounds that vary, ``both``, ``lower`` or ``upper``.
-            other: the other operand o, (batch, heads, columns, inner), quantized as now.
+            which: the bounds to choose: ``both``, ``lower`` or ``upper``.
+            other: search of the other operand o; its current ranges quantize o.
         """
         if self.quantizer.off:
             return
         held: list[int] = {"both": [], "lower": [1], "upper": [0]}[which]
         free = [side for side in (0, 1) if side not in held]
-        # A head whose held bound and other operand are as at the last such search chooses the same.
+        # If held bound and other operand are as in the last search of this kind, so is the choice.
         seen = torch.cat([self.index[:, held], other.index], 1)
         chosen = self.index[:, free[0]]
         heads = torch.arange(self.heads, device=chosen.device)
@@ -177,7 +181,7 @@ class _HeadSearch:
         self._set()
 
     def _best(self, heads: Tensor, held: list[int], other: "_HeadSearch") -> Tensor:
-        """Return the best candidates of some heads; bounds in ``held`` (0 lower, 1 upper) stay."""
+        """Return the best candidates of ``heads``; bounds in ``held`` (0 lower, 1 upper) stay."""
         bounds = [self.lowers[:, heads], self.uppers[:, heads]]
         for side in held:
             own = bounds[side].gather(0, self.index[heads, side][None])

@@ -1,8 +1,8 @@
 """Search of scale and zero point together, first coarse, then finer and finer (AdaLog).
 
-Fast progressive combining search: Wu et al., ECCV 2024, arXiv:2407.12951. It evaluates a grid of
-scales and zero points at once; around the best of them it tries scales at smaller and smaller
-distances. With 128 candidates per step, 16 kept and 6 steps that is 768 candidates.
+Fast progressive combining search: Wu et al., ECCV 2024, arXiv:2407.12951. The first step evaluates
+a grid of scales and zero points. Each further step tries scales at smaller distances around the
+best candidates. With 128 candidates per step, 16 of them kept, 6 steps evaluate 768 candidates.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ from fimaq_core.calibration.own_error import errors_of_groups
 from fimaq_core.calibration.similar_ranges import RangeErrors, uniform_points
 from fimaq_core.calibration.weight_error import Moments, Rows, best_weight_errors
 
-#: Candidates kept after each step, and steps in all, as released.
+#: Candidates kept after each step, and number of steps, as released.
 _WIDTH, _STEPS = 16, 6
 
-#: Returns errors (candidates, groups) of candidates; only so many best ones per group matter.
+#: Maps candidates and a number n to errors (candidates, groups), exact for each group's n best.
 Errors = Callable[[Candidates, int], Tensor]
 
 
@@ -42,17 +42,20 @@ def progressive(
     """Return scale and zero point (groups,) with the smallest error seen.
 
     The first step keeps the ``width`` best candidates of the start. Each further step replaces each
-    kept one by ``new`` candidates with its zero point, whose scales spread evenly over one spacing
-    around its own, keeps the ``width`` best of these, and divides the spacing by ``new - 0.5``.
+    kept candidate by ``new`` candidates of the same zero point, with scales spread evenly over one
+    spacing around the old scale. It keeps the ``width`` best of these and divides the spacing by
+    ``new - 0.5``.
 
-    The released search returns the best of its last step, which may be worse than one it replaced
-    before; here the best of all steps is remembered.
+    The released search returns the best candidate of its last step, which may be worse than an
+    earlier one; this search returns the best of all steps.
 
     Args:
-        errors: gives errors (candidates, groups); those beyond the wanted best may be infinite.
-        start, width: candidates of the first step, and how many are kept after each step.
-        new, steps: candidates, at least 2, for each kept one; number of steps with the first one.
-        spacing: (groups,) distance of scales in the start; 0 leaves nothing to refine.
+        errors: errors of candidates, see :data:`Errors`; other errors may be infinite.
+        start: candidates of the first step.
+        width: number of candidates that each step keeps.
+        new: number of new candidates for each kept one, at least 2.
+        steps: number of steps, including the first one.
+        spacing: (groups,) distance of neighbouring scales in ``start``; 0 refines nothing.
         min_scale: lower bound of new scales.
     """
     if new < 2:
@@ -87,7 +90,8 @@ def progressive_rows(
 ) -> Range:
     """Return scale and zero point (rows,) of each row of a weight, by the output's squared error.
 
-    ``moments`` come from :func:`.weight_error.input_moments`; None takes the weight's own error.
+    ``moments`` are those of :func:`.weight_error.input_moments`; without, the weight's own squared
+    error counts.
     """
     ordered = ascending(weight)
 
@@ -99,22 +103,13 @@ def progressive_rows(
     return _search(errors, grid_candidates(ordered, levels, count, min_scale), count, min_scale)
 
 
-def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> Range:
-    """Return scale and zero point (scalars) of a whole operand, from its ascending values."""
-    found = RangeErrors(product.x, product.other, product.residual, uniform_points(levels))
-
-    def errors(candidates: Candidates, width: int) -> Tensor:
-        return found.best(candidates.scale[:, 0], candidates.zero_point[:, 0], width)[:, None]
-
-    start = grid_candidates(sorted_values.reshape(1, -1), levels, count)
-    scale, zero = _search(errors, start, count, MIN_SCALE)
-    return scale[0], zero[0]
-
-
 def progressive_heads(
     product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int
 ) -> Range:
-    """Return scale and zero point (heads,); product as in :func:`.output_error.best_of_heads`."""
+    """Return scale and zero point (heads,), from ascending values (heads, n).
+
+    The product is as in :func:`.output_error.best_of_heads`. A whole operand is one head.
+    """
     parts = (part.chunk(heads) for part in (product.x, product.other, product.residual))
     points, operands = uniform_points(levels), zip(*parts, strict=True)
     found = [RangeErrors(x, other, residual, points) for x, other, residual in operands]
@@ -127,6 +122,6 @@ def progressive_heads(
 
 
 def _search(errors: Errors, start: Candidates, count: int, min_scale: float) -> Range:
-    """Search with AdaLog's settings from a grid; a single scale has spacing 0."""
+    """Search with AdaLog's settings from a grid; its first two candidates give the spacing."""
     spacing = (start.scale[1] - start.scale[0]).abs()
     return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), _STEPS, spacing, min_scale)

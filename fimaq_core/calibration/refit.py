@@ -1,14 +1,18 @@
 """ERQ's calibration of one layer (Zhong et al., ICML 2024, arXiv:2407.06794): refit, then rounding.
 
-The inputs' range is set already. Weight and bias are refit to the quantized inputs by ridge
-regression, the refit weight gets its ranges by percentiles, and its rounding is decided half by
-half, the free half compensating each time. The float layer stays: the result is codes and a
-quantized bias. With inputs X, their quantized form X̂ and A = [X̂, 1], everything follows from
-second moments of A and X: no matrix of tokens x rows is ever made.
+The range of the inputs is set before. Then:
 
-Differences from the released code: the ridge is the README's (its option coe 10000, times 0.1),
-added to sums over all tokens; the released default is twice that. Layers without a token axis (the
-classifier) are refit with a ridge of 0.1, as released.
+1. Ridge regression refits weight and bias to the quantized inputs.
+2. Percentiles give the ranges of the refit weight.
+3. The rounding is decided half by half; each time the columns still free compensate the error.
+
+The float weight and bias stay: the results are codes and a bias for the quantized form. With inputs
+X, their quantized form X̂ and A = [X̂, 1], everything follows from second moments of A and X, so no
+matrix of tokens x rows is ever made.
+
+Differences from the released code: the ridge is that of the released README (option coe 10000,
+times 0.1), added to sums over all tokens; the released default is twice as large. Layers without a
+token axis (the classifier) are refit with a ridge of 0.1, as released.
 """
 
 from dataclasses import dataclass
@@ -24,16 +28,16 @@ from fimaq_core.errors import NumericsError
 from fimaq_core.layers import QuantConv2d, QuantLinear, WeightLayer
 from fimaq_core.recipe import Recipe
 
-#: Share of a coordinate's second moment that the coordinates before it leave unexplained, below
-#: which it is only rounding.
+#: A matrix counts as singular if a squared pivot of its Cholesky factor is below this share of the
+#: diagonal entry: such a pivot is only rounding.
 _SINGULAR = 1e-12
-#: Ridge of the first refit for inputs (samples, d), and the ridge's factor of convolutions.
+#: Ridge of the refit for inputs (samples, d); factor of the ridge for convolutions.
 _CLASSIFIER_RIDGE, _CONV_FACTOR = 0.1, 10.0
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Sums over tokens that inputs X and their quantized form X̂ contribute to a regression."""
+    """Sums over tokens of inputs X and their quantized form X̂, as the regressions need them."""
 
     square: Tensor  # (d, d) float64, X̂ᵀX̂
     cross: Tensor  # (d, d) float64, X̂ᵀX
@@ -47,8 +51,8 @@ class InputMoments:
 Fit = tuple[Tensor, Tensor | None]
 
 
-class Grid(NamedTuple):
-    """Grid of a weight's quantizer."""
+class RoundingGrid(NamedTuple):
+    """Points to which a weight can be rounded."""
 
     scale: Tensor  # (rows, 1)
     zero_point: Tensor  # (rows, 1)
@@ -56,7 +60,7 @@ class Grid(NamedTuple):
 
 
 def refit_moments(x: Tensor, x_hat: Tensor) -> InputMoments:
-    """Return moments of inputs and their quantized form, (tokens, d), without wide copies."""
+    """Return the moments of inputs and their quantized form, each (tokens, d)."""
     count, width = x.shape
     square, cross = torch.zeros(2, width, width, dtype=torch.float64, device=x.device).unbind()
     sum_hat, sum_plain = torch.zeros(2, width, dtype=torch.float64, device=x.device).unbind()
@@ -93,18 +97,19 @@ def ridge_refit(weight: Tensor, bias: Tensor | None, moments: InputMoments, ridg
 def refine_rounding(
     weight: Tensor,
     bias: Tensor | None,
-    grid: Grid,
+    grid: RoundingGrid,
     moments: InputMoments,
     ridge: float,
     flips: int = 100,
 ) -> Fit:
     """Choose codes half by half (the paper's weight quantization error reduction).
 
-    The first half of the columns still free is rounded, and single roundings are flipped while that
-    lowers the half's own output error. Then ridge regression lets the columns behind it, and the
-    bias, compensate the rest. The bias takes part as a last column that is never rounded.
+    The first half of the columns still free is rounded. Single roundings are flipped while a flip
+    lowers the output error of this half. Then ridge regression changes the second half and the bias
+    to compensate the remaining error. The bias takes part as a last column, never rounded.
 
-    Weight, bias and ridge are as in :func:`ridge_refit`; ``flips`` is the most per row and half.
+    Weight, bias and ridge are as in :func:`ridge_refit`. A row gets at most ``flips`` flips per
+    half.
 
     Returns:
         Codes (rows, d), float32 integers in [0, levels - 1], and the new bias, float32.
@@ -113,10 +118,10 @@ def refine_rounding(
         NumericsError: the moments are not finite, or singular for this ridge.
     """
     square = _second_moments(moments, bias)
-    grid = Grid(grid.scale.detach().double(), grid.zero_point.double(), grid.levels)
+    grid = RoundingGrid(grid.scale.detach().double(), grid.zero_point.double(), grid.levels)
     free = _joint(weight, bias)
     codes: list[Tensor] = []
-    # The bias is last, and a first half never contains the last of two or more columns.
+    # A first half never contains the last column, so the bias is never rounded.
     while (width := free.shape[1]) > 1:
         half = width // 2
         chosen = _rounded(free[:, :half], grid, square[:half, :half], flips)
@@ -130,14 +135,14 @@ def refine_rounding(
     return torch.cat(codes, 1).float(), None if bias is None else free[:, 0].float()
 
 
-def _rounded(weight: Tensor, grid: Grid, square: Tensor, flips: int) -> Tensor:
-    """Return codes rounded to nearest, then flipped for a lower ``δ square δᵀ``; all float64."""
+def _rounded(weight: Tensor, grid: RoundingGrid, square: Tensor, flips: int) -> Tensor:
+    """Return codes, rounded to nearest and then flipped to lower ``δ square δᵀ``; all float64."""
     scale, zero_point, levels = grid
     ratio = weight / scale
     codes = (ratio.round() + zero_point).clamp_(0, levels - 1)
     if not flips:
         return codes
-    # A flip changes the code up, down, or not at all where clamping leaves one point.
+    # A turn is the change by a flip: 1, -1, or 0 where clamping leaves one point.
     turn = -2 * codes
     for end in (ratio.floor(), ratio.ceil()):
         turn += (end + zero_point).clamp_(0, levels - 1)
@@ -149,18 +154,17 @@ def _rounded(weight: Tensor, grid: Grid, square: Tensor, flips: int) -> Tensor:
 def _flip(
     codes: Tensor, turn: Tensor, product: Tensor, square: Tensor, scale: Tensor, flips: int
 ) -> None:
-    """Flip ``codes`` in place, one per row at a time.
+    """Flip ``codes`` in place, one code per row at a time, while the objective δ square δᵀ falls.
 
-    ``turn`` (the changes by flips) and ``product`` (δ square) are used up. A weight that can be
-    flipped lies between two points, so its error and its turn have opposite signs: error and
-    gradient agree in sign where turn times gradient is negative. The gradient is twice the product.
-    A flip by h changes the objective by ``2h product + h² diagonal``, which is negative if
-    ``2 turn product + scale diagonal`` is.
+    ``turn`` holds the change of each code by a flip, ``product`` is δ square; both are overwritten.
+    The gradient of the objective is twice the product. The next flip of a row is that with the
+    smallest turn times product. A flip by ``h = scale turn`` changes the objective by ``2 h product
+    + h² diagonal``, which is negative if ``2 turn product + scale diagonal`` is.
     """
     rows, diagonal = torch.arange(len(codes), device=codes.device), square.diagonal()
     for _ in range(flips):
         slope, column = (turn * product).min(1)
-        # A refused row keeps its state and is refused again, so it may stay until most are done.
+        # A row without a useful flip stays as it is; rows are left out once half are done.
         falls = 2 * slope + scale * diagonal[column] < 0
         left = int(falls.sum())
         if not left:
@@ -182,7 +186,7 @@ def _joint(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _second_moments(moments: InputMoments, bias: Tensor | None) -> Tensor:
-    """Return AᵀA; without a bias X̂ᵀX̂."""
+    """Return AᵀA, or X̂ᵀX̂ without a bias."""
     if bias is None:
         return moments.square
     total = moments.sum_hat[:, None]
@@ -199,7 +203,7 @@ def _ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor:
             "its inputs cannot be calibrated on."
         )
     factor, info = torch.linalg.cholesky_ex(matrix)
-    # Rounding can hide a singular matrix from the factorization; its pivots tell.
+    # Rounding can hide a singular matrix from the factorization, but not from the pivots' sizes.
     if bool(info) or not bool((factor.diagonal().square() > _SINGULAR * matrix.diagonal()).all()):
         problem = "leaves the regression on a layer's inputs singular"
         raise NumericsError(f"a ridge of {ridge:g} {problem}; raise the ridge.")
@@ -207,7 +211,7 @@ def _ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor:
 
 
 def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
-    """Refit a linear layer whose input range is set, on (..., d), and decide its rounding."""
+    """Refit a linear layer to inputs (..., d), whose range is set, and decide its rounding."""
     flat, own = x.reshape(-1, x.shape[-1]), None if layer.bias is None else layer.bias.detach()
     moments, ridge = refit_moments(flat, layer.input_quantizer(flat)), recipe.refit_ridge
     first_ridge = ridge if x.ndim > 2 else min(_CLASSIFIER_RIDGE, ridge)
@@ -217,11 +221,11 @@ def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
 
 
 def reduce_conv_error(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
-    """Decide a patch embedding's rounding on inputs (N, C, H, W); as released it is not refit.
+    """Decide the rounding of a patch embedding with inputs (N, C, H, W), without a refit.
 
-    (Its input is not quantized.) Convolutions in groups, necks and heads keep rounding to nearest:
-    a kernel of 3 x 3 x 256 has moments of 2304 x 2304, and an image of 800 x 1333 adds 66,800
-    patches at the finest level alone.
+    The released code does not refit the patch embedding either, since its input is not quantized.
+    Convolutions in groups, in necks and in heads are rounded to nearest: a kernel of 3 x 3 x 256
+    would need moments of 2304 x 2304 over 66,800 patches of an 800 x 1333 image's finest level.
     """
     if layer.groups != 1:
         return
@@ -233,10 +237,10 @@ def reduce_conv_error(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
 
 
 def _decide(layer: WeightLayer, fit: Fit, moments: InputMoments, ridge: float, flips: int) -> None:
-    """Set codes and the quantized form's bias from a weight (rows, d) whose ranges are set."""
+    """Set the codes and the bias of the quantized form; the ranges of the weight are set."""
     (weight, bias), quantizer = fit, layer.weight_quantizer
     if not quantizer.off:
-        grid = Grid(quantizer.scale, quantizer.zero_point, quantizer.levels)
+        grid = RoundingGrid(quantizer.scale, quantizer.zero_point, quantizer.levels)
         codes, bias = refine_rounding(weight, bias, grid, moments, ridge, flips)
         quantizer.set_codes(codes)
     if bias is not None:

@@ -1,7 +1,8 @@
 """LayerNorm reparameterisation (RepQ-ViT: Li et al., ICCV 2023, arXiv:2212.08254).
 
-A LayerNorm's output varies much between channels. Per-channel ranges (s_c, z_c) become one common
-range: the channels' factors move into the norm's affine parameters and the next weight.
+The range of a LayerNorm's output varies much between channels. The ranges (s_c, z_c) of the
+channels become one common range: the norm's affine parameters scale and shift each channel, and the
+next linear layer undoes that.
 """
 
 import torch
@@ -15,9 +16,9 @@ from fimaq_core.recipe import Recipe
 
 
 def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> Range:
-    """Return per-channel scale and zero point (channels,) of ``x`` (tokens, channels).
+    """Return scale and zero point (channels,) of each channel of ``x`` (tokens, channels).
 
-    They are searched by own error.
+    Each range minimises the channel's own squared error.
     """
     rows, count = x.t().contiguous(), recipe.range_candidates
     ordered = ascending(rows)
@@ -32,11 +33,12 @@ def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> Range:
 def reparameterize(
     norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero: Tensor, pad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Move per-channel factors into norm and linear, in place; the function is unchanged.
+    """Move factors and shifts of channels into norm and linear layer, in place.
 
     With s = mean s_c, z = round(mean z_c), r = s_c / s and b = min_c / r - min (min_c = -z_c s_c,
     min = -z s) the norm's output becomes ``x / r - b``. The linear layer, its only consumer, undoes
-    that. Missing biases are created. ``pad`` (channels,) replaces zeros padded between the two.
+    that, so the function of both together is unchanged. Missing biases are created. ``pad``
+    (channels,) is the value padded between the two, in place of zeros; it changes like the output.
 
     Returns:
         ``r`` and ``b``, each (channels,).

@@ -1,13 +1,13 @@
-"""Output errors of candidate ranges that leave most codes alone.
+"""Output errors of candidate ranges that change only few codes.
 
 Neighbouring candidates of an attention operand's bounds differ little, so with few bits a row has
-the same codes for long stretches of them. With codes q (zero point subtracted) and scale s the
-row's output error is ``|s qM - t|² = s² |qM|² - 2 s qM·t + |t|²``: the two products are computed
-once per stretch, where a code changes. With ``G = MMᵀ`` they are also ``qGqᵀ`` and ``q·(tMᵀ)``,
-cheaper where M has more columns than rows.
+the same codes for long stretches of candidates. With codes q (zero point subtracted) and scale s
+the output error of a row is ``|s qM - t|² = s² |qM|² - 2 s qM·t + |t|²``. Both products are
+computed once per stretch. With ``G = MMᵀ`` they are also ``qGqᵀ`` and ``q·(tMᵀ)``, which is cheaper
+if M has more columns than rows.
 
-The squares are those of whole outputs, not of small errors; sums in float64 leave the rounding of
-the outputs themselves, as in any other form.
+The terms are squares of whole outputs, not of small errors; since sums are in float64, only the
+rounding of the outputs remains, as in any other form.
 """
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fimaq_core.calibration.candidates import block_elements
 
-#: Where a larger share of elements or rows changes, looking at every candidate alone is cheaper.
+#: If a larger share of elements or rows changes, one pass per candidate is cheaper.
 _ELEMENTS, _ROWS = 0.5, 0.25
-#: Few elements change, so a batch may have so many times a temporary's elements x candidates.
+#: Elements x candidates of a batch, as multiple of a temporary's elements: few elements change.
 _CROWD = 32
-#: Candidates that are checked together for codes that change at all.
+#: Candidates that are checked together for elements whose codes change.
 _SEGMENT = 64
 
 
@@ -28,8 +28,8 @@ def shared_errors(
 ) -> Tensor | None:
     """Return the squared error, float64 (candidates,), of ``x̂ @ other``; None if this is slow.
 
-    x is (batch, rows, inner), in full precision; ``other`` (batch, inner, columns), quantized;
-    ``target`` (batch, rows, columns). Neighbouring candidates are similar.
+    ``x`` (batch, rows, inner) is in full precision, ``other`` (batch, inner, columns) quantized,
+    ``target`` (batch, rows, columns) the wanted product. Neighbouring candidates are similar.
     """
     count = len(scale)
     step = max(_CROWD * block_elements(x.device) // (count * x[0].numel()), 1)
@@ -50,18 +50,21 @@ def shared_errors(
 def _sums(
     x: Tensor, other: Tensor, target: Tensor, ranges: Tensor, sure: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Return sums (candidates,) of ``|qM|²`` and ``qM·t``; None if slow and not ``sure``."""
+    """Return sums (candidates,) of ``|qM|²`` and ``qM·t``.
+
+    Returns None if this is slow, except with ``sure``.
+    """
     batch, rows, inner = x.shape
     flat = x.reshape(-1, inner)
     starts = _starts(flat, ranges, sure)
     if starts is None:
         return None
-    row, candidate = starts.nonzero(as_tuple=True)  # stretches: in order of rows, then candidates
+    row, candidate = starts.nonzero(as_tuple=True)  # of stretches, by row, then by candidate
     if not sure and len(row) > _ROWS * starts.numel():
         return None
     codes = _codes(flat[row], ranges[:, candidate, None])
 
-    # Stretches of one batch entry share M: one batched product of a rectangle serves all.
+    # Stretches of one batch entry share M, so one batched product of a padded tensor serves all.
     lengths = starts.view(batch, -1).sum(1)
     entry = row // rows
     slot = torch.arange(len(row), device=x.device) - (lengths.cumsum(0) - lengths)[entry]
@@ -89,7 +92,7 @@ def _sums(
 
 
 def _codes(x: Tensor, ranges: Tensor) -> Tensor:
-    """Return codes, the zero point subtracted; ``ranges`` (3, ...): scale, lowest, highest."""
+    """Return codes, the zero point subtracted; ``ranges`` (3, ...): scale, least, largest code."""
     scale, lowest, highest = ranges
     codes = torch.div(x, scale).round_()
     torch.maximum(codes, lowest, out=codes)
@@ -97,7 +100,7 @@ def _codes(x: Tensor, ranges: Tensor) -> Tensor:
 
 
 def _starts(flat: Tensor, ranges: Tensor, sure: bool) -> Tensor | None:
-    """Return a mask (rows, candidates) of codes that differ from those before; or None."""
+    """Return a mask (rows, candidates) of the candidates that begin a stretch; None if slow."""
     count, inner = ranges.shape[1], flat.shape[1]
     starts = torch.zeros(len(flat), count, dtype=torch.bool, device=flat.device)
     starts[:, 0] = True
@@ -107,7 +110,7 @@ def _starts(flat: Tensor, ranges: Tensor, sure: bool) -> Tensor | None:
         least, most = part.amin(1), part.amax(1)
         small, large = torch.div(values, most[0]).round_(), torch.div(values, least[0]).round_()
         low = torch.minimum(small, large)
-        # Clamping is monotone in value and bounds, so these two enclose an element's codes.
+        # Clamping is monotone in value and bounds, so all codes lie between `low` and `high`.
         high = torch.maximum(small, large, out=large)
         for codes, bounds in ((low, least), (high, most)):
             torch.maximum(codes, bounds[1], out=codes)

@@ -1,15 +1,16 @@
-"""Output errors of many candidate ranges of one operand, as far as a search needs them.
+"""Output errors of many candidate ranges of one operand, computed only as far as needed.
 
-A search that continues with the best few candidates does not need the errors of the others, and the
-candidates of its later steps hardly differ:
+A search needs exact errors of its few best candidates only, and in later steps its candidates
+hardly differ. So there are two ways:
 
-* Errors are summed over pieces of the operand; a candidate is dropped once its sum so far exceeds
-  the whole sums of ``width`` others.
-* An operand is ``x̂ = s u - shift`` with points u of unit scale, which are monotone in s. Between
-  neighbouring scales few u change, so a run's errors follow from the first one's: with
-  ``ρ = s / s₀``, ``e`` the first output error, ``Y = s₀ u₀ M`` and ``Δ = u - u₀`` the error is
-  ``|e + (ρ - 1) Y + ρ s₀ ΔM|²``. ``Δ`` sums few changes of single elements, so all terms are sums
-  over them, ``|ΔM|²`` one over pairs of changes in a row with entries of ``G = MMᵀ``.
+* Sieve: errors are summed over pieces of the operand. A candidate is dropped once its sum so far
+  exceeds the whole sums of ``width`` others.
+* Run: the candidates of one kind, by ascending scale. The quantized operand is ``x̂ = s u - shift``
+  with points u of unit scale, which are monotone in s. Between neighbouring scales few u change, so
+  all errors follow from the first one. With ``ρ = s / s₀``, ``e`` the first output error, ``Y = s₀
+  u₀ M`` and ``Δ = u - u₀`` the error is ``|e + (ρ - 1) Y + ρ s₀ ΔM|²``. ``Δ`` is a sum of few
+  changes of single elements, so every term is a sum over changes; ``|ΔM|²`` is a sum over pairs of
+  changes in the same row of the operand, with entries of ``G = MMᵀ``.
 """
 
 from collections.abc import Callable
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from fimaq_core.calibration.candidates import block_elements
 
-#: Returns points u, a new tensor, for values, a scale that broadcasts to them, and the candidate's
-#: kind: its zero point, or a numerator.
+#: Maps values, a scale that broadcasts to the values, and the candidate's kind (a zero point or a
+#: numerator) to points u, a new tensor.
 Points = Callable[[Tensor, Tensor, float], Tensor]
-#: Costs of a run of candidates, in elements of a single candidate (measured on a CPU): per element,
-#: per change and per pair of changes in a row.
+#: Costs of a run, as multiples of a single candidate's cost per element (measured on a CPU): per
+#: element, per change, and per pair of changes in the same row.
 _RUN_COST, _CHANGE_COST, _PAIR_COST = 3.0, 20.0, 8.0
 
 
@@ -41,10 +42,10 @@ class RangeErrors:
     """Squared error of ``(s u(x) - shift) @ other`` against the full-precision product.
 
     Args:
-        x, other: as of :class:`.output_error.Product`; the shift is added to x.
+        x, other: as of :class:`.output_error.Product`; x contains the shift.
         residual: ``(x - shift) @ (other - other in full precision)``.
-        points: gives u for the values.
-        values: argument of ``points``, shaped as ``x``; by default ``x``.
+        points: maps ``values`` to u.
+        values: tensor of the shape of ``x``; by default ``x`` itself.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class RangeErrors:
     def best(self, scale: Tensor, kind: Tensor, width: int) -> Tensor:
         """Return errors, float64 (candidates,), of at least the ``width`` best candidates.
 
-        Others may be infinite. ``kind`` (candidates,) is the last argument of ``points``.
+        The other errors may be infinite. ``kind`` (candidates,) is the last argument of ``points``.
         """
         self.scale, self.kinds = scale, kind.tolist()
         out = torch.full(scale.shape, torch.inf, dtype=torch.float64, device=scale.device)
@@ -83,15 +84,15 @@ class RangeErrors:
         return out
 
     def _sieve(self, alive: Tensor, out: Tensor, width: int) -> None:
-        """Write the errors of candidates ``alive`` to ``out``, if they may be among the best."""
+        """Write the errors of those candidates ``alive`` that may be among the best to ``out``."""
         partial = torch.zeros_like(out)
         start = 0
         while start < len(self.x) and len(alive):
-            # The first look is short; each later one is as long as all before it.
+            # The first piece is short; each later one is as long as all before together.
             stop = min(max(2 * start, self.step, len(self.x) // 8), len(self.x))
             partial[alive] += self._direct(alive, start, stop)
             if start == 0 and stop < len(self.x):
-                # The most promising are finished at once: their errors bound the others tightly.
+                # The whole errors of the most promising candidates are tight bounds for the others.
                 order = partial[alive].argsort(stable=True)
                 first, alive = alive[order[:width]], alive[order[width:]]
                 out[first] = partial[first] + self._direct(first, stop, len(self.x))
@@ -101,7 +102,7 @@ class RangeErrors:
         out[alive] = partial[alive]
 
     def _direct(self, which: Tensor, start: int, stop: int) -> Tensor:
-        """Return errors of single candidates on entries from ``start`` to ``stop``, one by one."""
+        """Return the errors of candidates on entries ``start`` to ``stop``, one by one."""
         total = torch.zeros(len(which), dtype=torch.float64, device=which.device)
         candidates = which.tolist()
         for part in self._parts(start, stop):
@@ -129,11 +130,11 @@ class RangeErrors:
         return (delta.flatten(0, 1) @ matrix[0]).view(*delta.shape[:2], -1)
 
     def _run(self, run: list[int], out: Tensor, alone: list[int]) -> None:
-        """Write the errors of a run of ascending scales to ``out``, or add it to ``alone``."""
+        """Write the errors of a run to ``out``, or add the run to ``alone`` if it would be slow."""
         if len(run) <= _RUN_COST:
             alone += run
             return
-        # A first look tells how many changes of a row there are.
+        # A small sample tells how many changes a row has.
         probe = slice(0, max(min(self.step, len(self.x) // 16), 1))
         ends = [self._points(self.values[probe], index) for index in (run[0], run[-1])]
         counts = (ends[0] != ends[1]).sum(2, dtype=torch.float32)
@@ -155,7 +156,10 @@ class RangeErrors:
         return self.points(values, self.scale[index], self.kinds[index])
 
     def _sums(self, part: slice, run: list[int]) -> Tensor:
-        """Return sums (6, candidates): ``|e|²``, ``eY``, ``|Y|²``, ``|ΔM|²``, ``ΔMe``, ``ΔMY``."""
+        """Return sums (6, candidates): ``|e|²``, ``eY``, ``|Y|²``, ``|ΔM|²``, ``ΔMe``, ``ΔMY``.
+
+        They are sums over the entries of ``part``.
+        """
         if self._base is None:
             self._base = self._product(self.x, slice(None)) - self.term
         x, values, scale = self.x[part], self.values[part], self.scale[run[0]]
@@ -188,14 +192,14 @@ class RangeErrors:
         return torch.stack([*(one.expand(len(run)) for one in sums), pairs, *linear])
 
     def _pairs(self, part: slice, element: Tensor, number: Tensor, step: Tensor) -> Tensor:
-        """Return the part of every change in ``|ΔM|²``, with the changes before it."""
+        """Return what each change adds to ``|ΔM|²``, together with earlier changes of its row."""
         rows, inner = self.x.shape[1:]
         row, column = element // inner, element % inner
         order = number
         if len(number):
             order = (row * (int(number.max()) + 1) + number).argsort(stable=True)
         row, column, values = row[order], column[order], step[order]
-        # Each change meets those of its row that come before it, and itself.
+        # Pairs: each change with every earlier change of its row, and with itself.
         every = torch.arange(len(row), device=row.device)
         _, lengths = torch.unique_consecutive(row, return_counts=True)
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
@@ -211,5 +215,5 @@ class RangeErrors:
 
 
 def _by_index(index: Tensor, values: Tensor, count: int) -> Tensor:
-    """Return sums (count,) in float64 of the values of each index."""
+    """Return the sum of the values of each index, float64 (count,)."""
     return torch.bincount(index, values.double(), count).double()

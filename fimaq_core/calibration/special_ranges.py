@@ -1,9 +1,9 @@
 """Ranges of quantizers made for softmax and GELU outputs: logarithmic and twin uniform.
 
-AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951) and PTQ4ViT (Yuan et al., ECCV 2022,
-arXiv:2111.12293). A search goes by the error of the product that the values enter. The other
-operand is quantized: ``b_hat`` or ``w_hat``, beside its full-precision form. Of equally good
-candidates the first is chosen.
+Sources: AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951) and PTQ4ViT (Yuan et al., ECCV 2022,
+arXiv:2111.12293). Searches minimise the error of the product that the values enter. The other
+operand is given quantized (``b_hat``, ``w_hat``) and in full precision (``b``, ``w``). Among equal
+errors the first candidate is chosen.
 """
 
 import math
@@ -32,12 +32,12 @@ from fimaq_core.quantizers.twin import twin_gelu, twin_softmax
 
 #: AdaLog's smallest numerator q.
 _FIRST_Q = 10
-#: AdaLog behind a GELU: numerators that the first look leaves, and candidates kept per step.
+#: AdaLog behind a GELU: numerators kept after the first step, and candidates kept after the others.
 _FEW, _WIDTH = 8, 32
-#: PTQ4ViT's splits are 2**-i for i below this.
+#: Number of PTQ4ViT's splits, which are 2**-i.
 _SPLITS = 20
 
-#: Returns the quantized form of a tensor, as a new tensor.
+#: Maps a tensor to its quantized form, a new tensor.
 Quantizer = Callable[[Tensor], Tensor]
 
 
@@ -46,14 +46,13 @@ def product_errors(
 ) -> Tensor:
     """Return the squared error, float64 (quantizers,), of ``x̂ @ other`` against ``x @ plain``.
 
-    As in :class:`.output_error.Product` it is written in the small errors ``D = x̂ - x`` and
-    ``R = x @ (other - plain)``. x is (batch, rows, inner), the others (batch, inner, columns), or
-    all without batch; quantizers are elementwise.
+    As in :class:`.output_error.Product` the error is computed from the small errors ``D = x̂ - x``
+    and ``R = x @ (other - plain)``. x is (batch, rows, inner), the others are (batch, inner,
+    columns); or all are without batch. Quantizers are elementwise.
     """
     inner, columns = other.shape[-2:]
     gram, shared = columns > inner, other.ndim == 2
     errors = torch.zeros(len(quantizers), dtype=torch.float64, device=x.device)
-    # Batch entries share nothing, rows share the other operand.
     step = max(block_elements(x.device) // (x[0].numel() // inner * max(inner, columns)), 1)
     matrix = other @ other.mT if gram and shared else other
     for start in range(0, len(x), step):
@@ -74,7 +73,7 @@ def product_errors(
 
 
 def search_adalog_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int, count: int) -> int:
-    """Search AdaLog's numerator q, from 10 on, behind a softmax with scale 1."""
+    """Search AdaLog's numerator q behind a softmax, with scale 1, among 10 to ``count + 9``."""
     a, b_hat, b = (part.flatten(0, 1) for part in (a, b_hat, b))
     numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=a.device, dtype=a.dtype)
     found = RangeErrors(a, b_hat, a @ (b_hat - b), _adalog_points(levels), _logarithm(a))
@@ -82,7 +81,7 @@ def search_adalog_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int, coun
 
 
 def search_twin_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int) -> Tensor:
-    """Search the split (scalar) of the twin quantizer behind a softmax, of ``2^-i``, i < 20."""
+    """Search the split (scalar) of the twin quantizer behind a softmax among ``2^-i``, i < 20."""
     splits = torch.exp2(-torch.arange(_SPLITS, device=a.device, dtype=a.dtype))
     quantizers = [partial(twin_softmax, split=split, levels=levels) for split in splits]
     errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), quantizers)
@@ -90,7 +89,10 @@ def search_twin_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int) -> Ten
 
 
 def search_after_gelu(layer: QuantLinear, x: Tensor, count: int) -> None:
-    """Set a linear layer's special input quantizer on inputs (tokens, d), the weight as it is."""
+    """Set the special input quantizer of a linear layer for inputs (tokens, d).
+
+    The weight is quantized as the layer is set up now.
+    """
     quantizer, weight = layer.input_quantizer, layer.weight.detach()
     if quantizer.off:
         return
@@ -111,17 +113,17 @@ def search_adalog_gelu(
 ) -> tuple[Tensor, int]:
     """Search AdaLog's scale (scalar) and numerator q behind a GELU, by the output's error.
 
-    The quantizer sees ``x`` (tokens, d) with the shift. With the second largest scale of ``count``
-    the best eight of ``count`` numerators are found; these times ``count / 8`` scales start a
-    search that refines scales ``rounds`` times. As in :func:`~.progressive.progressive` the best
-    candidate seen is returned, that of the first look included. ``count`` is at least 16.
+    The quantizer sees ``x`` (tokens, d) plus the shift. The first step tries ``count`` numerators
+    (at least 16) with the second largest of ``count`` scales. The best eight numerators times
+    ``count / 8`` scales start a search that refines scales ``rounds`` times. The best candidate of
+    all steps is returned, including the first one (see :func:`~.progressive.progressive`).
     """
     other = w_hat.t()[None]
     shifted, residual = (x + GELU_SHIFT)[:, None], (x @ (w_hat - w).t())[:, None]
     found = RangeErrors(shifted, other, residual, _adalog_points(levels), _logarithm(shifted))
 
     def errors(candidates: Candidates, width: int) -> Tensor:
-        # The numerator stands in the place of the zero point.
+        # The numerators take the place of zero points.
         return found.best(candidates.scale[:, 0], candidates.zero_point[:, 0], width)[:, None]
 
     numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=x.device, dtype=x.dtype)[:, None]
@@ -140,7 +142,7 @@ def search_adalog_gelu(
 def search_log_gelu(
     x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: int, count: int
 ) -> Tensor:
-    """Search the scale (scalar) for a fixed ``step`` (octaves), by the output's error."""
+    """Search the scale (scalar) of a logarithmic quantizer with a fixed ``step``, in octaves."""
 
     def errors(candidates: Candidates, _: int) -> Tensor:
         def quantized(part: Tensor, scale: Tensor) -> Tensor:
@@ -158,7 +160,7 @@ def search_log_gelu(
 def search_twin_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int = 100) -> Tensor:
     """Search the scale (scalar) of the twin quantizer's positive range, by the output's error.
 
-    Candidates run evenly from 0.01 to 1.2 times ``max(x) / (H - 0.5)``, with 2H levels.
+    Candidates run evenly from 0.01 to 1.2 times ``max(x) / (levels / 2 - 0.5)``.
     """
     widest = x.amax().clamp(min=MIN_SCALE) / (levels // 2 - 0.5)
     scales = widest * torch.linspace(0.01, 1.2, count, device=x.device, dtype=x.dtype)
@@ -167,7 +169,7 @@ def search_twin_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: in
 
 
 def _adalog_points(levels: int) -> Points:
-    """Return AdaLog's points by its tables, for values :func:`_logarithm`; kinds are numerators."""
+    """Return AdaLog's points, from its tables. Values are logarithms, kinds are numerators."""
     tables: dict[float, Tensor] = {}
 
     def points(values: Tensor, scale: Tensor, q: float) -> Tensor:
@@ -187,7 +189,11 @@ def _logarithm(x: Tensor) -> Tensor:
 
 
 def _gelu_scales(x: Tensor, count: int) -> Tensor:
-    """Return scales (count,) between the 0.9 and 1.0 quantiles of the positive shifted values."""
+    """Return scales (count,) between the 0.9 and 1.0 quantiles of positive values plus the shift.
+
+    Raises:
+        DataError: no value is positive.
+    """
     positive = x[x > 0]
     if not len(positive):
         raise DataError(

@@ -1,7 +1,7 @@
-"""Selection of the rows that a search sees of many inputs: spread evenly, by a fixed rule.
+"""Selection of rows for the range searches, if there are too many: evenly spread, by a fixed rule.
 
-Samples of varying shapes are images of detection, with up to a hundred times a classifier's tokens.
-Searches of ranges need no more rows than a few hundred images of a classifier have.
+Samples of varying shapes are images of detectors, with up to a hundred times a classifier's tokens.
+A range search needs no more rows than a few hundred images of a classifier have.
 """
 
 import math
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Most rows (of products: of all heads) and values of the inputs of linear layers and products.
+#: Most rows (over all heads) and values of the inputs of a linear layer or an attention product.
 ROWS, VALUES = 2**15, 2**25
-#: Most values of a convolution's input, for its own error.
+#: Most values of a convolution's input.
 CONV_VALUES = 2**23
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def spread(count: int, wanted: int, device: torch.device | None = None) -> Tensor:
-    """Return indices of ``count`` rows, one out of each of ``wanted`` equal stretches (or all).
+    """Return one index per stretch, for ``wanted`` equal stretches of ``count`` rows; or all.
 
-    The golden ratio gives the place in the stretch: rows of an image repeat with its width, and the
-    indices must not have such a period.
+    Multiples of the golden ratio give the place in the stretch, so the indices have no period.
+    (Tokens of an image repeat with its width.)
     """
     if wanted >= count:
         return torch.arange(count, device=device)
@@ -32,7 +32,7 @@ def spread(count: int, wanted: int, device: torch.device | None = None) -> Tenso
 
 
 def in_pieces(rows: Tensor) -> Tensor:
-    """Return ``rows`` (count, d) in up to 32 pieces, (pieces, rows, d): searches drop some."""
+    """Return ``rows`` (count, d) as (pieces, rows, d), at most 32 pieces for partial sums."""
     pieces = math.gcd(len(rows), 32)
     return rows.view(pieces, -1, rows.shape[-1])
 
@@ -43,7 +43,7 @@ def positions(x: Tensor) -> Tensor:
 
 
 def conv_values(x: Tensor | Sequence[Tensor]) -> Tensor:
-    """Return all values (1, n) of a convolution's input, or at most 2**23 of several inputs."""
+    """Return the values (1, n) of a convolution's input: all of one, at most 2**23 of several."""
     if isinstance(x, Tensor):
         return x.reshape(1, -1)
     wanted = max(CONV_VALUES // x[0].shape[1], 1)

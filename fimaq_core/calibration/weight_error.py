@@ -2,12 +2,13 @@
 
 With inputs X, their quantized form X̂ and E = X̂ - X, a row w and its quantized form w + δ give
 ``|X̂(w + δ) - Xw|² = δᵀSδ + 2 δᵀCw + const`` with ``S = X̂ᵀX̂`` and ``C = X̂ᵀE``: two d x d
-matrices replace all tokens. The error stays exact, since it is written in δ and E (not as a
-difference of large squares) and computed in float64.
+matrices replace all tokens. The error is exact, since its terms are products of the small δ and E
+(not a difference of large squares), computed in float64.
 
-With ``S = LLᵀ`` it is also ``|Lᵀδ + L⁻¹Cw|² + const``, a sum of d squares. A candidate whose first
-few squares exceed the whole sum of another one is out, so most cost a fraction of d². This sieve
-works in float32 and keeps everything near the best; float64 decides among the rest.
+With ``S = LLᵀ`` the error is also ``|Lᵀδ + L⁻¹Cw|² + const``, a sum of d squares. A candidate is
+dropped once its first few squares exceed the whole sum of another one, so most candidates cost a
+fraction of d². This sieve works in float32 and keeps every candidate near the best; float64 decides
+among these.
 """
 
 from collections.abc import Iterator
@@ -19,24 +20,23 @@ from torch import Tensor
 
 from fimaq_core.calibration.candidates import Candidates, block_elements
 
-#: Relative distance from the best within which the sieve, in float32, drops nothing.
+#: Relative distance from the best error within which the sieve, in float32, drops no candidate.
 _MARGIN = 1e-3
 #: Upper bound of the relative rounding of errors in float32.
 _ROUNDING = 1e-4
-#: Share of the mean diagonal added to S in the sieve: dead channels leave it singular.
+#: Share of the mean diagonal that the sieve adds to S, which dead channels make singular.
 _RIDGE = 1e-8
-#: Sums of whole numbers are exact in float32 up to here.
+#: Largest sum of whole numbers that is exact in float32.
 _WHOLE = 2**24
-#: Tokens whose products with small errors are summed in float32 before float64 takes over.
+#: Most tokens whose products with small errors are summed in float32.
 _TOKENS = 2**12
-
 
 #: The matrices ``X̂ᵀX̂`` (d, d) and ``(Cw)ᵀ`` (rows, d), float64.
 Moments = tuple[Tensor, Tensor]
 
 
 class Rows(NamedTuple):
-    """Rows of a weight, and the moments of the inputs that their output errors need."""
+    """Rows of a weight, and the input moments from which their output errors follow."""
 
     weight: Tensor  # (rows, d)
     levels: int  # number of grid points
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
         """Return codes, the zero point subtracted, (candidates, rows, d)."""
         zero = candidates.zero_point[..., None]
         codes = torch.div(self.weight, candidates.scale[..., None]).round_()
-        # Two passes, which are faster than clamp with tensors for bounds.
+        # These two passes are faster than one clamp between tensors.
         torch.maximum(codes, -zero, out=codes)
         return torch.minimum(codes, self.levels - 1 - zero, out=codes)
 
@@ -56,15 +56,15 @@ class Rows(NamedTuple):
         return self.codes(candidates).mul_(candidates.scale[..., None]).sub_(self.weight)
 
     def chosen(self, row: Tensor) -> "Rows":
-        """Return the rows ``row`` (pairs,)."""
+        """Return the rows of numbers ``row`` (pairs,)."""
         return self._replace(weight=self.weight[row], linear=self.linear[row])
 
     def step(self) -> int:
-        """Return how many candidates of all rows one temporary may hold."""
+        """Return the number of candidates of all rows that one temporary may hold."""
         return max(block_elements(self.weight.device) // self.weight.numel(), 1)
 
     def pairs(self, index: Tensor, row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Split pairs of candidates ``index`` and rows ``row`` into temporaries of bounded size."""
+        """Split pairs of candidate ``index`` and row ``row`` so that temporaries stay small."""
         step = max(block_elements(self.weight.device) // self.weight.shape[1], 1)
         return zip(torch.split(index, step), torch.split(row, step), strict=True)
 
@@ -78,13 +78,12 @@ def input_moments(
         x: (tokens, d) inputs.
         x_hat: their quantized form, or ``x`` itself.
         weight: (rows, d).
-        scale: step size (one number) of ``x_hat``, whose codes are then below ``levels`` in size.
-            Products of codes are whole numbers, which float32 sums exactly up to 2**24, at a
-            fraction of the cost of float64.
+        scale: scale (one number) of ``x_hat``, if all tokens share it. Then the moments are those
+            of codes: whole numbers, which float32 sums exactly up to 2**24 and faster than float64.
         levels: number of grid points of ``x_hat``.
     """
     width = x.shape[1]
-    # With few rows the inputs' errors are multiplied by the weight first: fewer operations.
+    # With few rows it is cheaper to multiply the inputs' errors by the weight first.
     narrow = weight.shape[0] < width
     columns = weight.shape[0] if narrow else width
     square = torch.zeros(width, width, dtype=torch.float64, device=x.device)
@@ -123,12 +122,12 @@ def best_weight_errors(rows: Rows, candidates: Candidates, width: int) -> Tensor
     """Return errors of at least the ``width`` best candidates per row; others may be infinite.
 
     Values are those of :func:`weight_errors`. Candidates with one zero point and similar scales
-    often have the same codes q: ``δ = s q - w`` gives ``s² qᵀSq + 2 s qᵀ(Cw - Sw)`` and a constant,
-    whose products are computed once. If most codes differ, the candidates that float32 finds
-    clearly worse than ``width`` others are left out.
+    often have the same codes q. With ``δ = s q - w`` the error is ``s² qᵀSq + 2 s qᵀ(Cw - Sw)`` and
+    a constant, so both products are computed once per q. If most codes differ, candidates that are
+    clearly worse than ``width`` others in float32 are left out.
     """
     weight, levels, square, linear = rows
-    # In the order of zero points and scales, `starts` marks codes that differ from those before.
+    # Candidates are ordered by zero point, then scale; `starts` marks codes unlike those before.
     order = candidates.scale.argsort(dim=0, stable=True)
     order = order.gather(0, candidates.zero_point.gather(0, order).argsort(dim=0, stable=True))
     ordered = Candidates(candidates.scale.gather(0, order), candidates.zero_point.gather(0, order))
@@ -152,7 +151,7 @@ def best_weight_errors(rows: Rows, candidates: Candidates, width: int) -> Tensor
         where = its * count + some
         products[0, where] = (codes @ square).mul_(codes).sum(-1)
         products[1, where] = (codes * offset[its]).sum(-1)
-    # Each candidate has the products of the last start up to it.
+    # A candidate has the products of the last start before it, or its own.
     places = torch.arange(len(weight) * count, device=weight.device)
     last = torch.where(starts.t().flatten(), places, 0).cummax(0).values
     own, cross = products[:, last].view(2, len(weight), count).transpose(1, 2)
@@ -163,7 +162,7 @@ def best_weight_errors(rows: Rows, candidates: Candidates, width: int) -> Tensor
 
 
 def _promising(rows: Rows, candidates: Candidates, width: int) -> Tensor:
-    """Return a mask (candidates, rows): those that may be among the ``width`` best, in float32."""
+    """Return a mask (candidates, rows) of those that may be among the ``width`` best."""
     lower, upper = [], []
     for some in candidates.chunks(rows.step()):
         delta = rows.deltas(some)
@@ -179,11 +178,11 @@ def _promising(rows: Rows, candidates: Candidates, width: int) -> Tensor:
 def best_rows(rows: Rows, candidates: Candidates, guess: Tensor) -> Tensor:
     """Return the index (rows,) of each row's candidate with the smallest squared output error.
 
-    The errors of ``guess`` (rows,), candidates that are probably good, are the first bounds.
+    ``guess`` (rows,) are numbers of probably good candidates; their errors are the first bounds.
     """
     weight, _, square, linear = rows
     device, width = weight.device, weight.shape[1]
-    # Channels that weigh most come first: their squares say most about the whole sum.
+    # The channels of largest weight come first, since they decide most about the whole sum.
     order = square.diagonal().argsort(descending=True)
     ridge = square.diagonal().mean() * _RIDGE + torch.finfo(torch.float32).tiny
     matrix = square[order][:, order] + ridge * torch.eye(width, device=device)
@@ -198,7 +197,7 @@ def best_rows(rows: Rows, candidates: Candidates, guess: Tensor) -> Tensor:
     while ends[0] > 32:
         ends.insert(0, ends[0] // 2)
     partial = sieve.all_squares(ends[0])
-    # The most promising candidate is finished at once: its whole error bounds the others tightly.
+    # The whole error of the most promising candidate is a tight bound for the others.
     first = partial.argmin(0)
     whole = partial.gather(0, first[None])[0] + sieve.squares(first, every, ends[0], width)
     bound = torch.minimum(bound, whole) * (1 + _MARGIN)
@@ -221,8 +220,8 @@ def best_rows(rows: Rows, candidates: Candidates, guess: Tensor) -> Tensor:
 class _Sieve:
     """Squares of ``Lᵀδ + L⁻¹Cw = s Lᵀq + (L⁻¹Cw - Lᵀw)``, codes q and scale s, in float32.
 
-    The second form saves two passes over all candidates. It rounds more, yet far less than the
-    margin. ``factor`` is L and ``offset`` L⁻¹Cw (rows, d), all in one order of channels.
+    The second form saves two passes over all candidates; its rounding is far below the margin.
+    ``factor`` is L (d, d) and ``offset`` L⁻¹Cw (rows, d), with the channels in the same order.
     """
 
     def __init__(self, rows: Rows, candidates: Candidates, factor: Tensor, offset: Tensor) -> None:
@@ -241,7 +240,7 @@ class _Sieve:
         return torch.cat(out)
 
     def _all_of_grid(self, period: int, factor: Tensor, base: Tensor) -> Tensor:
-        """Return the same if zero points share their scales: a weight is rounded once per scale."""
+        """Return the sums of a grid, whose zero points share scales: one rounding per scale."""
         weight, levels, step = self.rows.weight, self.rows.levels, self.rows.step()
         scales, zeros = self.candidates.scale[:period], self.candidates.zero_point[::period, 0]
         table = base.new_empty(len(zeros), period, len(weight))
@@ -256,8 +255,8 @@ class _Sieve:
         return table.flatten(0, 1)
 
     def squares(self, index: Tensor, row: Tensor, start: int, end: int) -> Tensor:
-        """Return sums (pairs,) of the squares ``start`` to ``end`` of pairs (index, row)."""
-        # L is lower triangular: channels before the first coordinate do not enter.
+        """Return sums (pairs,) of squares ``start`` to ``end``, of pairs of candidate and row."""
+        # L is lower triangular, so channels before `start` have no influence.
         factor, tail = self.factor[start:, start:end].contiguous(), self.rows.weight[:, start:]
         scale, zero = self.candidates.scale, self.candidates.zero_point
         out = [self.base.new_zeros(0)]

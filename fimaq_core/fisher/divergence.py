@@ -13,7 +13,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 class Divergence:
-    """A task's measure of the distance between outputs and full-precision outputs.
+    """Distance between a model's outputs and its full-precision outputs, as a task measures it.
 
     Example::
 
@@ -22,8 +22,8 @@ class Divergence:
                 return (outputs - reference).square().sum(1).mean()
     """
 
-    #: number of samples in a row that are compared with each other; None if each sample stands
-    #: alone, so that batches do not matter
+    #: number of consecutive samples that are compared with each other; None if each sample is
+    #: measured alone, so batches do not matter
     batch: int | None = None
 
     def reference(self, outputs: Samples) -> Samples:
@@ -43,7 +43,7 @@ def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -
 
 
 class ClassifierDivergence(Divergence):
-    """A classifier's KL at a temperature (FIMA-Q's released code: 20), at least in float32."""
+    """KL divergence of a classifier at a temperature (20 in FIMA-Q's code), at least in float32."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
@@ -54,5 +54,5 @@ class ClassifierDivergence(Divergence):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return ``x`` in float64 if it is that, else in float32."""
+    """Return ``x`` as it is if it is float64, else in float32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,9 +1,9 @@
 """Block losses: squared error weighted by approximations of the Fisher information.
 
-Pure functions. Symbols: Δ the block's output error, flattened to (B, N); g mean absolute gradients
-and d mean absolute errors of k Fisher passes, stacked to G and D, (k, N). Source: FIMA-Q (Wu et
-al., CVPR 2025, arXiv:2506.11543) and its released code; ``fisher_brecq`` is BRECQ's squared
-gradient (Li et al., ICLR 2021). Losses are scalars.
+All functions are pure, and losses are scalars. Symbols: Δ is the block's output error, flattened to
+(B, N); the mean absolute gradients g and mean absolute errors d of k Fisher passes are the rows of
+G and D, (k, N). Sources: FIMA-Q (Wu et al., CVPR 2025, arXiv:2506.11543) and its released code;
+BRECQ's squared gradient (Li et al., ICLR 2021) for ``fisher_brecq``.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import LOSSES
 
-#: Eigenvalues of D Dᵀ below this share of the largest one are raised to it.
+#: Least eigenvalue of D Dᵀ, as share of the largest; smaller ones are raised to it.
 DAMPING = 1e-8
 
 
@@ -58,7 +58,7 @@ def rank_one_loss(delta: Tensor, gradient: Tensor) -> Tensor:
 def low_rank_loss(delta: Tensor, gradients: Tensor, root: Tensor) -> Tensor:
     """Return ``mean over samples of A M Aᵀ``, A = |Δ| Gᵀ (B, k), M = (D Dᵀ)⁻¹ = root rootᵀ (k, k).
 
-    As the squared length of ``A root`` it cannot become negative, whatever the condition of M.
+    It is computed as the squared length of ``A root``, which cannot be negative.
     """
     return (delta.abs() @ gradients.t() @ root).square().sum(1).mean()
 
@@ -66,9 +66,9 @@ def low_rank_loss(delta: Tensor, gradients: Tensor, root: Tensor) -> Tensor:
 def inverse_gram_root(errors: Tensor) -> tuple[Tensor, bool]:
     """Return a root R (k, k), float32, of ``(D Dᵀ)⁻¹ = R Rᵀ``, and True if it was damped.
 
-    The k mean errors of a block are similar, so D Dᵀ is near singular, or singular if two passes
-    saw the same quantization. Eigenvalues (in float64) are kept above :data:`DAMPING` times the
-    largest. R is zero if D is zero.
+    The k mean errors of a block are similar, so D Dᵀ is near singular, or singular if the block was
+    the same in two passes. Eigenvalues (in float64) are raised to at least :data:`DAMPING` times
+    the largest one. R is zero if D is zero.
     """
     wide = errors.double()
     values, vectors = torch.linalg.eigh(wide @ wide.t())
@@ -85,7 +85,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"mse": squared_error, "mae": abs
 
 
 def register_loss(name: str, loss: Callable[[Tensor], Tensor]) -> None:
-    """Add a loss: a function of Δ (B, N), divided by its start. Raises RecipeError if it exists."""
+    """Add a loss: a function of Δ (B, N). Raises RecipeError if the name is taken."""
     if name in LOSSES:
         raise RecipeError(f"A loss named '{name}' exists already: choose another name.")
     PLAIN[name] = loss
@@ -93,5 +93,5 @@ def register_loss(name: str, loss: Callable[[Tensor], Tensor]) -> None:
 
 
 def takes_passes(name: str) -> bool:
-    """True if the loss ``name`` needs passes of the divergence over the calibration samples."""
+    """Return True if the loss ``name`` needs passes of the divergence over the samples."""
     return name not in PLAIN and name != "prediction"

@@ -1,4 +1,4 @@
-"""Sweeps over the samples from the current block to the model's end: Fisher information."""
+"""Fisher information by sweeps over the samples, from the current block to the model's end."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ Data = Samples | Tensor
 class Tail(NamedTuple):
     """The model behind a block's output, and the measure at the model's end, for one batch."""
 
-    run: Forward  # from the block's output (B, ...) to the model's
-    reference: Tensor  # (B, ...) rows that the divergence compares the model's output with
+    run: Forward  # maps the block's output (B, ...) to the model's output
+    reference: Tensor  # (B, ...) rows with which the divergence compares the model's output
     divergence: Measure  # mean over the batch
     dtype: Arithmetic = "float32"  # arithmetic of matrix products
 
@@ -36,12 +36,12 @@ class Sweep:
         gradient, error = mean_gradient_and_error(sweep, inputs, targets)
     """
 
-    chain: BlockChain  # the model; the segments behind the block run as they are set up
+    chain: BlockChain  # the model; segments behind the block run as they are set up
     index: int  # number of the block
     reference: Samples  # (n, ...) full-precision outputs of the whole model
-    divergence: Measure  # mean over its batch
-    device: torch.device  # where to compute
-    batch_size: int = 32  # samples per pass; a divergence that compares samples needs its own
+    divergence: Measure  # mean over the batch
+    device: torch.device  # device of the computation
+    batch_size: int = 32  # samples per batch; a divergence that compares samples has its own
     dtype: Arithmetic = "float32"  # arithmetic of the model behind the block
     beside: Beside = field(default_factory=Beside)  # tensors that travel beside the inputs
 
@@ -87,9 +87,9 @@ def divergence_gradient(tail: Tail, output: Tensor) -> Tensor:
 def mean_gradient_and_error(
     sweep: Sweep, inputs: Data, targets: Data, forward: Forward | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Take one FIMA-Q pass: ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over samples, each (N,).
+    """Take one FIMA-Q pass: return ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over samples, (N,).
 
-    ``inputs`` (n, ...) are the block's, ``targets`` (n, ...) its full-precision outputs, and
+    ``inputs`` (n, ...) are those of the block and ``targets`` (n, ...) its full-precision outputs.
     ``forward`` is as in :meth:`Sweep.gradients`.
     """
     gradient = error = torch.zeros((), device=sweep.device)
@@ -102,11 +102,12 @@ def mean_gradient_and_error(
 def least_squares_hessian(
     sweep: Sweep, inputs: Data, targets: Data, forward: Forward | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Take LS-ViT's fit (CVPR 2026) to all pairs (g, Δ): diagonal h and direction u, each (N,).
+    """Fit LS-ViT's Hessian (CVPR 2026) to all pairs (g, Δ); return h and u, each (N,).
 
-    ``h = Σ g Δ / Σ Δ²`` and ``u = Σ g √(Δᵀg) / Σ Δᵀg``, sums over samples, g and Δ with signs;
-    samples with Δᵀg <= 0 add nothing to u. A negative h is set to 0: a Fisher information is not
-    negative, and the loss would have no minimum. Arguments as in :func:`mean_gradient_and_error`.
+    The diagonal is ``h = Σ g Δ / Σ Δ²`` and the direction ``u = Σ g √(Δᵀg) / Σ Δᵀg``, with sums
+    over samples and with signs. Samples with Δᵀg <= 0 add nothing to u. A negative h becomes 0:
+    Fisher information is not negative, and with a negative h the loss would have no minimum.
+    Arguments are as in :func:`mean_gradient_and_error`.
     """
     size, device = targets[0].numel(), sweep.device
     above, below, direction = torch.zeros(3, size, dtype=torch.float64, device=device).unbind()
@@ -125,17 +126,17 @@ def least_squares_hessian(
 
 
 def perturbation_hessian(tail: Tail, output: Tensor, epsilon: float) -> Tensor:
-    """Return ``|g(z + ε) - g(z - ε)|`` (B, ...) of each sample: g the gradient at z, ε in all of z.
+    """Return ``|g(z + ε) - g(z - ε)|`` (B, ...) of each sample, for gradients g at z.
 
-    APHQ-ViT (Wu et al., CVPR 2025, arXiv:2504.02508). For a quadratic divergence it is
-    ``2 ε |H 1|``.
+    ε is added to all elements of z. Source: APHQ-ViT (Wu et al., CVPR 2025, arXiv:2504.02508). For
+    a quadratic divergence the result is ``2 ε |H 1|``.
 
     In a pre-norm transformer every LayerNorm behind z removes a shift that all channels of a token
-    share. So ``H 1`` is zero, and only rounding is left: the noise of the logits' gradient, carried
-    back to z. Its mean size over images still says how sensitive each output is, whatever ε
-    (estimates with ε from 1e-6 to 1e-2 correlate by more than 0.9 in all blocks of the demo's ViT).
-    Its scale is that of the arithmetic, and one sample's values are noise. As released, the model's
-    own precision is used.
+    share. So ``H 1`` is zero, and the result is only rounding noise of the logits' gradient,
+    carried back to z. The values of one sample say nothing, and their scale is that of the
+    arithmetic. But the mean over images still says how sensitive each output is, for any ε:
+    estimates with ε from 1e-6 to 1e-2 correlate by more than 0.9 in all blocks of the demo's ViT.
+    The arithmetic is the model's own, as released.
     """
     above = divergence_gradient(tail, output + epsilon)
     return above.sub_(divergence_gradient(tail, output - epsilon)).abs_()

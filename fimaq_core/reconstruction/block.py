@@ -23,17 +23,16 @@ OnPass = Callable[[bool, int], None]
 
 
 class BlockTrainer:
-    """The optimisation of one block: call :meth:`step` for all steps in order, then :meth:`finish`.
+    """Optimisation of one block: call :meth:`step` for all steps in order, then :meth:`finish`.
 
-    Seed and label of the block determine batches, input mixing and dropping.
+    The target of the objective's tape must be computed before. The recipe's seed and the block's
+    label determine batches, input mixing and dropping.
 
     Example::
 
         trainer = BlockTrainer(segment, objective, "fused")
         losses = [float(trainer.step(number)) for number in range(recipe.steps)]
         trainer.finish()
-
-    The target of the objective's tape must be computed.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class BlockTrainer:
         state.attach(self._step.form, probability)
 
     def finish(self) -> int:
-        """Decide the rounding, write it into the codes and end the optimisation.
+        """Decide the roundings, write the codes and end the optimisation.
 
         Returns:
             The number of learned activation scales that ended at or near their lower bound.
@@ -105,7 +104,7 @@ class BlockTrainer:
 def optimise_block(
     segment: Segment, objective: Objective, engine: Engine, on_pass: OnPass, tick: Tick
 ) -> tuple[Tensor, int]:
-    """Optimise the block of ``segment`` in place; arguments as of :class:`BlockTrainer`.
+    """Optimise the block of ``segment`` in place; see :class:`BlockTrainer` for the arguments.
 
     Returns:
         The last loss (a scalar), and the number of learned scales at or near their lower bound.

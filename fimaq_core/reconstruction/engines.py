@@ -1,9 +1,11 @@
 """Step engines: the ways to run an optimisation step.
 
-All four draw the same batches and masks and agree within rounding. ``eager`` is the definition:
-plain operations, autograd, ``torch.optim.Adam``. ``fused`` needs no compiler: hand-written backward
-passes, one flat vector of variables. ``compiled`` is ``fused`` through ``torch.compile``. ``graph``
-replays the compiled step as one CUDA graph, so the device never waits for Python.
+All four draw the same batches and masks and agree within rounding:
+
+* ``eager`` is the definition: plain operations, autograd, ``torch.optim.Adam``.
+* ``fused`` has hand-written backward passes and flat vectors of variables, without a compiler.
+* ``compiled`` is ``fused`` through ``torch.compile``.
+* ``graph`` replays the compiled step as one CUDA graph, so the device never waits for Python.
 """
 
 import functools
@@ -11,7 +13,6 @@ import functools
 import torch
 
 from fimaq_core.errors import EngineError
-from fimaq_core.quantizers.activation import Form
 from fimaq_core.reconstruction.flat import CompiledStep, FlatStep, GraphStep
 from fimaq_core.reconstruction.step import StepEngine
 from fimaq_core.reconstruction.textbook import TextbookStep
@@ -24,11 +25,9 @@ STEPS: dict[Engine, type[StepEngine]] = {
     "compiled": CompiledStep,
     "graph": GraphStep,
 }
-#: Form in which activation quantizers compute under each step engine.
-FORMS: dict[Engine, Form] = {engine: step.form for engine, step in STEPS.items()}
 
-#: Steps per block from which compiling pays on a CPU: it takes about 30 s and saves 5 to 10 ms per
-#: step.
+#: Steps per block from which compilation saves time on a CPU: it takes about 30 s and saves 5 to
+#: 10 ms per step.
 COMPILE_STEPS = 4000
 
 
@@ -37,9 +36,9 @@ def choose_engine(
 ) -> Engine:
     """Return the step engine to use.
 
-    ``auto`` takes ``graph`` on CUDA, or ``compiled`` for samples of varying shapes, since a graph
-    has one shape. Elsewhere ``auto`` takes ``compiled`` for long optimisations
-    (:data:`COMPILE_STEPS`) if there is a C++ compiler, else ``fused``.
+    On CUDA ``auto`` chooses ``graph``, or ``compiled`` for samples of varying shapes, since a graph
+    has fixed shapes. Elsewhere ``auto`` chooses ``compiled`` for long optimisations (from
+    :data:`COMPILE_STEPS` steps) if there is a C++ compiler, else ``fused``.
 
     Raises:
         EngineError: the chosen step engine cannot run here.

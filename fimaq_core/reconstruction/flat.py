@@ -1,4 +1,4 @@
-"""The step on flat vectors: as it is, compiled, or captured in a CUDA graph."""
+"""The step on flat vectors: plain, compiled, or captured in a CUDA graph."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -16,15 +16,15 @@ from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.sample_objective import SampleObjective
 from fimaq_core.reconstruction.step import StepEngine, StepInputs, StepPlan, Variables, update
 
-#: Steps that run one by one before a graph is captured (compilation, libraries' workspaces).
+#: Steps before a graph is captured, for compilation and the workspaces of libraries.
 WARM_UP = 3
 
-#: Structures of blocks (with loss and dropping) that one process can compile.
+#: Number of block structures (with loss and dropping) that one process can compile.
 STRUCTURES = 128
 
 
 class FlatStep(StepEngine):
-    """The step on flat vectors, run as it is (``fused``)."""
+    """The step on flat vectors without compilation (``fused``)."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -33,7 +33,7 @@ class FlatStep(StepEngine):
         traced, weights = self.form == "traced", objective.part_weights()
         self.plan = StepPlan(state.layout, objective.kind, weights, self.mix, traced, arithmetic)
         self.present = self._source()
-        # Leaves that share memory with the state, where the update writes.
+        # Leaves for autograd; they share memory with the state, which the update changes.
         self.soft = state.soft.detach().requires_grad_(state.rounding is not None)
         self.scales = state.scales.detach().requires_grad_(state.learn_scales)
         self.wanted = [leaf for leaf in (self.soft, self.scales) if leaf.requires_grad]
@@ -54,7 +54,7 @@ class FlatStep(StepEngine):
         return self.once()
 
     def once(self) -> Tensor:
-        """Do the step that the counter stands at; no number is read from the device."""
+        """Do the step of the counter's number; nothing is read from the device."""
         loss, new_starts = self._loss()
         grads = iter(torch.autograd.grad(loss, self.wanted) if self.wanted else ())
         state, r = self.state, self.state.rounding
@@ -76,7 +76,7 @@ class FlatStep(StepEngine):
         if objective.rest is None:
             found: Loss = self._call(step.batch_loss, block, plan, now, present.state)
             return found
-        # The rest of the model differs from block to block, so it is not part of what is compiled.
+        # The rest of the model differs from block to block, so it is never compiled.
         output, batch = self._call(step.batch_output, block, plan, now)
         starts, divergence = objective.state.starts, objective.divergence
         return prediction_loss(plan.part_weights, output, batch, starts, objective.rest, divergence)
@@ -86,10 +86,10 @@ class FlatStep(StepEngine):
 
 
 class AllSamples:
-    """Source of batches where all samples lie on the device: a step picks its own.
+    """Source of batches if all samples lie on the device: a step selects its own samples.
 
     ``samples`` (steps, B) are the numbers of each step's samples in ``data``; None if ``data`` is
-    the step's batch. ``state`` goes to the loss.
+    the step's batch. ``state`` is the state of the loss.
     """
 
     def __init__(self, samples: Tensor | None, data: Batch, state: LossState) -> None:
@@ -100,10 +100,10 @@ class AllSamples:
 
 
 class FedSamples(AllSamples):
-    """Source where samples lie in host memory: each batch is copied to fixed buffers on the device.
+    """Source of batches if samples lie in host memory: batches are copied to buffers on the device.
 
-    Two pinned staging areas take turns, so the host gathers a batch while the device still works on
-    the one before. ``order`` (steps, B) holds the samples of each batch, in host memory.
+    Two pinned staging areas take turns, so the host gathers the next batch while the device still
+    works. ``order`` (steps, B) holds the numbers of each batch's samples, in host memory.
     """
 
     def __init__(
@@ -135,10 +135,9 @@ class FedSamples(AllSamples):
 
 
 class OneSample(AllSamples):
-    """Source of samples of varying shapes: a step reads one.
+    """Source of batches of one sample, for samples of varying shapes.
 
-    For a compiled step the dimensions that vary are marked, so that it is compiled once and not
-    once per shape.
+    For a compiled step the varying dimensions are marked, so the step is compiled only once.
     """
 
     def __init__(
@@ -174,7 +173,7 @@ def _varying_dims(samples: Iterable[tuple[Batch, LossState]]) -> list[list[int]]
 
 
 class CompiledStep(FlatStep):
-    """The step through ``torch.compile``: one compilation for all blocks of one structure."""
+    """The step through ``torch.compile``, compiled once for all blocks of the same structure."""
 
     form = "traced"
 
@@ -190,10 +189,10 @@ class CompiledStep(FlatStep):
 
 
 class GraphStep(CompiledStep):
-    """The compiled step as one CUDA graph: one replay per step, whatever the number of kernels.
+    """The compiled step as one CUDA graph, which is replayed once per step.
 
-    The first :data:`WARM_UP` steps run one by one. Every tensor that a step reads or writes keeps
-    its address; Fisher passes between replays change the objective's tensors in place.
+    The first :data:`WARM_UP` steps run without the graph. Every tensor that a step reads or writes
+    keeps its address; Fisher passes between replays change the objective's tensors in place.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -204,7 +203,7 @@ class GraphStep(CompiledStep):
         self._result: Tensor | None = None
 
     def once(self) -> Tensor:
-        """See :class:`FlatStep`; after the warm-up, a replay."""
+        """Do the step as in :class:`FlatStep`, after the warm-up by a replay."""
         if self._replay is None:
             if self._warm < WARM_UP:
                 self._warm += 1
@@ -216,7 +215,7 @@ class GraphStep(CompiledStep):
 
 
 def capture_cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Capture ``function`` without running it; return its replay, and the tensor of its result."""
+    """Capture ``function`` without running it; return its replay and its result tensor."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -225,10 +224,10 @@ def capture_cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], Non
 
 
 class SaveAsWritten(CustomPartitionerFn):
-    """Keep for the backward pass the tensors that the operations themselves save.
+    """Partitioner that saves for the backward pass the same tensors as eager operations do.
 
-    PyTorch's default saves the fewest bytes: boolean masks (slow on CPUs), and inputs from which
-    costly functions (GELU) are then computed again.
+    PyTorch's default saves the fewest bytes. On CPUs that is slow: it saves boolean masks, and
+    computes costly functions such as GELU again.
     """
 
     def __call__(self, gm: Any, joint_inputs: Any, **kwargs: Any) -> Any:
@@ -245,17 +244,17 @@ class SaveAsWritten(CustomPartitionerFn):
 
 @functools.cache
 def _compiled(function: Callable[..., Any], device_type: str, threads: int) -> Callable[..., Any]:
-    """Compile ``function`` for a kind of device; CPU code is made for a number of threads."""
+    """Compile ``function`` for a type of device; CPU code is for a fixed number of threads."""
     options: dict[str, Any] = {}
     if device_type == "cpu":
-        # The number of threads is compiled in; as an option it is part of the disk cache's key.
-        # The thresholds let masks of many cheap integer operations fuse into their users.
+        # The number of threads is part of the code; as an option it enters the disk cache's key.
+        # The thresholds allow to fuse masks, which are many cheap integer operations.
         options = {
             "cpp.threads": threads,
             "realize_opcount_threshold": 200,
             "realize_reads_threshold": 12,
             "custom_partitioner_fn": SaveAsWritten(),
         }
-    # A Swin has a dozen structures of blocks; PyTorch's own limit is 8, beyond which it fails.
+    # A Swin has a dozen structures of blocks; beyond PyTorch's default of 8, compiling fails.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, STRUCTURES)
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)

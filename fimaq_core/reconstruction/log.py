@@ -1,4 +1,4 @@
-"""Facts about a reconstruction, and their form in checkpoints, whose content is not trusted."""
+"""Facts about a reconstruction, and their checked form in checkpoints."""
 
 import math
 from collections.abc import Iterator
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
+from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, first_problem
 from fimaq_core.reconstruction.state import NEAR_FLOOR, SCALE_FLOOR
 from fimaq_core.resources import Engine
@@ -18,22 +19,22 @@ from fimaq_core.resources import Engine
 class ReconstructionLog:
     """Facts about a reconstruction, by label of the block."""
 
-    #: last loss, without the regulariser; relative to its start value, the head's absolute
+    #: last loss without the regulariser, over its start value (absolute for the head)
     last_loss: dict[str, float] = field(default_factory=dict)
     fisher_passes: dict[str, int] = field(default_factory=dict)  # number of Fisher passes
-    #: sentences about everything that did not go as the recipe says
+    #: sentences about deviations from the recipe
     notes: list[str] = field(default_factory=list)
     engine: Engine = "fused"  # the step engine
-    #: ``||q - f||² / ||f||²`` over all samples: q the block's output with this block and all before
-    #: it quantized, f the full-precision output
+    #: ``||q - f||² / ||f||²`` over all samples; f is the block's full-precision output, q its
+    #: output with this block and all earlier blocks quantized
     error: dict[str, float] = field(default_factory=dict)
-    #: mean of the diagonal Fisher weight in the loss; no entry for losses without one
+    #: mean of the diagonal Fisher weight in the loss; no entry for losses without such a weight
     fisher: dict[str, float] = field(default_factory=dict)
-    #: number of learned activation scales that ended at or near their lower bound, if any
+    #: number of learned activation scales that ended at or near their lower bound, if not 0
     near_floor: dict[str, int] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """Return the notes, and one sentence about all scales at or near their lower bound."""
+        """Return the notes, and a sentence about scales at or near their lower bound, if any."""
         if not self.near_floor:
             return self.notes
         blocks = ", ".join(f"{label} {count}" for label, count in self.near_floor.items())
@@ -45,7 +46,7 @@ class ReconstructionLog:
         ]
 
     def keep(self, label: str, error: float, fisher: float | None) -> None:
-        """Keep a block's output error and Fisher weight; one that is not finite becomes a note."""
+        """Keep a block's output error and Fisher weight; one not finite becomes a note."""
         figures = (("output error", error, self.error), ("Fisher weight", fisher, self.fisher))
         for name, value, place in figures:
             if value is not None and math.isfinite(value):
@@ -54,12 +55,11 @@ class ReconstructionLog:
                 self.notes.append(f"{label}: its {name} is {value}")
 
 
-class _Checked(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class _Block(Strict, strict=True):
+    """Facts of one block; ``stage`` and ``index`` are for people.
 
-
-class _Block(_Checked):
-    """One block; ``stage`` and ``index`` are for people. Old checkpoints lack the last three."""
+    Old checkpoints lack the last three fields.
+    """
 
     stage: str = "block"
     index: int = 0
@@ -72,8 +72,8 @@ class _Block(_Checked):
     near_floor: int = Field(0, ge=0)
 
 
-class _Log(_Checked):
-    """All blocks, with the fields of :class:`ReconstructionLog`."""
+class _Log(Strict, strict=True):
+    """Fields of :class:`ReconstructionLog`, as a checkpoint holds them."""
 
     last_loss: dict[str, FiniteFloat]
     fisher_passes: dict[str, int]
@@ -103,7 +103,7 @@ def add_block(
     """Add the facts in a block's checkpoint ``where`` to ``log``; return its notes and step engine.
 
     Raises:
-        CheckpointError: they are not the facts of a block.
+        CheckpointError: ``facts`` are not those of a block.
     """
     with _refusing(where):
         block = _Block.model_validate(facts)

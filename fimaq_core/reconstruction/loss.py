@@ -1,4 +1,4 @@
-"""The loss of a block over a step's batch, each part over its start value. Pure functions."""
+"""The loss of a block on a step's batch, each part divided by its start value. Pure functions."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,17 +15,17 @@ Loss = tuple[Tensor, Tensor]
 
 
 class Batch(NamedTuple):
-    """Tensors that the steps read: of all samples, (n, ...), or of one batch, (B, ...)."""
+    """Tensors that the steps read, of all samples (n, ...) or of one batch (B, ...)."""
 
     full: Tensor  # the block's inputs in the full-precision model
-    #: the block's inputs behind the quantized prefix; None where inputs are not mixed
+    #: the block's inputs behind the quantized prefix; None if inputs are not mixed
     prefix: Tensor | None
     target: Tensor  # the block's full-precision outputs
     weights: Tensor | None = None  # (n, N) weights of each sample's errors, if the loss has some
-    #: full-precision outputs of the whole model, for losses that compare predictions
+    #: rows with which the divergence compares predictions; the rest only for the same losses
     reference: Tensor | None = None
-    side: Tensor | None = None  # the chain's side, for these losses
-    kept: Kept = ()  # what earlier segments keep, for these losses
+    side: Tensor | None = None  # the chain's side
+    kept: Kept = ()  # tensors that earlier segments keep
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply ``function`` to every tensor."""
@@ -40,23 +40,24 @@ class Batch(NamedTuple):
 
 
 class LossState(NamedTuple):
-    """Tensors that a loss needs beside the batch. Passes change them in place."""
+    """Tensors that a loss needs in addition to the batch. Passes change them in place."""
 
-    starts: Tensor  # (parts,) start values, which the parts are divided by; 0 if not known yet
-    #: (k, N) mean absolute gradients, zero for passes to come; ``least_squares``: (1, N), u
+    starts: Tensor  # (parts,) divisors of the parts; 0 if not known yet
+    #: (k, N) mean absolute gradients, zero for future passes; u (1, N) for ``least_squares``
     gradients: Tensor | None = None
-    #: (N,) mean of the passes done; ``least_squares``: h, ``perturb_mean``: the Hessian
+    #: (N,) mean of the gradients; h for ``least_squares``, the Hessian for ``perturb_mean``
     diagonal: Tensor | None = None
-    root: Tensor | None = None  # (k, k) root of (D Dᵀ)⁻¹, zero for passes to come
+    root: Tensor | None = None  # (k, k) root of (D Dᵀ)⁻¹, zero for future passes
 
 
 def block_loss(
     kind: str, weights: tuple[float, ...], output: Tensor, batch: Batch, state: LossState
 ) -> Loss:
-    """Return the loss of a batch (a scalar), and the start values from now on (parts,).
+    """Return the loss of a batch (a scalar), and the new start values (parts,).
 
-    ``kind`` is a loss, ``head`` (KL of the classes, not divided by its start) or ``head_relative``;
-    ``weights`` are those of its parts; ``output`` (B, ...) is the quantized block's.
+    ``kind`` is the name of a loss, ``head`` (KL of the classes, not divided by its start) or
+    ``head_relative``. ``weights`` has one weight per part. ``output`` (B, ...) is the quantized
+    block's.
     """
     if kind == "head":
         return kl_divergence(output, batch.target), state.starts
@@ -76,14 +77,14 @@ def prediction_loss(
 ) -> Loss:
     """Return the block's squared error plus the divergence of the prediction, and the start values.
 
-    PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). Its code adds the two as they are, with
-    weights for their sizes in convolutional networks. Here each is divided by its start value, so
-    that both count. ``rest`` runs the model behind the block in full precision.
+    PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). The released code adds both undivided, with
+    weights that suit convolutional networks. Here each is divided by its start value, so both
+    count. ``rest`` runs the model behind the block in full precision.
     """
     assert batch.reference is not None
     delta = (output - batch.target).flatten(1)
     prediction = rest(output, batch.side, batch.kept)
-    # In float64: at 8 bits it is about 1e-8, and with float32's logarithms it could be negative.
+    # At 8 bits the divergence is about 1e-8; in float32 it could be negative.
     far = divergence(prediction.double(), batch.reference.double()).float()
     return _over_starts([losses.squared_error(delta), far], weights, starts)
 
@@ -91,7 +92,6 @@ def prediction_loss(
 def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Tensor]:
     if kind in losses.PLAIN:
         return [losses.PLAIN[kind](delta)]
-    # The objective has made the tensors of its kind of loss.
     weights: Any = batch.weights
     diagonal: Any = state.diagonal
     gradients: Any = state.gradients
@@ -109,10 +109,13 @@ def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Ten
 
 
 def _over_starts(parts: list[Tensor], weights: tuple[float, ...], starts: Tensor) -> Loss:
-    """Return the weighted sum of parts over start values, and these; they default to the parts."""
+    """Return the weighted sum of parts over start values, and the start values.
+
+    The parts themselves replace start values of 0.
+    """
     values = torch.stack(parts)
     now = values.detach()
-    # A start of exactly zero (a block where nothing is quantized) must not turn into NaN.
+    # A part of exactly zero (a block where nothing is quantized) must not give NaN.
     new = torch.where(starts > 0, starts, torch.where(now > 0, now, torch.ones_like(now)))
     ratios = values / new
     total = ratios[0] * weights[0]

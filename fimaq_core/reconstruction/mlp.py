@@ -1,14 +1,14 @@
 """MLP reconstruction (APHQ-ViT: Wu et al., CVPR 2025, arXiv:2504.02508): ReLU in place of GELU.
 
-A stage of its own before calibration. Each MLP with ReLU is trained alone, on full-precision inputs
-of the model with GELU, to give the outputs that it gave with GELU. The average perturbation Hessian
-at its output weights the output error; twice the same error is added with fc2's input clamped to a
-quantile of its positive values. (The released code lists the norm before the MLP among the trained
-parameters; its loss does not depend on it.)
+This stage runs before calibration. Each MLP with ReLU is trained alone, on its full-precision
+inputs in the model with GELU, to give the same outputs as with GELU. The average perturbation
+Hessian at the output weights the output error. A second term, with weight 2, is the same error with
+fc2's input clamped to a quantile of its positive values. (The released code also lists the norm
+before the MLP as trained, but the loss does not depend on the norm.)
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,21 +29,20 @@ from fimaq_core.reconstruction.tape import Collected, Tape, start_walk
 from fimaq_core.resources import Resources
 from fimaq_core.samples import Samples
 
-#: Weight of the term whose hidden values are clamped, as released.
+#: Weight of the term with clamped hidden values, as released.
 _CLAMPED_WEIGHT = 2.0
-#: Most hidden values that the clamping quantile is taken of: those of the first images, or of all
-#: images if sizes vary.
+#: Most hidden values for the clamping quantile: of the first images, or of all if sizes vary.
 _VALUES = 2**24
 
 
 @dataclass(frozen=True)
-class _Lesson:
+class _TrainingData:
     """Training data of an MLP."""
 
     label: str  # name of the MLP in the original model
     inputs: Samples  # (n, ...) inputs of the MLP
     targets: Samples  # (n, ...) outputs with GELU
-    #: Hessian of one sample's shape for all samples; if shapes vary one per sample; None without
+    #: one Hessian (...) for all samples, or one per sample if shapes vary; None for a plain loss
     hessian: Samples | None
     limit: float  # the clamping value
 
@@ -59,7 +58,7 @@ def use_relu(segments: Iterable[Segment]) -> None:
     """Replace the activation of every MLP of ``segments`` by ReLU, in place.
 
     Raises:
-        ModelError: there is no MLP, or one with another activation than GELU.
+        ModelError: there is no MLP, or an MLP with another activation than GELU.
     """
     segments = list(segments)
     if not len(mlps(segments)):
@@ -114,11 +113,11 @@ def reconstruct_mlps(
             if pieces.load(number, mlp) is None:
                 begin = replace(begin, done=number * steps, block=f"{segment.label}.{part.name}")
                 resources.on_progress(begin)
-                lesson = _prepare(tape, part, recipe, reference, divergence)
+                data = _prepare(tape, part, recipe, reference, divergence)
                 tick = losses_to(resources.on_progress, begin, steps, "the MLP's loss", advice)
-                _train(mlp, part, lesson, recipe, tick)
+                _train(mlp, part, data, recipe, tick)
                 pieces.save(number, mlp)
-                del lesson  # before the next one is made
+                del data  # frees memory before the next data are made
             number += 1
         if index + 1 < len(teacher):
             tape.advance()
@@ -128,7 +127,7 @@ def reconstruct_mlps(
 
 def _prepare(
     tape: Tape, part: MlpPart, recipe: Recipe, reference: Samples, divergence: Divergence
-) -> _Lesson:
+) -> _TrainingData:
     """Make the training data of an MLP in one sweep over the images."""
     device, full, segment = tape.storage.device, tape.full, tape.teacher.segment(tape.index)
     mlp, where = segment.block.get_submodule(part.name), f"{segment.label}.{part.name}"
@@ -148,7 +147,7 @@ def _prepare(
         output, values = seen["y"].float(), seen["hidden"].float()
         inputs.put(rows, seen["x"].float())
         targets.put(rows, output)
-        if full.varying:  # every image has its share, evenly spread over its tokens
+        if full.varying:  # the same number of values per image, evenly spread over tokens
             tokens = values.flatten(0, -2)
             share = max(_VALUES // (len(full) * tokens.shape[1]), 1)
             hidden.append(tokens[spread(len(tokens), share, device)].flatten())
@@ -170,11 +169,11 @@ def _prepare(
     elif recipe.mlp_loss == "perturb_mean":
         hessian = hessians.samples
     limit = positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile)
-    return _Lesson(where, inputs.samples, targets.samples, hessian, limit)
+    return _TrainingData(where, inputs.samples, targets.samples, hessian, limit)
 
 
 def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
-    """Return ``hessian`` over its size. Raises NumericsError."""
+    """Return ``hessian / size``. Raises NumericsError if the size is zero or not finite."""
     problem = f"{where}: the perturbation Hessian is "
     if not torch.isfinite(size):
         raise NumericsError(f"{problem}not finite: check the images and the weights.")
@@ -184,7 +183,7 @@ def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
 
 
 def _rest_behind(tape: Tape, mlp: nn.Module, x: Tensor, rows: slice) -> Callable[[Tensor], Tensor]:
-    """Return the model as a function of the output of an MLP, for inputs ``x`` of its block."""
+    """Return a function from an MLP's output to the model's; ``x`` are the block's inputs."""
     block = tape.teacher.segment(tape.index).block
     beside = tape.beside.rows(rows, tape.storage.device)
 
@@ -210,10 +209,10 @@ def positive_quantile(values: Tensor, share: float) -> float:
 def mlp_loss(
     mlp: nn.Module, part: MlpPart, x: Tensor, target: Tensor, hessian: Tensor | None, limit: float
 ) -> Tensor:
-    """Return ``mean(H (z - t)²) + 2 mean(H (z' - t)²)``, z' the output with hidden values clamped.
+    """Return ``mean(H (z - t)²) + 2 mean(H (z' - t)²)`` for the outputs z of an MLP with ReLU.
 
-    t (B, ...) are outputs with GELU; H has one sample's shape, None for ones; ``limit`` bounds the
-    clamped hidden values.
+    z' are the outputs with hidden values clamped to ``limit``; ``target`` t (B, ...) the outputs
+    with GELU. ``hessian`` H has the shape of one sample; None stands for ones.
     """
     fc2 = mlp.get_submodule(part.fc2)
     hidden = mlp.get_submodule(part.act)(mlp.get_submodule(part.fc1)(x))
@@ -223,19 +222,18 @@ def mlp_loss(
     return loss
 
 
-def _train(mlp: nn.Module, part: MlpPart, lesson: _Lesson, recipe: Recipe, tick: Tick) -> None:
+def _train(mlp: nn.Module, part: MlpPart, data: _TrainingData, recipe: Recipe, tick: Tick) -> None:
     device = next(mlp.parameters()).device
     layers = [mlp.get_submodule(name) for name in (part.fc1, part.fc2)]
     wanted = [value for layer in layers for value in (layer.weight, layer.bias)]
     parameters = [value for value in wanted if isinstance(value, nn.Parameter)]
-    pick = _picker(lesson, recipe, device)
     optimizer = torch.optim.Adam(parameters, lr=recipe.mlp_lr, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.mlp_steps)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        for step in range(1, recipe.mlp_steps + 1):
-            loss = mlp_loss(mlp, part, *pick(step - 1), lesson.limit)
+        for step, batch in enumerate(_batches(data, recipe, device), 1):
+            loss = mlp_loss(mlp, part, *batch, data.limit)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -247,26 +245,23 @@ def _train(mlp: nn.Module, part: MlpPart, lesson: _Lesson, recipe: Recipe, tick:
             parameter.grad = None
 
 
-def _picker(
-    lesson: _Lesson, recipe: Recipe, device: torch.device
-) -> Callable[[int], tuple[Tensor, Tensor, Tensor | None]]:
-    """Return a function of the step (from 0) that gives inputs, targets and Hessian.
+def _batches(
+    data: _TrainingData, recipe: Recipe, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield inputs, targets and Hessian of each step: a random batch.
 
-    A step takes a random batch, or one sample if shapes vary.
+    If shapes vary, each batch is one sample, in order and repeatedly.
     """
-    inputs, targets, hessian = lesson.inputs, lesson.targets, lesson.hessian
-    varying, drawn = inputs.varying, torch.zeros(0)
-    if not varying:
-        generator = block_generator(recipe.seed, f"{lesson.label}/mlp")
-        drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator)
-        drawn = drawn.to(inputs.device)
-
-    def pick(samples: Samples, number: int) -> Tensor:
-        found = samples[number % len(inputs)] if varying else samples.whole[drawn[number]]
-        return found.to(device, non_blocking=True)
-
-    def lesson_of(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        own = hessian if hessian is None else pick(hessian, number) if varying else hessian.whole
-        return pick(inputs, number), pick(targets, number), own
-
-    return lesson_of
+    inputs, targets, hessian = data.inputs, data.targets, data.hessian
+    if inputs.varying:
+        for step in range(recipe.mlp_steps):
+            number = step % len(inputs)
+            own = None if hessian is None else hessian[number].to(device, non_blocking=True)
+            yield inputs[number].to(device), targets[number].to(device), own
+        return
+    generator = block_generator(recipe.seed, f"{data.label}/mlp")
+    drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator)
+    own = None if hessian is None else hessian.whole
+    for rows in drawn.to(inputs.device):
+        x, target = inputs.whole[rows], targets.whole[rows]
+        yield x.to(device, non_blocking=True), target.to(device, non_blocking=True), own

@@ -1,4 +1,4 @@
-"""The objective of one block: the tensors that its loss needs, and the passes that make them."""
+"""The objective of one block: the tensors that the loss needs, and the passes that make them."""
 
 import logging
 from collections.abc import Callable
@@ -22,24 +22,24 @@ logger = logging.getLogger(__name__)
 
 DPLR = ("fisher_lr", "fisher_diag", "fisher_dplr")
 PERTURB = ("perturb", "perturb_mean")
-#: Losses that take Fisher passes of the quantized block while it trains.
+#: Losses that take Fisher passes through the quantized block during the optimisation.
 UPDATED = (*DPLR, "least_squares")
 #: Losses with a weight for each squared error.
 DIAGONAL = ("fisher_brecq", "fisher_diag", "fisher_dplr", "least_squares", *PERTURB)
 
 
 class Objective:
-    """Common part of the objectives of a block, for samples of equal and of varying shapes.
+    """Base of a block's objectives, for samples of equal and of varying shapes.
 
-    The head's loss is ``KL(softmax(fp) || softmax(q))``, not divided (with a perturbation Hessian
-    twice the KL over its start value, as in APHQ-ViT's code). A neck's loss is the squared error.
-    Each part of every other loss is divided by its value at the first step, or at the first step
-    after the last Fisher pass; Fisher losses start at 2, others at 1.
+    The head's loss is ``KL(softmax(fp) || softmax(q))``, not divided; for losses with a
+    perturbation Hessian it is twice the KL over its start value, as in APHQ-ViT's code. A neck's
+    loss is the squared error. Each part of every other loss is divided by its start value, from the
+    first step or from the first one after the last Fisher pass. Fisher losses have the weight 2.
 
     Args:
         tape: the chain's tape at the block, the target computed.
-        reference: (n, ...) rows that the divergence compares the model's outputs with.
-        notes: list that receives a sentence about everything that did not go as the recipe says.
+        reference: (n, ...) rows with which the divergence compares the model's outputs.
+        notes: list that receives a sentence about each deviation from the recipe.
 
     Raises:
         NumericsError: the perturbation Hessian is NaN or infinite.
@@ -62,11 +62,11 @@ class Objective:
             self.kind = "head_relative" if recipe.loss in PERTURB else "head"
         elif segment.kind == "neck":
             self.kind = "mse"
-        #: (n, N) weights of each sample's errors, where the tape lies; None for losses without
+        #: (n, N) weights of each sample's errors, where the tape lies; None if the loss has none
         self.weights: Samples | None = None
         self.passes = 0  # number of Fisher passes done
         self.update_steps = self._fisher_steps()  # steps (from 0) before which a Fisher pass runs
-        #: tensors that the loss needs beside the batch
+        #: tensors that the loss needs in addition to the batch
         self.state = LossState(torch.zeros(len(self.part_weights()), device=tape.storage.device))
         self._make_room()
         if self.kind == "fisher_brecq":
@@ -96,11 +96,11 @@ class Objective:
         return partial(self.tape.teacher.rest, self.tape.index)
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
-        """Take a Fisher pass. ``forward`` runs the block on a batch, quantized as it is now."""
+        """Take a Fisher pass. ``forward`` runs the block on a batch with its current variables."""
         raise NotImplementedError
 
     def mean_weight(self) -> float | None:
-        """Return the mean of the loss's diagonal Fisher weight; None for losses without one."""
+        """Return the mean of the loss's diagonal Fisher weight; None if the loss has none."""
         raise NotImplementedError
 
     def _make_room(self) -> None:
@@ -108,18 +108,21 @@ class Objective:
         raise NotImplementedError
 
     def _weight(self, rows: slice, values: Tensor, squared: bool) -> Tensor | None:
-        """Return the weights (B, N) that a pass's values at a batch's outputs give, if any."""
+        """Return the weights (B, N) of a batch from a pass's ``values`` at the block's outputs.
+
+        ``values`` are gradients (``squared``) or Hessians; None means that their mean is kept.
+        """
         raise NotImplementedError
 
     def _sweep(self, beside: Beside) -> Sweep:
-        """Return a sweep in the tape's batches, or in the batches that the divergence compares."""
+        """Return a sweep in the batches of the divergence, if it has some, or of the tape."""
         tape, divergence = self.tape, self.divergence
         size, dtype = divergence.batch or tape.batch_size, self.recipe.frozen_dtype
         place = tape.storage.device, size, dtype, beside
         return Sweep(tape.teacher, tape.index, self.reference, divergence, *place)
 
     def _squared_gradient_pass(self) -> None:
-        """Take BRECQ's pass: the prefix quantized, block and rest in full precision."""
+        """Take BRECQ's pass: the prefix is quantized, block and rest are in full precision."""
         tape = self.tape
         set_quantized(tape.teacher.segment(tape.index).block, False)
         prefix = tape.full if tape.prefix is None else tape.prefix
@@ -130,7 +133,7 @@ class Objective:
             found.put(rows, weight)
         self.passes += 1
         self.weights = found.samples
-        # With nothing quantized before it the gradient is zero but for rounding.
+        # If nothing before the block is quantized, the gradient is only rounding.
         if tape.index == 0 or not any(bool(one.abs().max() > 0) for one in self.weights.tensors):
             self._fall_back("the gradient is zero (nothing before it is quantized)")
 
@@ -187,10 +190,8 @@ class BlockObjective(Objective):
 
     def _make_room(self) -> None:
         device, size, kind = self.tape.storage.device, self.target[0].numel(), self.kind
-        k, diagonal = (
-            self.recipe.fisher_k if kind in DPLR else 1,
-            kind in (*UPDATED, "perturb_mean"),
-        )
+        k = self.recipe.fisher_k if kind in DPLR else 1
+        diagonal = kind in (*UPDATED, "perturb_mean")
         self._errors: list[Tensor] = []
         self.state = LossState(
             self.state.starts,
@@ -207,7 +208,7 @@ class BlockObjective(Objective):
         return None
 
     def batch(self, mixed: bool) -> Batch:
-        """Return the tensors that the steps read, of all samples; ``mixed``: with the prefix."""
+        """Return the tensors that the steps read, of all samples; ``mixed`` adds the prefix."""
         tape = self.tape
         prefix = tape.prefix.whole if mixed and tape.prefix is not None else None
         weights = None if self.weights is None else self.weights.whole
@@ -240,7 +241,7 @@ class BlockObjective(Objective):
                 self._note_damping()
 
     def mean_weight(self) -> float | None:
-        """See :class:`Objective`; the mean of squared or absolute gradients, or of a Hessian."""
+        """Return the mean of squared or absolute gradients, or of a Hessian, if there are any."""
         if self.weights is not None:
             return mean_of(self.weights, self.tape.batch_size, squared=self.kind == "fisher_brecq")
         diagonal = self.state.diagonal

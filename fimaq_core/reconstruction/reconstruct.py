@@ -1,4 +1,4 @@
-"""The walk over a chain that reconstructs block after block and can resume after any block."""
+"""Reconstruction of a chain, block after block; it can resume after any block."""
 
 from dataclasses import replace
 
@@ -33,17 +33,17 @@ def reconstruct(
     teacher: BlockChain | None = None,
     pieces: Pieces = Pieces(),
 ) -> ReconstructionLog:
-    """Reconstruct every block of a calibrated chain, in place and in forward order.
+    """Reconstruct the blocks of a calibrated chain, in place and in forward order.
 
     Predictors stay as calibrated. Everything runs on the chain's device.
 
     Args:
         images: (n, ...) calibration inputs of the chain, on any device. Images of varying shapes
             are taken one by one in their order.
-        resources: how to run; one unit of progress per step.
-        teacher: the full-precision model, if it is not ``chain`` without quantizers (after MLP
-            reconstruction). It gives targets, full-precision inputs and the model behind a block.
-        pieces: finished blocks; each is loaded if it exists, and kept after its optimisation.
+        resources: settings of the run; progress has one unit per step.
+        teacher: the full-precision model for targets, inputs and the rest behind a block; by
+            default ``chain`` without quantizers. MLP reconstruction gives another one.
+        pieces: finished blocks; each is loaded if it exists, and saved after its optimisation.
 
     Raises:
         RecipeError: fewer images than a batch, or a batch of images of varying shapes.
@@ -62,7 +62,7 @@ def reconstruct(
     if recipe.per_token:
         expand_per_token(chain, samples[0].to(device))
     set_quantized(chain, False)
-    # With the prefix also where inputs are not mixed: the error of outputs needs it.
+    # The output error needs the prefix, also if inputs are not mixed.
     run = recipe, divergence, resources
     tape, reference = start_walk(chain, samples, *run, with_prefix=True, teacher=teacher)
     objective_of = SampleObjective if samples.varying else BlockObjective
@@ -74,11 +74,11 @@ def reconstruct(
         label = segment.label
         begin = replace(begin, block=label)
         if segment not in learning:
-            decide_roundings(segment.block)  # left as calibrated
+            decide_roundings(segment.block)
         elif (found := pieces.load(index, segment.block)) is not None:
             notes, own = add_block(log, label, *found)
             earlier += [note for note in notes if note not in earlier]
-            if own != engine:  # engines agree within rounding, but the record names one
+            if own != engine:  # the record names only one engine
                 others.append(f"{label}: reconstructed earlier by the step engine '{own}'")
         else:
             on_progress(begin)
@@ -97,7 +97,7 @@ def reconstruct(
                 log.near_floor[label] = near_floor
             log.fisher_passes[label] = objective.passes
             fisher = objective.mean_weight()
-            del objective  # its Fisher information goes before the next block's is made
+            del objective  # frees its Fisher information before the next block's is made
             log.keep(label, tape.measure(keep=segment is not learning[-1]), fisher)
             pieces.save(index, segment.block, block_facts(log, label))
             on_progress(replace(begin, done=begin.done + recipe.steps, tape_bytes=tape.nbytes))
@@ -114,7 +114,7 @@ def reconstruct(
 
 
 def _learns(segment: Segment, recipe: Recipe) -> bool:
-    """True if a segment has something to learn and the recipe wants it."""
+    """Return True if the recipe reconstructs this segment and it has variables to learn."""
     left_out = recipe.reconstruct_parts == "blocks" and segment.kind not in ("block", "merge")
     if left_out or segment.kind == "predictor":
         return False
@@ -123,13 +123,12 @@ def _learns(segment: Segment, recipe: Recipe) -> bool:
 
 @torch.no_grad()
 def expand_per_token(chain: BlockChain, image: Tensor) -> None:
-    """Give activation quantizers one scale per token position, starting from the calibrated one.
+    """Give activation quantizers one scale per token position; each starts at the calibrated scale.
 
     Linear layers with inputs (B, tokens, C) get scales (1, tokens, 1). Attention operands get one
-    scale per head and row (a), per head and column (b). Zero points stay shared. Other inputs keep
-    one scale, such as maps (B, H, W, C): if images vary in size, only windows have a fixed number
-    of tokens. Quantizers that are expanded already stay. Only the shape of ``image`` (1, ...)
-    matters.
+    scale per head and row (a), or per head and column (b). Zero points stay shared. Other inputs
+    keep one scale, such as maps (B, H, W, C), whose number of tokens may vary. Expanded quantizers
+    stay as they are. ``image`` (1, ...) is one input of the chain; only its shape matters.
     """
     layers = [layer for layer in chain.modules() if isinstance(layer, QuantLinear | QuantMatMul)]
     handles = [layer.register_forward_pre_hook(_expand) for layer in layers]

@@ -1,10 +1,10 @@
 """The objective of a block for samples of varying shapes: Fisher information kept per sample.
 
 Our variant of FIMA-Q (Wu et al., CVPR 2025, arXiv:2506.11543) for detectors, for which no code is
-released; APHQ-ViT's code for detectors (Wu et al., CVPR 2025, arXiv:2504.02508) keeps its Hessians
+released. APHQ-ViT's code for detectors (Wu et al., CVPR 2025, arXiv:2504.02508) keeps its Hessians
 in the same way. Each sample has its own absolute gradients g, errors d and Hessian, each scaled to
-mean 1 over the sample's N values. The low-rank part is divided by N, so that a large image counts
-no more than a small one.
+mean 1 over the sample's N values. The low-rank part is divided by N, so large and small images
+count the same.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from fimaq_core.samples import Samples
 
 
 class _Own(NamedTuple):
-    """One sample's part of :class:`.loss.LossState`, where the tape lies; its root is over √N."""
+    """Fisher information of one sample, as in :class:`.loss.LossState`; ``root`` is over √N."""
 
     gradients: Tensor
     diagonal: Tensor
@@ -32,14 +32,14 @@ class SampleObjective(Objective):
     """Objective of a block whose samples have varying shapes.
 
     Memory, where the tape lies: a loss with k Fisher passes keeps 2 k + 1 times the block's outputs
-    (``fisher_diag`` and ``fisher_lr`` k + 1 times), one with Hessians once.
+    (``fisher_diag`` and ``fisher_lr`` k + 1 times), a loss with Hessians keeps them once.
     """
 
     def _make_room(self) -> None:
         storage, k = self.tape.storage, 1 if self.kind == "least_squares" else self.recipe.fisher_k
         self._size = torch.zeros((), dtype=torch.float64, device=storage.device)
         self._own: list[_Own] = []
-        if self.kind == "perturb_mean":  # there is no mean over shapes
+        if self.kind == "perturb_mean":  # Hessians of varying shapes have no mean
             self.kind = "perturb"
         for output in self.target if self.kind in UPDATED else ():
             shape = k, output.numel()
@@ -56,9 +56,9 @@ class SampleObjective(Objective):
         return _over(values, mean.sqrt() if squared else mean).view(1, -1)
 
     def sample(self, index: int, mixed: bool) -> tuple[Batch, LossState]:
-        """Return the tensors that a step reads of one sample, on the computing device.
+        """Return the tensors of one sample that a step reads, on the computing device.
 
-        ``mixed``: with the quantized prefix.
+        ``mixed`` adds the inputs behind the quantized prefix.
         """
         tape, device = self.tape, self.tape.storage.device
 
@@ -91,13 +91,13 @@ class SampleObjective(Objective):
             self._note_damping(f" for {damped} images")
 
     def mean_weight(self) -> float | None:
-        """See :class:`Objective`; the mean over samples and passes, before each is scaled."""
+        """Return the mean over samples and passes, before scaling; None if the loss has none."""
         if self.kind not in DIAGONAL or not self.passes:
             return None
         return float(self._size) / (len(self.target) * self.passes)
 
     def _stack(self, own: _Own, gradient: Tensor, error: Tensor) -> bool:
-        """Add a pass to a sample's tensors; return True if D Dᵀ had to be damped."""
+        """Add a pass to the tensors of a sample; return True if D Dᵀ was damped."""
         row, so_far = self.passes, self.passes + 1
         self._size += gradient.mean()
         own.gradients[row].copy_(_over(gradient, gradient.mean()))
@@ -123,5 +123,5 @@ class SampleObjective(Objective):
 
 
 def _over(values: Tensor, size: Tensor) -> Tensor:
-    """Return ``values`` over their size; zeros stay zeros."""
+    """Return ``values / size``, or the values themselves if the size is 0."""
     return values / torch.where(size > 0, size, torch.ones_like(size))

@@ -1,6 +1,6 @@
-"""Everything in a block's optimisation that depends on the step's number, as tables made before.
+"""Tables of everything that depends on the number of the step, made before the optimisation.
 
-A step reads its row by a counter on the device. So no step waits for a Python number, and one
+A step reads the row of a counter on the device. So no step waits for a Python number, and one
 compiled or captured step serves all steps.
 """
 
@@ -22,10 +22,7 @@ _DRAWS = 2**22
 
 
 def block_generator(seed: int, label: str) -> torch.Generator:
-    """Return a CPU random generator that depends on seed and label only.
-
-    So resuming needs no saved state.
-    """
+    """Return a CPU random generator of seed and label; a resumed run needs no saved state."""
     digest = hashlib.sha256(f"{seed}/{label}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -34,9 +31,9 @@ def block_generator(seed: int, label: str) -> torch.Generator:
 class Schedule:
     """Tables with one row per step."""
 
-    #: (steps, 5) float32: weight and exponent β of the rounding regulariser, Adam's step sizes
-    #: (learning rate over its first bias correction) of α and of the scales, and the inverse root
-    #: of Adam's second bias correction
+    #: (steps, 5) float32: weight and exponent β of the rounding regulariser; Adam's step sizes of α
+    #: and of the scales (learning rate over the first bias correction); the inverse root of Adam's
+    #: second bias correction
     rates: Tensor
     samples: Tensor  # (steps, B) int64, numbers of the batch's samples
     keys: Tensor  # (steps, streams, 2) int32, keys of the random masks
@@ -47,9 +44,9 @@ class Schedule:
     ) -> "Schedule":
         """Make the tables of a block with ``streams`` random masks per step, on the CPU.
 
-        The generator is on the CPU too, so every device sees the same numbers. Batches have no
-        repetition. Samples of varying shapes are taken one by one, again and again (as released for
-        detectors).
+        The generator is on the CPU too, so random numbers do not depend on the device. A batch has
+        no sample twice. Samples of varying shapes are taken one by one, in order and repeatedly (as
+        released for detectors).
         """
         count = len(samples)
         if samples.varying:
@@ -65,7 +62,7 @@ class Schedule:
 
 
 def draw_batches(steps: int, size: int, images: int, generator: torch.Generator) -> Tensor:
-    """Draw (steps, size) numbers below ``images``: rows without repetition, all equally likely."""
+    """Draw (steps, size) numbers below ``images``; all subsets are equally likely in each row."""
     rows = max(_DRAWS // images, 1)
     out = []
     for start in range(0, steps, rows):
@@ -75,7 +72,7 @@ def draw_batches(steps: int, size: int, images: int, generator: torch.Generator)
 
 
 def regulariser_exponent(recipe: Recipe, number: int) -> float | None:
-    """Return β of the rounding regulariser at step ``number`` (from 0), None while it is off."""
+    """Return β of the rounding regulariser at step ``number`` (from 0); None while it is off."""
     count, steps = number + 1, recipe.steps
     warmup = recipe.round_warmup * steps
     if count < warmup or recipe.round_weight == 0:

@@ -1,4 +1,4 @@
-"""Variables of a block's optimisation, as two flat vectors, and how they reach the layers."""
+"""Variables of a block's optimisation, as two flat vectors, and their link to the layers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from fimaq_core.quantizers.rounding import RoundingProblem, split_as
 
 #: Lower bound of a learned activation scale, as a share of its calibrated value.
 SCALE_FLOOR = 0.01
-#: Share below which a scale counts as driven to that bound: the last, small steps may lift it.
+#: Share below which a scale counts as near its bound: the last steps may have lifted it a little.
 NEAR_FLOOR = 0.02
 
 
@@ -22,13 +22,13 @@ NEAR_FLOOR = 0.02
 class Layout:
     """Names and shapes of the parameters in the flat vectors, in order.
 
-    Blocks of the same structure have equal layouts, so they share what has been compiled.
+    Blocks of the same structure have equal layouts, so they share the compiled code.
     """
 
     weights: tuple[tuple[str, tuple[int, ...]], ...]  # weights that are rounded
     scales: tuple[tuple[str, tuple[int, ...]], ...]  # activation scales
-    #: names of the activation quantizers' keys; their masks are streams 1, 2, ... (0 mixes the
-    #: block's input)
+    #: names of the activation quantizers' keys; their random masks are streams 1, 2, ..., and
+    #: stream 0 mixes the block's input
     keys: tuple[str, ...]
 
     @property
@@ -52,7 +52,7 @@ class Layout:
 
 
 class BlockState:
-    """The variables of one block's optimisation, kept beside the block."""
+    """Variables of one block's optimisation."""
 
     def __init__(self, segment: Segment, learn_scales: bool) -> None:
         rounded, activations = list(rounded_layers(segment.block)), active_quantizers(segment)
@@ -65,7 +65,7 @@ class BlockState:
         )
         #: the rounding problem, or None if no weight is quantized
         self.rounding: RoundingProblem | None = None
-        #: (n,) current soft weights, in step with ``rounding.alpha``
+        #: (n,) current soft weights, those of ``rounding.alpha``
         self.soft = torch.zeros(0, device=next(segment.block.parameters()).device)
         if self.layers:
             quantizers = [layer.weight_quantizer for layer in self.layers]
@@ -91,14 +91,17 @@ class BlockState:
         return int((self.scales < near).sum()) if self.learn_scales else 0
 
     def attach(self, form: Form, probability: float) -> None:
-        """Prepare the layers: weights are given soft, quantizers compute in ``form``."""
+        """Prepare the layers for soft weights and the quantizers for ``form``.
+
+        ``probability`` is the share of activations that are quantized.
+        """
         for layer in self.layers:
             layer.soft = True
         for quantizer in self.quantizers:
             quantizer.learning, quantizer.keep_probability = form, probability
 
     def detach(self) -> None:
-        """End the optimisation; scales go to their quantizers."""
+        """End the optimisation and write the scales to their quantizers."""
         for layer in self.layers:
             layer.soft = False
         scales = split_as(self.scales, [quantizer.scale.shape for quantizer in self.quantizers])
@@ -108,7 +111,7 @@ class BlockState:
 
 
 def active_quantizers(segment: Segment) -> list[tuple[str, ActivationQuantizer]]:
-    """Return names (within the block) and activation quantizers of a block that are not off."""
+    """Return name (within the block) and quantizer of each activation quantizer that is on."""
     return [
         (name, part)
         for name, part in segment.block.named_modules()
@@ -118,7 +121,7 @@ def active_quantizers(segment: Segment) -> list[tuple[str, ActivationQuantizer]]
 
 
 def rounded_layers(block: nn.Module) -> Iterator[tuple[str, WeightLayer]]:
-    """Yield names and layers of a block whose weights are quantized."""
+    """Yield name and layer of each layer of a block whose weight is quantized."""
     for name, layer in quant_layers(block):
         if isinstance(layer, WeightLayer) and not layer.weight_quantizer.off:
             yield name, layer

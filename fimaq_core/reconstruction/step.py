@@ -1,7 +1,7 @@
 """The optimisation step as two functions of tensors: a batch's loss, and the update by gradients.
 
-Everything that changes from step to step is a tensor on the device. So both functions can run as
-they are, compiled, or captured in a CUDA graph, and blocks of equal layout share the compiled code.
+Everything that changes from step to step is a tensor on the device. Therefore both functions can
+run plain, compiled or captured in a CUDA graph, and blocks of equal layout share compiled code.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from fimaq_core.reconstruction.state import BlockState, Layout
 
 
 class StepEngine:
-    """Runs the steps of one block, whose state is attached and whose target is computed."""
+    """Runner of a block's steps. The state must be attached and the target computed before."""
 
     form: ClassVar[Form] = "fused"  # how activation quantizers compute
 
@@ -33,18 +33,15 @@ class StepEngine:
         self.segment, self.state, self.schedule = segment, state, schedule
         self.objective, self.tape, self.recipe = objective, objective.tape, objective.recipe
         mixes = self.tape.prefix is not None and self.tape.prefix is not self.tape.full
-        #: elements of the block's input, of 256, that come from the quantized prefix
+        #: share of the block's input from the quantized prefix, in 1/256
         self.mix = threshold_of(self.recipe.prefix_prob) if mixes else 0
 
     def run(self, number: int) -> Tensor:
-        """Do step ``number`` (in order from 0); return its loss, a scalar.
-
-        The next step may overwrite it.
-        """
+        """Do step ``number`` (from 0); return the loss, which the next step may overwrite."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Bring the state up to date."""
+        """Write all variables back to the state."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class StepInputs(NamedTuple):
     scales: Tensor  # (m,) activation scales, requiring gradients if they are learned
     counter: Tensor  # (1,) int64, number of the step
     keys: Tensor  # (steps, streams, 2), keys of the masks
-    #: (steps, B) numbers of each batch's samples; None if ``data`` is the batch already
+    #: (steps, B) numbers of each batch's samples; None if ``data`` is the batch
     samples: Tensor | None
     data: Batch  # all samples, or the batch
 
@@ -89,7 +86,7 @@ class Variables(NamedTuple):
 
 def batch_output(block: nn.Module, plan: StepPlan, inputs: StepInputs) -> tuple[Tensor, Batch]:
     """Return the output of the attached block for the step's batch, and the batch."""
-    # index_select, since indexing with a tensor of one number would wait for that number.
+    # index_select, since indexing with a one-element tensor would wait for the device.
     row, data = inputs.keys.index_select(0, inputs.counter)[0], inputs.data
     if inputs.samples is not None:
         chosen = inputs.samples.index_select(0, inputs.counter)[0]
@@ -104,7 +101,7 @@ def batch_output(block: nn.Module, plan: StepPlan, inputs: StepInputs) -> tuple[
 
 
 def batch_loss(block: nn.Module, plan: StepPlan, inputs: StepInputs, state: LossState) -> Loss:
-    """Return the loss of the step's batch (a scalar), and its start values (parts,)."""
+    """Return the loss of the step's batch, and the start values, as :func:`block_loss` does."""
     output, batch = batch_output(block, plan, inputs)
     return block_loss(plan.kind, plan.part_weights, output, batch, state)
 
@@ -126,8 +123,8 @@ def update(
 ) -> None:
     """Do Adam's step of α and of the scales in place, then set soft weights and counter.
 
-    Scales are projected to their lower bounds, so they stay positive. α, its moments, the
-    regulariser's gradient and the soft weights pass once through memory, all layers together.
+    Scales are clamped to their lower bounds, so they stay positive. All layers are updated
+    together, and every vector passes through memory once.
 
     Args:
         own: the variables.

@@ -1,9 +1,9 @@
 """The tape: inputs and outputs of the current block over all samples, each computed once.
 
-Block i's output is block i + 1's input, so the walk costs two forwards per block (full precision
-and quantized) whatever the depth. Memory: at most five tensors of samples x block output (input and
-output in full precision, the quantized prefix's input, and the next two while advancing), and twice
-the tensors that segments keep: on the device, in host memory or memory-mapped.
+Block i's output is block i + 1's input, so the walk costs two forward passes per block (full
+precision and quantized), whatever the depth. Memory, on the device, in host memory or in files: at
+most five tensors of samples x block output (input and output in full precision, the input behind
+the quantized prefix, and the next two while advancing), and twice the tensors that segments keep.
 """
 
 import os
@@ -27,10 +27,10 @@ BatchFunction = nn.Module | Callable[[Tensor, slice], Tensor]
 
 
 class Storage:
-    """Makes the tape's tensors: on the ``device`` (fastest), in ``host`` memory, or on ``disk``.
+    """Maker of the tape's tensors: on the ``device`` (fastest), in ``host`` memory or on ``disk``.
 
-    Disk means memory-mapped temporary files. ``pinned`` host memory suits few large tensors; each
-    of many small ones would be rounded up to a power of two.
+    Tensors on disk are memory-mapped temporary files. ``pinned`` host memory suits few large
+    tensors; many small ones would waste it, since each is rounded up to a power of two.
     """
 
     def __init__(self, placement: Placement, device: torch.device, pinned: bool = True) -> None:
@@ -54,24 +54,24 @@ class Storage:
         self._count += 1
         path = Path(self._folder.name) / f"{self._count}.bin"
         size = int(torch.Size(shape).numel())
-        # Reserved now: otherwise a full disk would end the process by a signal while it writes.
+        # Space is reserved now, since later a full disk would end the process by a signal.
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, max(size * dtype.itemsize, 1))
         mapped = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
-        path.unlink()  # the mapping keeps the data; the space is freed with the tensor
+        path.unlink()  # the data live as long as the tensor
         return mapped.view(shape)
 
 
 class Collected:
-    """Batches of a sweep, put together in a storage as samples of the kind of ``like``."""
+    """Batches of a sweep, joined in a storage to as many samples as ``like``, of the same kind."""
 
     def __init__(self, storage: Storage, like: Samples) -> None:
         self._storage, self._like = storage, like
         self._tensors: list[Tensor] = []
 
     def put(self, rows: slice, values: Tensor) -> None:
-        """Keep ``values`` (B, ...) of the samples ``rows``, which come in order."""
+        """Keep ``values`` (B, ...) of the samples ``rows``; calls come in the order of samples."""
         shape = values.shape[0] if self._like.varying else len(self._like), *values.shape[1:]
         if self._like.varying or not self._tensors:
             self._tensors.append(self._storage.empty(shape, values.dtype))
@@ -88,13 +88,13 @@ class Collected:
 
 def squared_sum(values: Tensor) -> Tensor:
     """Return Σ values², a float64 scalar."""
-    # In pieces: in float64 a batch of maps would take as much memory as the block that made it.
+    # In pieces, since a whole batch of maps in float64 would need much memory.
     parts = torch.split(values.flatten(), 2**22)
     return torch.stack([part.double().square_().sum() for part in parts]).sum()
 
 
 def over(error: float, size: float) -> float:
-    """Return ``error / size``; 0 without an error, infinite for an error over a size of 0."""
+    """Return ``error / size``: 0 if the error is 0, infinite if only the size is 0."""
     return 0.0 if error == 0 else (error / size if size else float("inf"))
 
 
@@ -108,7 +108,7 @@ def mean_of(samples: Samples, batch_size: int, squared: bool = False) -> float:
 
 
 class Tape:
-    """Position of a walk over a chain, which is quantized block by block.
+    """Position of a walk over a chain that is quantized block by block.
 
     Example::
 
@@ -118,17 +118,18 @@ class Tape:
 
     Args:
         images: (n, ...) inputs of ``chain``; if their shapes vary, all samples here do.
-        with_prefix: True to compute the outputs of the quantized prefix too.
-        batch_size, frozen_dtype: samples per forward pass; arithmetic of full-precision parts.
-        teacher: the full-precision model, of the same segments; by default ``chain`` itself.
+        with_prefix: True to run the quantized prefix (all blocks before the current one) too.
+        batch_size: samples per forward pass.
+        frozen_dtype: arithmetic of full-precision parts.
+        teacher: the full-precision model, with the same segments; by default ``chain`` itself.
 
     Attributes:
         index: number of the current block.
-        beside, beside_prefix: tensors that travel beside ``full`` and ``prefix``.
         full: (n, ...) the block's inputs in the full-precision model.
         prefix: (n, ...) the block's inputs behind the quantized prefix; None without prefix.
+        beside, beside_prefix: tensors that travel beside ``full`` and ``prefix``.
         target: (n, ...) the block's full-precision outputs; None until :meth:`compute_target`.
-        outputs: (n, ...) its quantized outputs behind the prefix; None until :meth:`measure`.
+        outputs: (n, ...) quantized outputs behind the prefix; None until :meth:`measure`.
     """
 
     def __init__(
@@ -158,14 +159,14 @@ class Tape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all samples that are kept now, shared ones counted once."""
+        """Bytes of all samples that are kept now; shared tensors count once."""
         parts = [self.full, self.prefix, self.target, self.outputs, self.beside.side]
         parts += [*self.beside.kept, *self.beside_prefix.kept]
         tensors = [tensor for part in parts if part is not None for tensor in part.tensors]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     def compute_target(self) -> Samples:
-        """Run the current block in full precision, once; its layers stay in full precision."""
+        """Run the current block in full precision, once, and leave it in full precision."""
         if self.target is None:
             block = self.teacher.segment(self.index).block
             set_quantized(block, False)
@@ -176,7 +177,7 @@ class Tape:
     def measure(self, keep: bool = True) -> float:
         """Run the current block, which must be finished, behind the quantized prefix.
 
-        Returns ``||q - f||² / ||f||²`` over all samples, q the block's outputs and f its target.
+        Returns ``||q - f||² / ||f||²`` over all samples, with the block's outputs q and target f.
         ``keep`` stores the outputs for :meth:`advance`.
         """
         assert self.prefix is not None
@@ -195,7 +196,7 @@ class Tape:
         return over(float(error), float(size))
 
     def advance(self) -> None:
-        """Go to the next block. The current one must be finished; it is left quantized."""
+        """Go to the next block. The current block must be finished and is left quantized."""
         target = self.compute_target()
         block = self.chain.segment(self.index).block
         outputs, self.outputs = self.outputs, None
@@ -215,7 +216,7 @@ class Tape:
             self.prefix = self._enter(self.chain, outputs, self.beside_prefix)
 
     def _enter(self, chain: BlockChain, source: Samples, beside: Beside) -> Samples:
-        """Return inputs of the current block of ``chain`` from outputs of the block before."""
+        """Return the inputs of the current block from ``source``, the outputs of the last block."""
         segment = chain.segment(self.index)
         if not (segment.takes_side or segment.takes_kept):
             return self._map(segment.before, source)
@@ -233,7 +234,7 @@ class Tape:
     def _run(
         self, function: BatchFunction, source: Samples, dtype: Arithmetic
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield rows and ``function`` of them, batch by batch."""
+        """Yield the rows of each batch and the result of ``function``."""
         device = self.storage.device
         for rows in source.slices(self.batch_size):
             part = source[rows].to(device, non_blocking=True)
@@ -245,7 +246,7 @@ class Tape:
     def _map(
         self, function: BatchFunction, source: Samples, dtype: Arithmetic | None = None
     ) -> Samples:
-        """Return ``function`` of all samples, in the storage."""
+        """Return the results of ``function`` for all samples, in the storage."""
         if isinstance(function, nn.Identity) and source.device == self.storage.home:
             return source
         kept = Collected(self.storage, source)
@@ -264,21 +265,20 @@ def start_walk(
     with_prefix: bool,
     teacher: BlockChain | None = None,
 ) -> tuple[Tape, Samples]:
-    """Return a tape at the first block, and the divergence's reference of the teacher's outputs.
+    """Return a tape at the first block, and the divergence's reference for the teacher's outputs.
 
-    Teacher and chain must be in full precision; other arguments as of :class:`Tape`.
+    Teacher and chain must be in full precision. Other arguments are as in :class:`Tape`.
     """
     device, model = next(chain.parameters()).device, chain if teacher is None else teacher
-    reference = divergence.reference(
-        images.map(lambda part: model(part.to(device)).float(), resources.batch_size)
-    )
+    outputs = images.map(lambda part: model(part.to(device)).float(), resources.batch_size)
+    storage = Storage(resources.placement, device, pinned=not images.varying)
     tape = Tape(
         chain,
         images,
-        Storage(resources.placement, device, pinned=not images.varying),
+        storage,
         with_prefix=with_prefix,
         batch_size=resources.batch_size,
         frozen_dtype=recipe.frozen_dtype,
         teacher=teacher,
     )
-    return tape, reference
+    return tape, divergence.reference(outputs)

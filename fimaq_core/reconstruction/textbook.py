@@ -1,6 +1,6 @@
 """The step by its definition: plain operations, autograd, PyTorch's optimizers.
 
-It is slow; the fast steps must agree with it.
+This step is slow; the fast steps must agree with it.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from fimaq_core.reconstruction.step import StepEngine
 
 
 class TextbookStep(StepEngine):
-    """The step with one tensor of rounding variables per layer and one of scales per quantizer."""
+    """The step with one tensor of variables per layer and one tensor of scales per quantizer."""
 
     form = "textbook"
 
@@ -87,7 +87,7 @@ class TextbookStep(StepEngine):
         return found
 
     def _batch(self, samples: Tensor) -> tuple[Batch, LossState]:
-        """Return the batch of ``samples`` (B,), and the state that its loss needs."""
+        """Return the batch of ``samples`` (B,), and the state of the loss."""
         objective = self.objective
         if isinstance(objective, SampleObjective):
             return objective.sample(int(samples[0]), self.mix > 0)

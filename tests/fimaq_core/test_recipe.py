@@ -191,9 +191,9 @@ def test_digests() -> None:
 
 
 def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
-    shared = {make_recipe(method).calibration_digest() for method in ("qdrop", "brecq", "fimaq")}
+    shared = {make_recipe(method).digest("ranges") for method in ("qdrop", "brecq", "fimaq")}
     assert len(shared) == 1
-    assert make_recipe("rtn").calibration_digest() not in shared
+    assert make_recipe("rtn").digest("ranges") not in shared
     behind = {
         "steps": 7,
         "loss": "mae",
@@ -203,7 +203,7 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
         "frozen_dtype": "bfloat16",
     }
     for name, value in behind.items():
-        assert make_recipe("fimaq", {name: value}).calibration_digest() in shared, name
+        assert make_recipe("fimaq", {name: value}).digest("ranges") in shared, name
     before = {
         "w_bits": 3, "a_bits": 3, "s_bits": 8, "head_bits": 8, "patch_input_bits": 8,
         "softmax_quantizer": "log2",
@@ -213,27 +213,24 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
         "calibration_images": 256,
         "calibration_transform": "eval", "reconstruct_mlp": True, "seed": 1,
     }  # fmt: skip
-    assert set(before) == set(make_recipe("fimaq").range_fields())
+    assert set(before) == set(make_recipe("fimaq").names_of("ranges"))
     together = {"refit": {"reconstruct": False, "range_search": "percentile"}}
     for name, value in before.items():
         assert (
-            make_recipe("fimaq", {name: value}, together.get(name, {})).calibration_digest()
+            make_recipe("fimaq", {name: value}, together.get(name, {})).digest("ranges")
             not in shared
         ), name
 
 
 def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
     plain, done = make_recipe("fimaq"), make_recipe("fimaq-mlp")
-    assert make_recipe("fimaq", {"mlp_steps": 3}).calibration_digest() == plain.calibration_digest()
-    assert (
-        make_recipe("fimaq-mlp", {"mlp_steps": 3}).calibration_digest() != done.calibration_digest()
-    )
-    assert make_recipe("fimaq-mlp", {"mlp_steps": 3}).mlp_digest() != done.mlp_digest()
+    assert make_recipe("fimaq", {"mlp_steps": 3}).digest("ranges") == plain.digest("ranges")
+    assert make_recipe("fimaq-mlp", {"mlp_steps": 3}).digest("ranges") != done.digest("ranges")
+    assert make_recipe("fimaq-mlp", {"mlp_steps": 3}).digest("mlp") != done.digest("mlp")
     for behind in ({"w_bits": 3, "a_bits": 3}, {"steps": 7}, {"loss": "mse"}, {"range_images": 3}):
-        assert (
-            make_recipe("fimaq-mlp", behind).mlp_digest()
-            == make_recipe("aphq", {"w_bits": 3}).mlp_digest()
-        ), behind
+        assert make_recipe("fimaq-mlp", behind).digest("mlp") == make_recipe(
+            "aphq", {"w_bits": 3}
+        ).digest("mlp"), behind
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
 from fimaq_core.files import remove, replaced_whole
-from fimaq_core.recipe import Recipe
+from fimaq_core.recipe import Fields, Recipe
 from tasks.common import registry
 from tasks.common.cell.lease import acquire
 from tasks.common.data import class_order
@@ -120,9 +120,9 @@ def shared_digest(kind: str, part: str, recipe: Recipe) -> str:
         part: name of the part; empty if the model is one chain.
         recipe: recipe of the run, with its scope limited to this part.
     """
-    digests = {"calibration": recipe.calibration_digest, "mlp": recipe.mlp_digest}
+    fields: dict[str, Fields] = {"calibration": "ranges", "mlp": "mlp"}
     address = part if recipe.scope in (None, part) or not part else f"{part} {recipe.scope}"
-    return address + digests.get(kind, recipe.digest)()
+    return address + recipe.digest(fields.get(kind, "all"))
 
 
 def shared_digests(request: CellRequest) -> dict[str, list[str]]:

@@ -79,7 +79,7 @@ def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) ->
     cell = prepare(request, on_progress)
     _run_stage(MLPS, cell, _beside(out, "mlp"))
     if out.is_file():
-        load_checkpoint(out, whole_module(cell.chains), cell.fingerprint, CALIBRATE.scope)
+        load_checkpoint(out, whole_module(cell.chains), cell.fingerprint, CALIBRATE.fields)
         return cell.notes
     _run_stage(CALIBRATE, cell, out)
     _join_parts(cell, out, whole_module(cell.chains), CALIBRATE.mark)
@@ -106,11 +106,11 @@ def reconstruct_stage(
     if recipe.reconstruct_mlp:
         cell.keep_teachers()
         use_relu(all_segments(cell.chains))
-    load_checkpoint(source, whole_module(cell.chains), cell.fingerprint, CALIBRATE.scope)
+    load_checkpoint(source, whole_module(cell.chains), cell.fingerprint, CALIBRATE.fields)
 
     def blocks(part: Part) -> Pieces:
         folder = Address.beside(_beside(out, part.name), RECONSTRUCT).pieces
-        return Pieces(folder, RECONSTRUCT.piece, part.fingerprint, RECONSTRUCT.scope)
+        return Pieces(folder, RECONSTRUCT.piece, part.fingerprint, RECONSTRUCT.fields)
 
     for part in cell.parts:  # also if the recipe has no reconstruction: the user asks for it
         RECONSTRUCT.make(part, cell.resources, blocks(part))
@@ -202,7 +202,7 @@ def _changed_recipe(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:
     kept = recipe.model_dump(mode="json", exclude={"method"})
     if "method" in rest:
         method = rest.pop("method")
-        kept = {name: kept[name] for name in (*recipe.range_fields(), "scope")}
+        kept = {name: kept[name] for name in (*recipe.names_of("ranges"), "scope")}
     return make_recipe(method, defaults(task), kept, rest)
 
 

@@ -13,12 +13,7 @@ from fimaq_core.calibration.candidates import (
     grid_candidates,
 )
 from fimaq_core.calibration.output_error import Product
-from fimaq_core.calibration.progressive import (
-    progressive,
-    progressive_heads,
-    progressive_input,
-    progressive_rows,
-)
+from fimaq_core.calibration.progressive import progressive, progressive_heads, progressive_rows
 from fimaq_core.calibration.weight_error import input_moments
 from fimaq_core.quantizers.affine import fake_quantize
 
@@ -212,8 +207,8 @@ def test_input_equals_the_loop(columns: int) -> None:
     other = plain + 0.1 * torch.randn_like(plain)
     product = Product(x, other, x @ (other - plain), levels)
     ordered = x.flatten().sort().values
-    scale, zero = progressive_input(product, ordered, levels, 128)
-    assert scale.shape == zero.shape == ()
+    scale, zero = progressive_heads(product, 1, ordered[None], levels, 128)
+    assert scale.shape == zero.shape == (1,)
 
     def direct(scale: float, zero: float) -> float:
         quantized = fake_quantize(

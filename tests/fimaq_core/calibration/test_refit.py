@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fimaq_core.calibration.candidates import minmax
 from fimaq_core.calibration.refit import (
-    Grid,
     InputMoments,
+    RoundingGrid,
     refine_rounding,
     refit_moments,
     ridge_refit,
@@ -240,7 +240,7 @@ def test_rounding_equals_a_slow_version(
     weight, bias = parameters(12, width, biased)
     scale, zero = grid(weight, levels, share)
     codes, new_bias = refine_rounding(
-        weight, bias, Grid(scale, zero, levels), refit_moments(x, x_hat), 2.0, flips
+        weight, bias, RoundingGrid(scale, zero, levels), refit_moments(x, x_hat), 2.0, flips
     )
     assert codes.dtype == torch.float32
     a, old, kept = extended(x_hat, biased), joint(weight, bias), 0
@@ -274,7 +274,9 @@ def test_flips_lower_the_error_until_none_is_left(levels: int) -> None:
     scale, zero = grid(weight, levels)
     path = []
     for flips in range(25):
-        codes, _ = refine_rounding(weight, bias, Grid(scale, zero, levels), moments, 1.0, flips)
+        codes, _ = refine_rounding(
+            weight, bias, RoundingGrid(scale, zero, levels), moments, 1.0, flips
+        )
         path.append(first_half_errors(weight, codes, scale, zero, moments))
     table = torch.stack(path)
     fell = table[1:] < table[:-1]
@@ -301,7 +303,7 @@ def test_both_steps_lower_the_output_error(biased: bool, bits: int) -> None:
     def refined(weight: Tensor, bias: Tensor | None, flips: int) -> float:
         scale, zero = grid(weight, levels)
         codes, new_bias = refine_rounding(
-            weight, bias, Grid(scale, zero, levels), moments, 1.0, flips
+            weight, bias, RoundingGrid(scale, zero, levels), moments, 1.0, flips
         )
         assert ((codes >= 0) & (codes <= levels - 1) & (codes == codes.round())).all()
         return error((codes - zero) * scale, new_bias)
@@ -324,7 +326,7 @@ def test_zero_flips_round_to_nearest_and_compensate() -> None:
     weight, bias = parameters(7, 2, True)
     scale, zero = grid(weight, 4)
     codes, new_bias = refine_rounding(
-        weight, bias, Grid(scale, zero, 4), refit_moments(x_hat, x_hat), 0.5, 0
+        weight, bias, RoundingGrid(scale, zero, 4), refit_moments(x_hat, x_hat), 0.5, 0
     )
     a, current = torch.from_numpy(extended(x_hat, True)), torch.from_numpy(joint(weight, bias))
     for column in (0, 1):
@@ -349,7 +351,7 @@ def test_values_outside_the_grid_stay_at_its_ends() -> None:
         [9.0, -9.0, 7.6, -8.6, 20.0, -20.0]
     )  # the first half; the grid is -8 to 7
     codes, _ = refine_rounding(
-        weight, None, Grid(torch.ones(5, 1), torch.full((5, 1), 8.0), 16), moments, 1.0
+        weight, None, RoundingGrid(torch.ones(5, 1), torch.full((5, 1), 8.0), 16), moments, 1.0
     )
     assert codes[:, :6].tolist() == [[15.0, 0.0, 15.0, 0.0, 15.0, 0.0]] * 5
     assert codes.min() >= 0
@@ -362,7 +364,7 @@ def test_weights_on_the_grid_are_left_alone() -> None:
     scale, zero = torch.full((6, 1), 0.37), torch.full((6, 1), 8.0)
     bias = torch.randn(6)
     codes, new_bias = refine_rounding(
-        weight, bias, Grid(scale, zero, 16), refit_moments(*inputs(50, 10)), 0.1
+        weight, bias, RoundingGrid(scale, zero, 16), refit_moments(*inputs(50, 10)), 0.1
     )
     assert torch.equal((codes - zero) * scale, weight)
     assert new_bias is not None
@@ -393,10 +395,10 @@ def test_a_singular_regression_asks_for_a_ridge(spoil: object, seed: int) -> Non
     with pytest.raises(NumericsError, match="raise the ridge"):
         ridge_refit(weight, bias, moments, 0.0)
     with pytest.raises(NumericsError, match="raise the ridge"):
-        refine_rounding(weight, bias, Grid(scale, zero, 8), moments, 0.0)
+        refine_rounding(weight, bias, RoundingGrid(scale, zero, 8), moments, 0.0)
     for part in (
         *ridge_refit(weight, bias, moments, 0.1),
-        *refine_rounding(weight, bias, Grid(scale, zero, 8), moments, 0.1),
+        *refine_rounding(weight, bias, RoundingGrid(scale, zero, 8), moments, 0.1),
     ):
         assert part is not None
         assert part.isfinite().all()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, ascending, grid_candidates
-from fimaq_core.calibration.linear_ranges import calibrate_linear, progressive_weight
+from fimaq_core.calibration.linear_ranges import calibrate_linear, search_weight
 from fimaq_core.calibration.percentile_ranges import (
     conv_percentiles,
     linear_percentiles,
@@ -24,7 +24,7 @@ from fimaq_core.calibration.percentile_ranges import (
 )
 from fimaq_core.calibration.product_ranges import calibrate_matmul, search_operand
 from fimaq_core.calibration.refit import (
-    Grid,
+    RoundingGrid,
     reduce_conv_error,
     reduce_linear_error,
     refine_rounding,
@@ -481,7 +481,7 @@ def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) 
             least += min(
                 error(x_hat, affine(row.double(), pair, levels), flat, row) for pair in pairs
             )
-        progressive_weight(layer, flat, 64)
+        search_weight(layer, flat, None, torch.zeros(0), 64)
         assert linear_error(layer, x) <= least * (1 + 1e-9)
         better += linear_error(layer, x) < least * 0.999
         calibrate_linear(layer, x, grid)
@@ -558,7 +558,7 @@ def test_error_reduction_of_a_linear_layer_is_refit_and_refined_rounding(
     weight, bias = ridge_refit(layer.weight, layer.bias, moments, 0.1 if len(shape) == 1 else 3.0)
     scale, zero = percentile_range(ascending(weight), levels, MIN_WEIGHT_SCALE)
     codes, bias = refine_rounding(
-        weight, bias, Grid(scale[:, None], zero[:, None], levels), moments, 3.0, 20
+        weight, bias, RoundingGrid(scale[:, None], zero[:, None], levels), moments, 3.0, 20
     )
     assert torch.equal(layer.weight_quantizer.scale[:, 0], scale)
     assert torch.equal(layer.weight_quantizer.zero_point[:, 0], zero)
@@ -609,7 +609,12 @@ def test_error_reduction_of_a_convolution_rounds_alone() -> None:
     patches = F.unfold(x, 4, stride=4).transpose(1, 2).reshape(-1, 48)
     scale, zero = layer.weight_quantizer.scale, layer.weight_quantizer.zero_point
     codes, expected = refine_rounding(
-        weight.flatten(1), bias, Grid(scale, zero, 8), refit_moments(patches, patches), 30.0, 20
+        weight.flatten(1),
+        bias,
+        RoundingGrid(scale, zero, 8),
+        refit_moments(patches, patches),
+        30.0,
+        20,
     )
     assert torch.equal(layer.weight_quantizer.codes, codes.to(torch.uint8))
     assert expected is not None

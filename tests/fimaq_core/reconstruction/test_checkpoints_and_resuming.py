@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.chain import BlockChain
-from fimaq_core.checkpoint import Fingerprint, Scope, load_checkpoint, read_header, save_checkpoint
+from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
 from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import set_quantized
 from fimaq_core.pipeline import CALIBRATE, RECONSTRUCT, finish, quantize_chain
 from fimaq_core.progress import Progress
-from fimaq_core.recipe import Recipe
+from fimaq_core.recipe import Fields, Recipe
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.store import Part, Resources
 
@@ -292,13 +292,15 @@ def rewrite_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + content[8 + length :])
 
 
-@pytest.mark.parametrize("scope", ["all", "ranges", "mlp"])
-def test_a_recipe_of_another_version_is_refused_and_not_a_crash(saved: Path, scope: Scope) -> None:
+@pytest.mark.parametrize("fields", ["all", "ranges", "mlp"])
+def test_a_recipe_of_another_version_is_refused_and_not_a_crash(
+    saved: Path, fields: Fields
+) -> None:
     """A field that this version does not know, or a value it does not take."""
     recipe = quick()
     rewrite_header(saved, lambda mark: mark["recipe"].update({"adaptive_base": 37}))
     with pytest.raises(CheckpointError, match="recipe"):
-        load_checkpoint(saved, chain_of(vit(), recipe), fingerprint(recipe), scope)
+        load_checkpoint(saved, chain_of(vit(), recipe), fingerprint(recipe), fields)
 
 
 def test_header_without_fingerprint_fields(saved: Path) -> None:

@@ -472,7 +472,7 @@ def test_a_fisher_pass_computes_fused_and_gives_the_engine_its_form_back(
     monkeypatch.setattr(made.objective, "update", watch)
     made.step(0)
     assert passes == [({"fused"}, {0.75 if drop else 1.0})]
-    assert how() == ({engines.FORMS[engine]}, {0.75})
+    assert how() == ({engines.STEPS[engine].form}, {0.75})
 
 
 @pytest.mark.parametrize("engine", ["eager", "fused", "compiled", "graph"])
@@ -483,7 +483,7 @@ def test_detaching_leaves_nothing_behind(engine: Engine) -> None:
     names = set(block.state_dict())
     before = {name: value.clone() for name, value in block.state_dict().items()}
     assert all(layer.soft for layer in state.layers)
-    assert {quantizer.learning for quantizer in state.quantizers} == {engines.FORMS[engine]}
+    assert {quantizer.learning for quantizer in state.quantizers} == {engines.STEPS[engine].form}
     assert {quantizer.keep_probability for quantizer in state.quantizers} == {0.5}
     for number in range(2):
         made.step(number)

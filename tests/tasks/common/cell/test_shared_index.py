@@ -160,4 +160,4 @@ def test_files_of_parts_are_told_apart():
     ):
         own = recipe.model_copy(update={"scope": scope})
         assert shared_digest("reconstruction", part, own) == address + own.digest()
-        assert shared_digest("calibration", part, own) == address + own.calibration_digest()
+        assert shared_digest("calibration", part, own) == address + own.digest("ranges")
