@@ -1,4 +1,4 @@
-"""Model families: kinds of models, and how to cut each into segments."""
+"""Model families: kinds of models, and how to cut a model of each kind into segments."""
 
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from fimaq_core.recipe import Recipe
 
 
 class Family(Protocol):
-    """A kind of model: how to recognise it (by type, never by name) and how to cut it."""
+    """Kind of model: how to recognise it (by type, never by name) and how to cut it."""
 
     name: str
 
@@ -21,7 +21,7 @@ class Family(Protocol):
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
         """Turn ``model`` into a chain that reuses its parts, with quantizable layers.
 
-        In full precision the chain's output equals the model's to rounding.
+        In full precision, the chain's output equals the model's up to rounding errors.
 
         Raises:
             ModelError: the model has a part that the family does not support.
@@ -29,7 +29,7 @@ class Family(Protocol):
         ...
 
 
-#: Families that other packages add. They are asked before the families of this package.
+#: Families that other packages add. They are tried before the families of this package.
 FAMILIES: list[Family] = []
 
 
@@ -50,7 +50,7 @@ def find_family(model: nn.Module) -> Family:
             return family
     own = "".join(f", {family.name}" for family in FAMILIES)
     raise ModelError(
-        f"{type(model).__name__} is a class that no model family knows: there are timm's ViT, DeiT "
-        f"and Swin{own}. Give blocks= and head= to quantize() for your own module; CONTRIBUTING.md "
-        "shows how to add a family."
+        f"{type(model).__name__} is a class that no model family knows. Known are timm's ViT, DeiT "
+        f"and Swin{own}. For your own module, give blocks= and head= to quantize(); "
+        "CONTRIBUTING.md shows how to add a family."
     )

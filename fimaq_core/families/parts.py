@@ -1,5 +1,7 @@
 """Parts that the families share: an MLP's layers, the patch embedding, the classifier."""
 
+from typing import TypeVar
+
 from timm.layers.activations import GELUTanh
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
@@ -10,12 +12,26 @@ from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
 
+_Part = TypeVar("_Part")
+
+
+def expect(part: object, what: str, *kinds: type[_Part]) -> _Part:
+    """Return a part of one of these types; refuse others, even subclasses, with ModelError.
+
+    A subclass may compute differently. ``what`` names the part in the message.
+    """
+    for kind in kinds:
+        if type(part) is kind:
+            return part
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise ModelError(
+        f"{what} of type {type(part).__name__} is not supported: it has to be {names}."
+    )
+
 
 def swap_mlp(mlp: nn.Module, recipe: Recipe) -> None:
     """Replace ``fc1`` and ``fc2`` of timm's ``Mlp`` by quantizable layers, in place."""
-    if type(mlp) is not Mlp:
-        raise ModelError(f"An MLP of type {type(mlp).__name__} is not supported.")
-    swap_linears(mlp, MlpPart("mlp"), recipe)
+    swap_linears(expect(mlp, "An MLP", Mlp), MlpPart("mlp"), recipe)
 
 
 def swap_linears(
@@ -23,7 +39,7 @@ def swap_linears(
 ) -> None:
     """Replace the two linear layers of an MLP by quantizable ones, in place.
 
-    ``input_bits`` are for the first layer; the default are the recipe's bits of activations.
+    ``input_bits`` are for the first layer's input; the default is the recipe's ``a_bits``.
 
     Raises:
         ModelError: a layer is not linear, or a GELU quantizer follows another activation.
@@ -45,20 +61,19 @@ def swap_linears(
 
 
 def mlp_parts(name: str, mlp: nn.Module) -> tuple[MlpPart, ...]:
-    """timm's ``Mlp`` as a part for MLP reconstruction; none if there is a norm before ``fc2``."""
-    # timm has a class for GELU by tanh, PyTorch an option of nn.GELU.
+    """Describe timm's ``Mlp`` for MLP reconstruction; empty if it has a norm before ``fc2``."""
+    # For the tanh form of GELU, timm has a class and PyTorch has an option of nn.GELU.
     return (MlpPart(name, gelu=(nn.GELU, GELUTanh)),) if isinstance(mlp.norm, nn.Identity) else ()
 
 
-def swap_patch_embed(embed: nn.Module, recipe: Recipe) -> None:
+def swap_patch_embed(module: nn.Module, recipe: Recipe) -> None:
     """Replace the projection of timm's ``PatchEmbed`` by a quantizable convolution, in place."""
-    if type(embed) is not PatchEmbed:
-        raise ModelError(f"A patch embedding of type {type(embed).__name__} is not supported.")
+    embed = expect(module, "A patch embedding", PatchEmbed)
     embed.proj = QuantConv2d.from_float(embed.proj, recipe.w_bits, recipe.patch_input_bits)
 
 
 def classifier(linear: nn.Module, recipe: Recipe) -> QuantLinear:
-    """The quantizable form of a classifier layer."""
+    """Make the quantizable form of a classifier, a linear layer. Raises ModelError for others."""
     if not isinstance(linear, nn.Linear):
         raise ModelError(
             "The model has no linear classifier: load it with its classes (num_classes > 0)."
@@ -67,7 +82,7 @@ def classifier(linear: nn.Module, recipe: Recipe) -> QuantLinear:
 
 
 def norm_pair(norm: nn.Module, linear: str, pad: str | None = None) -> tuple[NormPair, ...]:
-    """The pair, if the norm can be reparameterised: a LayerNorm with affine parameters."""
+    """Pair a norm with the layer ``linear``; empty unless it is a LayerNorm with parameters."""
     if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
         return (NormPair(norm, linear, pad),)
     return ()

@@ -1,7 +1,7 @@
 """Uniform affine quantization: ``q = clamp(round(x / s) + z, 0, L - 1)``, ``x̂ = (q - z) * s``.
 
 Quantization is simulated: every function returns floating-point values on the grid. L is the number
-of levels. Scales and zero points (integers in floating point) broadcast to x.
+of levels. Scales and zero points broadcast to x; zero points are integers in floating point.
 """
 
 from typing import Any, ClassVar
@@ -22,8 +22,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> 
 class _LearnedScale(torch.autograd.Function):
     """:func:`learned_fake_quantize` for plain execution.
 
-    Autograd would record a dozen nodes; this is one. Backward needs two tensors only: the local
-    derivative of the scale, and a mask of where the input's gradient passes.
+    Autograd would record a dozen nodes; this is one. Backward needs only two tensors: the
+    derivative of each output in the scale, and the mask of elements whose gradient passes.
     """
 
     @staticmethod
@@ -59,9 +59,9 @@ class _LearnedScale(torch.autograd.Function):
 class _TracedScale(torch.autograd.Function):
     """:func:`learned_fake_quantize` for compilation: forward and backward each fuse into one pass.
 
-    It saves input and output, which the layers around it save anyway. Backward needs no mask: an
-    element that differs from its input was quantized, and for all others both branches of the
-    gradient agree. No boolean tensor is stored; on CPUs that would cost more than all the rest.
+    It saves only input and output, which the layers around it save anyway. Backward needs no mask:
+    an element that differs from its input was quantized, and for all others both branches of the
+    gradient agree. A stored boolean mask would cost more than all the rest on CPUs.
     """
 
     @staticmethod
@@ -101,7 +101,7 @@ def _traced_codes(rounded: Tensor, zero_point: Tensor, top: Tensor) -> Tensor:
 
 
 def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
-    """Sum to ``shape``, the first dimension last: the inner sum fuses with earlier operations."""
+    """Sum to ``shape``, over the first dimension last: the first sum fuses with its input."""
     wide = (1,) * (values.ndim - len(shape)) + tuple(shape)
     inner = [dim for dim in range(1, values.ndim) if wide[dim] == 1]
     part = values.sum(inner, keepdim=True) if inner else values
@@ -113,8 +113,8 @@ def learned_fake_quantize(
 ) -> Tensor:
     """:func:`fake_quantize` that is differentiable in ``x`` and ``scale``, not in the zero point.
 
-    ``round`` has a straight-through gradient. ``keep`` is a float mask of x's shape: values stay in
-    full precision where it is 0 (QDrop, Wei et al., ICLR 2022).
+    ``round`` has a straight-through gradient. ``keep`` is a float mask of x's shape; values stay in
+    full precision where it is 0.
     """
     out: Tensor = _LearnedScale.apply(x, scale, zero_point, levels, keep)  # type: ignore[no-untyped-call]
     return out
@@ -156,7 +156,7 @@ class AffineQuantizer(ActivationQuantizer):
         self.zero_point = zero_point.detach().clone().float().contiguous()
 
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """Quantize ``x``. If ``transposed``, its last two dimensions are swapped."""
+        """Quantize ``x``; ``transposed``: its last two dimensions are swapped."""
         if self.off:
             return x
         self._check_calibrated()
@@ -175,9 +175,9 @@ class AffineQuantizer(ActivationQuantizer):
 
 
 class WeightQuantizer(AffineQuantizer):
-    """Affine quantizer of a weight as a matrix, with a scale per row (output channel).
+    """Affine quantizer of a weight as a matrix, with one scale per row (output channel).
 
-    The layer keeps its float weight too, so one model runs in full precision and quantized.
+    The layer keeps the float weight, so the same model runs in full precision and quantized.
     """
 
     shaped = ("scale", "zero_point", "codes")
@@ -198,7 +198,7 @@ class WeightQuantizer(AffineQuantizer):
         return matrix.view_as(weight)
 
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Set scale and zero point, (rows, 1); this removes the codes of the range before."""
+        """Set scale and zero point, (rows, 1), and remove the codes of the previous range."""
         super().set_range(scale, zero_point)
         self.codes = torch.empty(0, dtype=torch.uint8, device=self.scale.device)
 

@@ -34,7 +34,7 @@ def initial_alpha(fraction: Tensor) -> Tensor:
 def alpha_gradient(
     alpha: Tensor, gain: Tensor, grad_weight: Tensor, penalty_weight: Tensor, beta: Tensor
 ) -> Tensor:
-    """Gradient (n,) in α of a loss plus ``penalty_weight`` times :func:`rounding_penalty`.
+    """Compute the gradient (n,) in α of a loss plus weighted :func:`rounding_penalty`.
 
     ``grad_weight`` (n,) is the gradient of the loss in the flat soft weights. One formula replaces
     the backward pass, so that it fuses with the optimizer's update.
@@ -50,15 +50,15 @@ def alpha_gradient(
 
 @dataclass
 class RoundingProblem:
-    """The rounding variables of several weights as one flat vector: ``ŵ = offset + gain * h(α)``.
+    """Rounding variables of several weights as one flat vector: ``ŵ = offset + gain * h(α)``.
 
-    Tensors are float32 (n,), with all elements of all weights one after another.
+    Tensors are float32 (n,), with the elements of all weights one after another.
     """
 
     alpha: Tensor
     offset: Tensor
     gain: Tensor
-    base: Tensor  # integers ``floor(w / s) + z`` before clamping
+    base: Tensor  # integers ``floor(w / s) + z``, not clamped
     shapes: list[torch.Size]  # shape of each weight
     levels: list[int]  # number of grid points of each weight
 
@@ -66,7 +66,7 @@ class RoundingProblem:
     def build(
         cls, weights: list[Tensor], scales: list[Tensor], zeros: list[Tensor], levels: list[int]
     ) -> "RoundingProblem":
-        """Start from weights (rows first, any shape), scales and zero points (rows, 1)."""
+        """Start from weights (rows, ...), scales and zero points (rows, 1), and levels."""
         parts: dict[str, list[Tensor]] = {"alpha": [], "offset": [], "gain": [], "base": []}
         for weight, scale, zero, count in zip(weights, scales, zeros, levels, strict=True):
             ratio = weight.detach().flatten(1) / scale
@@ -89,7 +89,7 @@ class RoundingProblem:
         return split_as(flat, self.shapes)
 
     def codes(self) -> list[Tensor]:
-        """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)`` (rows, columns) float."""
+        """Decide the codes (rows, columns): ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``."""
         decided = self.split(self.base + (self.alpha >= 0))
         return [
             part.flatten(1).clamp(0, count - 1)
@@ -98,7 +98,7 @@ class RoundingProblem:
 
 
 def rounding_penalty(h: Tensor, beta: float) -> Tensor:
-    """Regulariser ``Σ (1 - |2h - 1| ** β)`` with β >= 1; 0 if each h in [0, 1] is 0 or 1."""
+    """Regularizer ``Σ (1 - |2h - 1| ** β)`` with β >= 1; it is 0 if each h is 0 or 1."""
     return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
 

@@ -101,7 +101,7 @@ def test_unnamed_classes_are_the_categories_in_order() -> None:
     found = match_categories(checked(tiny(), "here"), loaded(3), "data val")
     assert (found.labels, found.classes_from) == ((7, 2, 30), "annotations")
     assert found.notes == (
-        "The weights name no classes: the 3 categories are taken for them in the file's order",
+        "The weights name no classes: the 3 categories, in the file's order, are taken for them",
     )
     with pytest.raises(
         DataError,

@@ -217,7 +217,7 @@ def test_areas_of_masks(
     found = evaluated(model, written(place, "areas", without(content, "area")))
     total = len(content["annotations"])
     assert same(found, usual)
-    assert found.notes[0].endswith(f"{total} take it from their mask, 0 from their box")
+    assert found.notes[0].endswith(f"it is taken from the mask of {total}, and from the box of 0")
 
 
 def test_some_masks(model: LoadedModel, place: Path, content: Content, usual: Evaluation) -> None:
