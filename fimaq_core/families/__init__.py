@@ -1,12 +1,14 @@
 """Model families: kinds of models, and how to cut a model of each kind into segments."""
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import nn
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
 from fimaq_core.recipe import Recipe
+
+_Part = TypeVar("_Part")
 
 
 class Family(Protocol):
@@ -31,6 +33,23 @@ class Family(Protocol):
 
 #: Families that other packages add. They are tried before the families of this package.
 FAMILIES: list[Family] = []
+
+
+def expect(part: object, what: str, *kinds: type[_Part]) -> _Part:
+    """Return ``part`` if it is of one of these types; refuse others, even subclasses.
+
+    A subclass may compute differently. ``what`` names the part in the message.
+
+    Raises:
+        ModelError: the part has another type.
+    """
+    for kind in kinds:
+        if type(part) is kind:
+            return part
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise ModelError(
+        f"{what} of type {type(part).__name__} is not supported: it has to be {names}."
+    )
 
 
 def find_family(model: nn.Module) -> Family:

@@ -1,7 +1,5 @@
 """Parts that the families share: an MLP's layers, the patch embedding, the classifier."""
 
-from typing import TypeVar
-
 from timm.layers.activations import GELUTanh
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
@@ -9,24 +7,9 @@ from torch import nn
 
 from fimaq_core.chain import MlpPart, NormPair
 from fimaq_core.errors import ModelError
+from fimaq_core.families import expect
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
-
-_Part = TypeVar("_Part")
-
-
-def expect(part: object, what: str, *kinds: type[_Part]) -> _Part:
-    """Return a part of one of these types; refuse others, even subclasses, with ModelError.
-
-    A subclass may compute differently. ``what`` names the part in the message.
-    """
-    for kind in kinds:
-        if type(part) is kind:
-            return part
-    names = " or ".join(kind.__name__ for kind in kinds)
-    raise ModelError(
-        f"{what} of type {type(part).__name__} is not supported: it has to be {names}."
-    )
 
 
 def swap_mlp(mlp: nn.Module, recipe: Recipe) -> None:
@@ -60,10 +43,10 @@ def swap_linears(
     setattr(mlp, part.fc2, QuantLinear.from_float(fc2, recipe.w_bits, recipe.a_bits, kind))
 
 
-def mlp_parts(name: str, mlp: nn.Module) -> tuple[MlpPart, ...]:
-    """Describe timm's ``Mlp`` for MLP reconstruction; empty if it has a norm before ``fc2``."""
+def mlp_parts(mlp: nn.Module) -> tuple[MlpPart, ...]:
+    """Describe a block's ``mlp`` for MLP reconstruction; empty if it has a norm before ``fc2``."""
     # For the tanh form of GELU, timm has a class and PyTorch has an option of nn.GELU.
-    return (MlpPart(name, gelu=(nn.GELU, GELUTanh)),) if isinstance(mlp.norm, nn.Identity) else ()
+    return (MlpPart("mlp", gelu=(nn.GELU, GELUTanh)),) if isinstance(mlp.norm, nn.Identity) else ()
 
 
 def swap_patch_embed(module: nn.Module, recipe: Recipe) -> None:

@@ -17,15 +17,9 @@ from torch.nn import functional as F
 
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import ModelError
+from fimaq_core.families import expect
 from fimaq_core.families.attention import ExplicitWindowAttention
-from fimaq_core.families.parts import (
-    classifier,
-    expect,
-    mlp_parts,
-    norm_pair,
-    swap_mlp,
-    swap_patch_embed,
-)
+from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
 
@@ -106,7 +100,7 @@ class SwinFamily:
                 block = ExplicitSwinBlock(original, recipe)
                 pairs = norm_pair(block.norm1, "attn.qkv", "pad")
                 pairs += norm_pair(block.norm2, "mlp.fc1")
-                mlps, name = mlp_parts("mlp", block.mlp), f"{label}.blocks.{number}"
+                mlps, name = mlp_parts(block.mlp), f"{label}.blocks.{number}"
                 segments.append(Segment(name, "block", block, pairs=pairs, mlps=mlps))
         fc = classifier(model.head.fc, recipe)
         head = nn.Sequential(OrderedDict(global_pool=model.head.global_pool, fc=fc))

@@ -12,15 +12,9 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, NormPair, Segment
 from fimaq_core.errors import ModelError
+from fimaq_core.families import expect
 from fimaq_core.families.attention import attend, join_heads, products, split_heads
-from fimaq_core.families.parts import (
-    classifier,
-    expect,
-    mlp_parts,
-    norm_pair,
-    swap_mlp,
-    swap_patch_embed,
-)
+from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
 
@@ -131,7 +125,10 @@ class _Embedding(nn.Module):
 
 
 class _Pooling(nn.Module):
-    """Part between last block and head: norm, pooling."""
+    """Part between last block and head: norm and pooling to (B, C).
+
+    For DeiT's two heads it keeps the class token and the distillation token, (B, 2, C).
+    """
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__()
@@ -139,20 +136,10 @@ class _Pooling(nn.Module):
         self.norm, self.fc_norm = model.norm, model.fc_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.fc_norm(self._model[0].pool(self.norm(x)))
+        model, x = self._model[0], self.norm(x)
+        two = isinstance(model, VisionTransformerDistilled)
+        pooled: Tensor = x[:, :2] if two else self.fc_norm(model.pool(x))
         return pooled
-
-
-class _TwoTokens(nn.Module):
-    """Part between last block and DeiT's heads: norm; class and distillation token (B, 2, C)."""
-
-    def __init__(self, model: VisionTransformerDistilled) -> None:
-        super().__init__()
-        self.norm = model.norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.norm(x)[:, :2]
-        return tokens
 
 
 class _TwoHeads(nn.Module):
@@ -202,12 +189,7 @@ def vit_body(
     """
     swap_patch_embed(model.patch_embed, recipe)
     segments = [Segment(f"{prefix}patch_embed", "patch_embed", model.patch_embed)]
-    if model.attn_pool is not None:
-        rest: nn.Module = model.fc_norm
-    elif isinstance(model, VisionTransformerDistilled):
-        rest = _TwoTokens(model)
-    else:
-        rest = _Pooling(model)
+    rest: nn.Module = _Pooling(model) if model.attn_pool is None else model.fc_norm
     for number, block in enumerate(model.blocks):
         block = expect(block, "A transformer block", Block)
         block.attn = ExplicitAttention(block.attn, recipe)
@@ -220,14 +202,14 @@ def vit_body(
                 _LastBlock(block, rest) if last else block,
                 before=_Embedding(model) if number == 0 else None,
                 pairs=norm_pair(block.norm1, "attn.qkv") + norm_pair(block.norm2, "mlp.fc1"),
-                mlps=mlp_parts("mlp", block.mlp),
+                mlps=mlp_parts(block.mlp),
             )
         )
     if model.attn_pool is not None:
         skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
         after = rest if ends else None
         pool = ExplicitAttentionPool(model.attn_pool, model.norm, skipped, recipe, after)
-        mlps = mlp_parts("mlp", pool.mlp)
+        mlps = mlp_parts(pool.mlp)
         segments.append(Segment(f"{prefix}attn_pool", "block", pool, pairs=pool.pairs, mlps=mlps))
     return segments, nn.Identity() if ends else rest
 

@@ -72,10 +72,8 @@ def checked(content: object, where: str, annotated: bool = True) -> Coco:
         _category(entry, f"{where}, category {number} (counted from 0)")
         for number, entry in enumerate(found["categories"])
     ]
-    for what, entries, name in (
-        ("images", images, "file_name"),
-        ("categories", categories, "name"),
-    ):
+    named = {"images": (images, "file_name"), "categories": (categories, "name")}
+    for what, (entries, name) in named.items():
         _check_distinct(entries, ("id", name), f"{where} lists {what}")
         if not entries:
             raise DataError(f"{where} lists no {what}.")

@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from fimaq_core.chain import BlockChain, Kept, MlpPart, Segment
 from fimaq_core.errors import DataError, ModelError, NumericsError
-from fimaq_core.families.parts import expect, norm_pair
+from fimaq_core.families import expect
+from fimaq_core.families.parts import norm_pair
 from fimaq_core.recipe import OFF, Recipe
 from tasks.detection import mm
-from tasks.detection.neck import ExplicitFPN, Unpack, pack
+from tasks.detection.neck import ExplicitFPN, pack, unpack_pyramid
 from tasks.detection.roi import roi_heads, sample_of
 from tasks.detection.swin import AnySizeSwinBlock, ExplicitPatchEmbed, ExplicitPatchMerging
 
@@ -86,10 +87,10 @@ class BackboneAndNeck(nn.Module):
                 "The chain has no neck, so it does not give the maps of a detector's heads."
             )
         segments = list(chain)[: kinds.index("neck") + 1]
-        self.chain, self.unpack = BlockChain(segments), Unpack(segments[-1].block.channels)
+        self.chain, self.channels = BlockChain(segments), segments[-1].block.channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.unpack(self.chain(x))
+        return unpack_pyramid(self.chain(x), self.channels)
 
 
 class QuantizedDetector(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fimaq_core.chain import Segment
 from fimaq_core.errors import ModelError
-from fimaq_core.families.parts import expect
+from fimaq_core.families import expect
 from fimaq_core.layers import QuantConv2d
 from fimaq_core.recipe import Recipe
 from tasks.detection.mm import FPN, RPNHead
@@ -58,7 +58,7 @@ def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
 class ExplicitFPN(nn.Module):
     """mmdet's ``FPN``, quantizable: from packed stage outputs to packed maps P2 to P5.
 
-    :class:`Unpack` adds P6.
+    :func:`unpack_pyramid` adds P6.
     """
 
     def __init__(self, fpn: FPN, recipe: Recipe) -> None:
@@ -79,16 +79,10 @@ class ExplicitFPN(nn.Module):
         return pack([conv(one) for conv, one in zip(self.fpn_convs, laterals, strict=True)])
 
 
-class Unpack(nn.Module):
-    """From packed maps P2 to P5 to the maps P2 to P6; P6 is every second pixel of P5."""
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        super().__init__()
-        self.channels = list(channels)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        maps = unpack(x, self.channels)
-        return (*maps, maps[-1][:, :, ::2, ::2])
+def unpack_pyramid(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
+    """Unpack the maps P2 to P5, and add P6: every second pixel of P5."""
+    maps = unpack(packed, channels)
+    return (*maps, maps[-1][:, :, ::2, ::2])
 
 
 class RpnOutputs(nn.Module):
@@ -101,11 +95,11 @@ class RpnOutputs(nn.Module):
     def __init__(self, head: RPNHead) -> None:
         super().__init__()
         self.rpn_conv, self.rpn_cls, self.rpn_reg = (getattr(head, name) for name in _LAYERS)
-        self.unpack = Unpack([head.in_channels] * (len(STRIDES) - 1))
+        self.channels = [head.in_channels] * (len(STRIDES) - 1)
 
     def forward(self, packed: Tensor) -> Tensor:
         outputs = []
-        for features in self.unpack(packed):
+        for features in unpack_pyramid(packed, self.channels):
             hidden = F.relu(self.rpn_conv(features))
             found = torch.cat([self.rpn_cls(hidden), self.rpn_reg(hidden)], 1)
             outputs.append(found.flatten(2).transpose(1, 2))

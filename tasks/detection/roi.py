@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Kept, Segment
 from fimaq_core.errors import DataError, ModelError
-from fimaq_core.families.parts import expect
+from fimaq_core.families import expect
 from fimaq_core.layers import FORMS, QuantConv2d, QuantConvTranspose2d, QuantLinear, quant_layers
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
 from tasks.detection import mm
-from tasks.detection.neck import ExplicitFPN, Unpack
+from tasks.detection.neck import ExplicitFPN, unpack_pyramid
 
 #: Number of proposals that replace the detections of an image without detections. It equals the
 #: highest number of detections per image in mmdet's configurations.
@@ -239,15 +239,15 @@ class FloatProposals(nn.Module):
 class _AppendLogits(nn.Module):
     """Appends the class logits of all proposals to the RPN's outputs: (1, L, 5 A) to (1, M)."""
 
-    def __init__(self, proposals: FloatProposals, unpack: Unpack) -> None:
+    def __init__(self, proposals: FloatProposals, channels: Sequence[int]) -> None:
         super().__init__()
         self._proposals = [proposals]  # in a list, so that it is no child: the chain owns it
-        self.unpack = unpack
+        self.channels = channels
 
     def forward(self, x: Tensor, side: Tensor, kept: Kept) -> Tensor:
         # RoIAlign works in float32 only.
         with torch.autocast(x.device.type, enabled=False):
-            features = self.unpack(kept[-1].float())
+            features = unpack_pyramid(kept[-1].float(), self.channels)
             model = self._proposals[0].model_on(x.device)
             logits = class_logits_on(model, features, side[0].float())
         return torch.cat([x.flatten(1).float(), logits.reshape(1, -1)], 1)
@@ -257,8 +257,7 @@ def logits_segment(neck: Segment, proposals: FloatProposals) -> Segment:
     """Make the segment that appends the class logits, from maps that ``neck`` keeps for it."""
     assert isinstance(neck.block, ExplicitFPN)
     neck.keep = nn.Identity()
-    append = _AppendLogits(proposals, Unpack(neck.block.channels))
-    block = nn.Identity()
+    append, block = _AppendLogits(proposals, neck.block.channels), nn.Identity()
     return Segment("roi_terms", "predictor", block, append, takes_side=True, takes_kept=True)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fimaq_core.chain import MlpPart
+from fimaq_core.families import expect
 from fimaq_core.families.attention import ExplicitWindowAttention
-from fimaq_core.families.parts import expect, swap_linears
+from fimaq_core.families.parts import swap_linears
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
 from tasks.detection.mm import FFN, PatchEmbed, PatchMerging, SwinBlock, WindowMSA

@@ -105,7 +105,7 @@ def test_unnamed_classes_are_the_categories_in_order() -> None:
     )
     with pytest.raises(
         DataError,
-        match=r"3 categories \(3 of them .*\), tiny.tag has 10 classes, whose names .*torch.save",
+        match=r"3 categories \(3 of them .*\), tiny.tag has 10 classes, which .*torch.save",
     ):
         match_categories(checked(tiny(), "here"), loaded(10), "data val")
 

@@ -202,8 +202,7 @@ def test_boxes_alone(model: LoadedModel, place: Path, content: Content, usual: E
     assert found.notes == [
         f"{total} of {total} annotations have no mask: box AP is measured, mask AP is not",
         f"{total} of {total} annotations have no area, which tells small, medium and large objects "
-        f"apart: 0 take it from their "
-        f"mask, {total} from their box",
+        f"apart: it is taken from the mask of 0, and from the box of {total}",
     ]
     assert all(item["polygons"] == [] for example in found.examples for item in example["truth"])
     for item in bare["annotations"]:
