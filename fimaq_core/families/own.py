@@ -1,4 +1,4 @@
-"""A user's own model as a chain: stem, blocks, rest and head, with layers replaced by type.
+"""Chain of a user's own model: stem, blocks, rest and head, with layers replaced by type.
 
 The model's forward is recorded once. In the chain, the model itself computes the stem (all before
 the first block) and the rest (all between last block and head): slots replace its blocks and its
@@ -220,7 +220,7 @@ def _watched(model: nn.Module, labels: Sequence[str], images: Tensor) -> tuple[l
             raise ModelError(f"The model calls {label} {times} times: it must call it once.")
     if found != list(labels):
         order = ", ".join(found)
-        raise ModelError(f"The model calls {order} in this order: give blocks= and head= in it.")
+        raise ModelError(f"Give blocks= and head= in the order in which they are called: {order}.")
     return calls, output
 
 

@@ -89,7 +89,7 @@ class ExplicitAttentionPool(nn.Module):
 
     @property
     def pairs(self) -> tuple[NormPair, ...]:
-        """The norms that can be reparameterised."""
+        """Norms that can be reparameterised, with the layers behind them."""
         # Added positions stand between the norm and kv, which prevents reparameterisation.
         first = norm_pair(self.norm_in, "kv") if self.pos_embed is None else ()
         return first + norm_pair(self.norm, "mlp.fc1")

@@ -12,7 +12,7 @@ from fimaq_core.recipe import Kind
 
 
 class _TimesTransposed(torch.autograd.Function):
-    """``a @ bᵀ``. The gradient in ``b`` has the layout of ``b``; autograd would transpose it."""
+    """Product ``a @ bᵀ``; its gradient in ``b`` keeps the layout of ``b``, unlike autograd's."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class WeightLayer(nn.Module):
 
 
 class QuantLinear(WeightLayer, nn.Linear):  # type: ignore[misc]
-    """``nn.Linear`` with quantizers.
+    """Linear layer, ``nn.Linear``, with quantizers.
 
     Example:
         >>> layer = QuantLinear.from_float(nn.Linear(8, 4), weight_bits=4, input_bits=8)
@@ -81,7 +81,7 @@ class QuantLinear(WeightLayer, nn.Linear):  # type: ignore[misc]
 
 
 class QuantConv2d(WeightLayer, nn.Conv2d):  # type: ignore[misc]
-    """``nn.Conv2d`` with quantizers."""
+    """Convolution, ``nn.Conv2d``, with quantizers."""
 
     input_quantizer: AffineQuantizer
 
@@ -91,7 +91,7 @@ class QuantConv2d(WeightLayer, nn.Conv2d):  # type: ignore[misc]
 
 
 class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[misc]
-    """``nn.ConvTranspose2d`` without groups, with quantizers.
+    """Transposed convolution, ``nn.ConvTranspose2d`` without groups, with quantizers.
 
     The weight is (out, in, height, width); the float layer's is (in, out, height, width).
     """

@@ -20,9 +20,7 @@ def take_shapes(
     for name in names:
         found, own = state_dict.get(prefix + name), getattr(module, name)
         if found is not None and found.shape != own.shape:
-            new = torch.zeros(found.shape, dtype=own.dtype, device=own.device)
-            frozen = isinstance(own, nn.Parameter)
-            setattr(module, name, nn.Parameter(new, requires_grad=False) if frozen else new)
+            own.data = own.new_zeros(found.shape)
 
 
 class ActivationQuantizer(nn.Module):
@@ -62,13 +60,14 @@ class ActivationQuantizer(nn.Module):
         if self.scale.numel() == 0:
             raise RuntimeError("quantizer used before calibration")
 
-    def _kept(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    def _kept(self, x: Tensor) -> Tensor | None:
         """Draw the mask of the elements of ``x`` to quantize in this step; None for all."""
         threshold = threshold_of(self.keep_probability)
         if threshold >= 256:
             return None
         if self.learning == "traced":
             return traced_mask(x, self.key, threshold)
+        dtype = torch.bool if self.learning == "textbook" else torch.float32
         return eager_mask(x, self.key, threshold, dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

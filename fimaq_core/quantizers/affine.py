@@ -14,13 +14,13 @@ from fimaq_core.quantizers.dropping import threshold_of, traced_mask
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-    """Round ``x`` to the nearest point of the affine grid; same shape."""
+    """Round ``x`` to the nearest point of the affine grid; the result has the shape of x."""
     codes = torch.round(x / scale).add_(zero_point).clamp_(0, levels - 1)
     return codes.sub_(zero_point).mul_(scale)
 
 
 class _LearnedScale(torch.autograd.Function):
-    """:func:`learned_fake_quantize` for plain execution.
+    """Form of :func:`learned_fake_quantize` for plain execution.
 
     Autograd would record a dozen nodes; this is one. Backward needs only two tensors: the
     derivative of each output in the scale, and the mask of elements whose gradient passes.
@@ -57,7 +57,7 @@ class _LearnedScale(torch.autograd.Function):
 
 
 class _TracedScale(torch.autograd.Function):
-    """:func:`learned_fake_quantize` for compilation: forward and backward each fuse into one pass.
+    """Form of :func:`learned_fake_quantize` for compilation: each direction fuses into one pass.
 
     It saves only input and output, which the layers around it save anyway. Backward needs no mask:
     an element that differs from its input was quantized, and for all others both branches of the
@@ -111,7 +111,7 @@ def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
 def learned_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None
 ) -> Tensor:
-    """:func:`fake_quantize` that is differentiable in ``x`` and ``scale``, not in the zero point.
+    """Compute :func:`fake_quantize`, differentiable in ``x`` and ``scale``, not in the zero point.
 
     ``round`` has a straight-through gradient. ``keep`` is a float mask of x's shape; values stay in
     full precision where it is 0.
@@ -123,7 +123,7 @@ def learned_fake_quantize(
 def textbook_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None
 ) -> Tensor:
-    """:func:`learned_fake_quantize` by its definition and autograd, with a boolean mask."""
+    """Compute :func:`learned_fake_quantize` by its definition and autograd; ``keep`` is boolean."""
     ratio = x / scale
     rounded = ratio + (torch.round(ratio) - ratio).detach()
     out = (torch.clamp(rounded + zero_point, 0, levels - 1) - zero_point) * scale
@@ -168,10 +168,8 @@ class AffineQuantizer(ActivationQuantizer):
             threshold = threshold_of(self.keep_probability)
             out: Tensor = _TracedScale.apply(x, scale, zero, self.top, self.key, threshold)  # type: ignore[no-untyped-call]
             return out
-        if self.learning == "textbook":
-            keep = self._kept(x, torch.bool)
-            return textbook_fake_quantize(x, scale, zero, self.levels, keep)
-        return learned_fake_quantize(x, scale, zero, self.levels, self._kept(x))
+        learned = textbook_fake_quantize if self.learning == "textbook" else learned_fake_quantize
+        return learned(x, scale, zero, self.levels, self._kept(x))
 
 
 class WeightQuantizer(AffineQuantizer):

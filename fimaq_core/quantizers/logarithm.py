@@ -45,7 +45,10 @@ def adalog_tables(q: int, levels: int) -> tuple[Tensor, Tensor]:
 def adalog_fake_quantize(
     x: Tensor, scale: Tensor, shifts: Tensor, mantissas: Tensor, step: Tensor | float, levels: int
 ) -> Tensor:
-    """:func:`log_fake_quantize` with :func:`adalog_tables`: ``s 2^(-shifts[k]) mantissas[k]``."""
+    """Quantize as :func:`log_fake_quantize`, to points ``s 2^(-shifts[k]) mantissas[k]``.
+
+    Shifts and mantissas come from :func:`adalog_tables`.
+    """
     points = torch.cat([torch.exp2(-shifts) * mantissas, mantissas.new_zeros(1)])
     codes = log_codes(x, scale, step).clamp_(max=levels).int()
     return points.index_select(0, codes.flatten()).view(codes.shape).mul_(scale)
@@ -54,7 +57,7 @@ def adalog_fake_quantize(
 def learned_log_fake_quantize(
     x: Tensor, scale: Tensor, step: Tensor | float, levels: int, keep: Tensor | None = None
 ) -> Tensor:
-    """:func:`log_fake_quantize` that is differentiable in ``x`` and ``scale``.
+    """Compute :func:`log_fake_quantize`, differentiable in ``x`` and ``scale``.
 
     ``round`` has a straight-through gradient. Inside the range, ``dx̂/dx = x̂ / x`` and ``dx̂/ds =
     0``; where x / s is clamped, ``dx̂/dx = 0`` and ``dx̂/ds = x̂ / s``; where k >= L, both are 0.

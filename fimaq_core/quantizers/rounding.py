@@ -22,12 +22,12 @@ def split_as(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 
 def soft_rounding(alpha: Tensor) -> Tensor:
-    """``h(α) = clip(1.2 σ(α) - 0.1, 0, 1)`` of any shape."""
+    """Compute ``h(α) = clip(1.2 σ(α) - 0.1, 0, 1)`` of any shape."""
     return torch.sigmoid(alpha).mul_(_STRETCH).sub_(_SHIFT).clamp_(0, 1)
 
 
 def initial_alpha(fraction: Tensor) -> Tensor:
-    """Inverse of :func:`soft_rounding` for ``fraction`` in [0, 1)."""
+    """Compute the inverse of :func:`soft_rounding` for ``fraction`` in [0, 1)."""
     return -torch.log(_STRETCH / (fraction + _SHIFT) - 1)
 
 
@@ -81,7 +81,7 @@ class RoundingProblem:
         return cls(**flat, shapes=[weight.shape for weight in weights], levels=list(levels))
 
     def soft(self) -> Tensor:
-        """Flat soft weights ``offset + gain * h(α)``."""
+        """Compute the flat soft weights ``offset + gain * h(α)``."""
         return torch.addcmul(self.offset, self.gain, soft_rounding(self.alpha))
 
     def split(self, flat: Tensor) -> list[Tensor]:

@@ -47,7 +47,7 @@ def twin_gelu(
 def learned_twin(
     twin: Callable[..., Tensor], x: Tensor, scale: Tensor, levels: int, keep: Tensor | None = None
 ) -> Tensor:
-    """:func:`twin_softmax` or :func:`twin_gelu`, differentiable in ``x`` and split or scale.
+    """Compute :func:`twin_softmax` or :func:`twin_gelu`, differentiable in ``x`` and ``scale``.
 
     ``round`` has a straight-through gradient; the choice of a range by the split has none. Where
     the mask ``keep`` is 0, values stay in full precision.

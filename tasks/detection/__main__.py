@@ -1,4 +1,4 @@
-"""``python -m tasks.detection``."""
+"""Command line of the detection task, ``python -m tasks.detection``."""
 
 from tasks.common.cli.commands import build_group, main
 from tasks.common.cli.options import TaskOptions

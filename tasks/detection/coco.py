@@ -117,7 +117,7 @@ class DetectionSource:
         return replace(self, oriented=count, notes=(*self.notes, *notes))
 
     def describe(self) -> Dataset:
-        """The entry of these data in a record."""
+        """Make the entry of these data in a record."""
         categories = self.coco["categories"]
         names = {entry["id"]: entry["name"] for entry in categories}
         return Dataset(
@@ -138,8 +138,6 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
 
     Raises DataError.
     """
-    if part not in SPLITS:
-        raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(SPLITS)}.")
     own = part == "train" and data.calibration_data is not None
     path = data.calibration_data if own else data.path
     if path is None and loaded.data is None:

@@ -1,4 +1,4 @@
-"""The compiled operators of mmcv that the supported detectors use, from torchvision.
+"""Compiled operators of mmcv that the supported detectors use, replaced by torchvision's.
 
 :func:`install` registers them as ``mmcv._ext``, before the first import of ``mmcv.ops``.
 """

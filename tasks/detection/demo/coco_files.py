@@ -1,4 +1,4 @@
-"""The digit scenes in COCO's format (Lin et al., ECCV 2014, arXiv:1405.0312)."""
+"""Digit scenes in COCO's format (Lin et al., ECCV 2014, arXiv:1405.0312)."""
 
 import hashlib
 import json

@@ -463,7 +463,5 @@ def test_parts_of_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         opened("train", path=other)
     with pytest.raises(DataError, match=r"tiny.tag needs data: give --data"):
         opened("val")
-    with pytest.raises(DataError, match="There is no part 'test'"):
-        opened("test", path=root)
     with pytest.raises(DataError, match=r"There is no file .*none.json"):
         opened("val", path=tmp_path / "none.json")
