@@ -1,7 +1,7 @@
 """Annotations in COCO's format, checked entry by entry and reduced to the keys that are used.
 
-Accepted is what pycocotools accepts: boxes beyond the image or of no size, images without
-annotations, crowd regions, ids with gaps. Refused is what would make pycocotools fail or count
+The check accepts what pycocotools accepts: boxes beyond the image or of no size, images without
+annotations, crowd regions, ids with gaps. It refuses what would make pycocotools fail, or count
 wrongly without a message.
 """
 

@@ -119,8 +119,8 @@ class QuantizedDetector(nn.Module):
         """Detect objects in one image (1, 3, H, W), normalised and padded, with its meta.
 
         ``pred_instances`` are in pixels of the original image. Raises DataError for a batch or a
-        meta that lacks entries, and NumericsError for NaN or infinity. (mmdet would only find fewer
-        objects.)
+        meta that lacks entries, and NumericsError for NaN or infinity, with which mmdet would find
+        fewer objects without a message.
         """
         if len(image) != 1:
             raise DataError(

@@ -221,7 +221,7 @@ def _outcomes(
 
 
 def match(source: DetectionSource, detections: Detections, kind: str) -> dict[str, list[Matches]]:
-    """Match detections with objects by pycocotools; return one entry per range and category."""
+    """Match detections with objects by pycocotools; list categories by range of sizes."""
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):

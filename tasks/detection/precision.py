@@ -102,7 +102,7 @@ def area_without_each(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _without(level: Level, images: np.ndarray, total: np.ndarray, count: int) -> np.ndarray:
-    """Compute the areas (B,) without each of ``images`` (B,); ``count`` is that of all images."""
+    """Compute the areas (B,) without each of ``images`` (B,), of ``count`` images in total."""
     hits, misses, before = level
     n, rows = len(hits), len(images)
     row_of = np.full(count, -1)

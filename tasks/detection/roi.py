@@ -111,15 +111,13 @@ def _swap_layers(head: nn.Module, recipe: Recipe) -> None:
 
 
 def region_examples(model: nn.Module) -> dict[str, Tensor]:
-    """Make an example input (zeros) of each RoI head for one image; it serves to count operations.
-
-    Its number of regions is the highest per image.
-    """
+    """Make each RoI head's largest input for one image, of zeros, to count its operations."""
     roi_head, limits = model.roi_head, model.test_cfg
-    found = {}
-    for kind, count in (("bbox", limits.rpn.max_per_img), ("mask", limits.rcnn.max_per_img)):
-        extractors = getattr(roi_head, f"{kind}_roi_extractor", None)
-        for name, extractor in by_stage(kind, extractors).items() if extractors is not None else ():
+    counts, found = {"bbox": limits.rpn.max_per_img}, {}
+    if roi_head.with_mask:
+        counts["mask"] = limits.rcnn.max_per_img
+    for kind, count in counts.items():
+        for name, extractor in by_stage(kind, getattr(roi_head, f"{kind}_roi_extractor")).items():
             size = extractor.roi_layers[0].output_size
             found[name] = torch.zeros(count, extractor.out_channels, *size)
     return found
