@@ -164,7 +164,7 @@ def search_twin_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: in
     """
     widest = x.amax().clamp(min=MIN_SCALE) / (levels // 2 - 0.5)
     scales = widest * torch.linspace(0.01, 1.2, count, device=x.device, dtype=x.dtype)
-    quantizers = [partial(twin_gelu, positive_scale=scale, levels=levels) for scale in scales]
+    quantizers = [partial(twin_gelu, scale=scale, levels=levels) for scale in scales]
     return scales[product_errors(x, w_hat.t(), w.t(), quantizers).argmin()]
 
 

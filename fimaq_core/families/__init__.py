@@ -1,6 +1,6 @@
-"""Model families: kinds of models, and how to cut each into segments."""
+"""Model families: kinds of models, and how to cut a model of each kind into segments."""
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import nn
 
@@ -8,9 +8,11 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
 from fimaq_core.recipe import Recipe
 
+_Part = TypeVar("_Part")
+
 
 class Family(Protocol):
-    """A kind of model: how to recognise it (by type, never by name) and how to cut it."""
+    """Kind of model: how to recognise it (by type, never by name) and how to cut it."""
 
     name: str
 
@@ -21,7 +23,7 @@ class Family(Protocol):
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
         """Turn ``model`` into a chain that reuses its parts, with quantizable layers.
 
-        In full precision the chain's output equals the model's to rounding.
+        In full precision, the chain's output equals the model's up to rounding errors.
 
         Raises:
             ModelError: the model has a part that the family does not support.
@@ -29,8 +31,25 @@ class Family(Protocol):
         ...
 
 
-#: Families that other packages add. They are asked before the families of this package.
+#: Families that other packages add. They are tried before the families of this package.
 FAMILIES: list[Family] = []
+
+
+def expect(part: object, what: str, *kinds: type[_Part]) -> _Part:
+    """Return ``part`` if it is of one of these types; refuse others, even subclasses.
+
+    A subclass may compute differently. ``what`` names the part in the message.
+
+    Raises:
+        ModelError: the part has another type.
+    """
+    for kind in kinds:
+        if type(part) is kind:
+            return part
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise ModelError(
+        f"{what} of type {type(part).__name__} is not supported: it has to be {names}."
+    )
 
 
 def find_family(model: nn.Module) -> Family:
@@ -50,7 +69,7 @@ def find_family(model: nn.Module) -> Family:
             return family
     own = "".join(f", {family.name}" for family in FAMILIES)
     raise ModelError(
-        f"{type(model).__name__} is a class that no model family knows: there are timm's ViT, DeiT "
-        f"and Swin{own}. Give blocks= and head= to quantize() for your own module; CONTRIBUTING.md "
-        "shows how to add a family."
+        f"{type(model).__name__} is a class that no model family knows. Known are timm's ViT, DeiT "
+        f"and Swin{own}. For your own module, give blocks= and head= to quantize(); "
+        "CONTRIBUTING.md shows how to add a family."
     )

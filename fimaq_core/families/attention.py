@@ -1,4 +1,4 @@
-"""Attention written out, with its two products as quantizable layers."""
+"""Attention as explicit operations, with its two products as quantizable layers."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantLinear, QuantMatMul
 from fimaq_core.recipe import Recipe
 
-#: Queries times keys, and softmax outputs times values.
+#: The two products of an attention: queries times keys, and softmax outputs times values.
 Products = tuple[QuantMatMul, QuantMatMul]
 
 
@@ -27,14 +27,14 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 
 
 def attend(
-    by: Products, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+    pair: Products, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
 ) -> Tensor:
-    """``softmax(q kᵀ · scale + mask) v`` (B, heads, N, d).
+    """Compute ``softmax(q kᵀ · scale + mask) v`` (B, heads, N, d) by the two products ``pair``.
 
-    q is (B, heads, N, d), k and v are (B, heads, M, d). The mask is added to the scores (B, heads,
-    N, M).
+    q is (B, heads, N, d), k and v are (B, heads, M, d). The mask broadcasts to the scores (B,
+    heads, N, M).
     """
-    query_key, attention_value = by
+    query_key, attention_value = pair
     scores = query_key(q, k.transpose(-2, -1)) * scale
     if mask is not None:
         scores = scores + mask
@@ -42,20 +42,20 @@ def attend(
     return out
 
 
-def side_by_side(heads: Tensor) -> Tensor:
+def join_heads(heads: Tensor) -> Tensor:
     """Join heads (B, heads, N, d) to (B, N, heads * d)."""
     return heads.transpose(1, 2).flatten(2)
 
 
-def additive(seen: Tensor) -> Tensor:
-    """Mask to add to scores: 0 where ``seen`` is True, minus infinity elsewhere."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, float("-inf"))
+def additive_mask(visible: Tensor) -> Tensor:
+    """Make the mask to add to scores: 0 where ``visible`` is True, minus infinity elsewhere."""
+    return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, float("-inf"))
 
 
 def linear_of(
     weight: nn.Parameter, bias: nn.Parameter | None, recipe: Recipe, input_bits: int
 ) -> QuantLinear:
-    """A quantizable layer with a weight (out, in) and bias that belong to no ``nn.Linear``."""
+    """Make a quantizable layer of a weight (out, in) and a bias without an ``nn.Linear``."""
     rows, columns = weight.shape
     layer = nn.Linear(columns, rows, device="meta")
     layer.weight = weight
@@ -64,10 +64,10 @@ def linear_of(
 
 
 class ExplicitMultiheadAttention(nn.Module):
-    """Self-attention of ``nn.MultiheadAttention`` written out, with the same arguments.
+    """Self-attention of ``nn.MultiheadAttention`` as explicit operations.
 
-    x is (B, N, C) with ``batch_first``, else (N, B, C). The attention weights in the output are
-    None.
+    The arguments are the same. Inputs are (B, N, C) with ``batch_first``, else (N, B, C). The
+    second output, the attention weights, is None.
     """
 
     #: ``nn.TransformerEncoderLayer`` calls its attention as a module only if this is None.
@@ -78,7 +78,7 @@ class ExplicitMultiheadAttention(nn.Module):
         if type(attention) is not nn.MultiheadAttention or not attention._qkv_same_embed_dim:
             raise ModelError(
                 f"Attention of type {type(attention).__name__} (or of several widths) is not "
-                "supported: nn.MultiheadAttention of one width is."
+                "supported: it has to be nn.MultiheadAttention without kdim and vdim."
             )
         if attention.bias_k is not None or attention.add_zero_attn:
             raise ModelError(
@@ -108,26 +108,26 @@ class ExplicitMultiheadAttention(nn.Module):
                 "supported."
             )
         if key_padding_mask is not None or (attn_mask is not None and attn_mask.ndim != 2):
-            raise ModelError("nn.MultiheadAttention with masks of single samples is not supported.")
+            raise ModelError("nn.MultiheadAttention with a mask per sample is not supported.")
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = additive(~attn_mask)
+            attn_mask = additive_mask(~attn_mask)
         x = query if self.batch_first else query.transpose(0, 1)
         q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
         out: Tensor = self.proj(self.attend(q, k, v, attn_mask))
         return (out if self.batch_first else out.transpose(0, 1)), None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention (B, N, heads * d) of heads (B, heads, N, d)."""
-        by = self.query_key, self.attention_value
-        return side_by_side(attend(by, q, k, v, self.scale, mask))
+        """Compute the attention of q, k and v (B, heads, N, d); return (B, N, heads * d)."""
+        pair = self.query_key, self.attention_value
+        return join_heads(attend(pair, q, k, v, self.scale, mask))
 
 
 class ExplicitWindowAttention(nn.Module):
-    """Swin's window attention written out, with relative position bias and shift mask.
+    """Swin's window attention as explicit operations, with position bias and shift mask.
 
-    x is (B * windows, N, C), with the windows of an image in a row; the mask is (windows, N, N) or
-    None. ``attention`` is a library's own module. ``bias`` (1, heads, N, N) is added to the scores;
-    it is looked up from ``table`` once, since the model does not change.
+    x is (B * windows, N, C): all windows of an image, then those of the next image. The mask is
+    (windows, N, N) or None. ``attention`` is the module of timm or mmdet. ``bias`` (1, heads, N, N)
+    is added to the scores. Its values come from ``table``, and are fixed after the training.
     """
 
     def __init__(self, attention: Any, bias: Tensor, table: Tensor, recipe: Recipe) -> None:
@@ -136,7 +136,7 @@ class ExplicitWindowAttention(nn.Module):
         self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
         self.query_key, self.attention_value = products(recipe)
         self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
-        #: By buffer: number of values in the table it is looked up from, for the model's size.
+        #: Number of values in the table behind the buffer; the model's size counts the table.
         self.looked_up = {"bias": table.numel()}
         self.register_buffer("bias", bias.detach().clone())
 
@@ -145,7 +145,7 @@ class ExplicitWindowAttention(nn.Module):
         q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
         scores = self.query_key(q * self.scale, k.transpose(-2, -1)) + self.bias
         if mask is not None:
-            # With all sizes given: the compiler cannot prove an inferred size for all images.
+            # No -1 for a size: the compiler could not prove the inferred size for all images.
             windows, heads = mask.shape[0], self.num_heads
             scores = scores.view(batch // windows, windows, heads, tokens, tokens)
             scores = (scores + mask[None, :, None]).view(batch, heads, tokens, tokens)

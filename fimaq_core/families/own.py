@@ -1,7 +1,8 @@
-"""A user's own model as stem, blocks, rest and head, with layers replaced by type.
+"""Chain of a user's own model: stem, blocks, rest and head, with layers replaced by type.
 
-The model's forward is watched once. In the chain, the model itself runs stem and rest: slots
-replace its blocks and its head, and the forward stops at a slot.
+The model's forward is recorded once. In the chain, the model itself computes the stem (all before
+the first block) and the rest (all between last block and head): slots replace its blocks and its
+head, and the forward stops at a slot.
 """
 
 from collections import Counter
@@ -24,7 +25,7 @@ from fimaq_core.recipe import Recipe
 
 
 class _Arrived(Exception):
-    """Ends a forward at a slot; ``x`` is the slot's input."""
+    """Exception that ends a forward at a slot; ``x`` is the slot's input."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -32,11 +33,11 @@ class _Arrived(Exception):
 
 
 class _Slot(nn.Module):
-    """Replaces a block or the head in the model; the model may still read its attributes."""
+    """Placeholder of a block or the head in the model, with the same attributes."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._module = [module]  # in a list: the chain owns it
+        self._module = [module]  # in a list, so that it is no child: the chain owns it
         self.stops = False  # True while the model's forward ends here
         self.given: Tensor | None = None  # the output; None returns the input
 
@@ -55,9 +56,9 @@ class _Slot(nn.Module):
 
 
 class _Frame(nn.Module):
-    """The stem: images (B, C, H, W), each of ``shape``, to the first block's input.
+    """Stem: from images (B, C, H, W), each of ``shape``, to the first block's input.
 
-    It holds the model, with ``slots`` for its blocks and (the last slot) for its head.
+    It holds the model, whose blocks and head are replaced by ``slots``, the head's last.
     """
 
     def __init__(self, model: nn.Module, slots: Sequence[_Slot], shape: tuple[int, ...]) -> None:
@@ -69,7 +70,7 @@ class _Frame(nn.Module):
         return self._until(self._slots[0], images)
 
     def rest(self, x: Tensor) -> Tensor:
-        """The head's input for the last block's output ``x``. The stem gets blank images."""
+        """Compute the head's input for the last block's output ``x``, on blank images."""
         last, head = self._slots[-2:]
         last.given = x
         try:
@@ -89,18 +90,18 @@ class _Frame(nn.Module):
 
 
 class _Rest(nn.Module):
-    """The part between the last block and the head, run by the model itself."""
+    """Part between the last block and the head, computed by the model itself."""
 
     def __init__(self, frame: _Frame) -> None:
         super().__init__()
-        self._frame = [frame]  # in a list: the first segment owns it
+        self._frame = [frame]  # in a list, so that it is no child: the first segment owns it
 
     def forward(self, x: Tensor) -> Tensor:
         return self._frame[0].rest(x)
 
 
 class OwnBlock(nn.Module):
-    """A block with quantizable layers, its constant arguments and its attention's products."""
+    """Block with quantizable layers, its constant arguments and its attention's products."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -115,16 +116,13 @@ class OwnBlock(nn.Module):
         return self.run(x, RoutedProducts(self.products))
 
     def run(self, x: Tensor, mode: RoutedProducts) -> Tensor:
-        """The block's output for the input ``x``, computed under ``mode``."""
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        for place, value in self._constants.items():
-            if isinstance(value, Tensor):
-                value = getattr(self, f"argument_{place}")
-            if isinstance(place, int):
-                args.append(value)
-            else:
-                kwargs[place] = value
+        """Compute the block's output for the input ``x`` under ``mode``."""
+        values = {
+            place: getattr(self, f"argument_{place}") if isinstance(value, Tensor) else value
+            for place, value in self._constants.items()
+        }
+        args = [value for place, value in values.items() if isinstance(place, int)]
+        kwargs = {place: value for place, value in values.items() if isinstance(place, str)}
         with mode:
             out: Tensor = self.module(x, *args, **kwargs)
         return out
@@ -132,7 +130,7 @@ class OwnBlock(nn.Module):
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a block or of the head."""
+    """Recorded call of a block or of the head."""
 
     label: str
     args: tuple[Any, ...]
@@ -141,10 +139,10 @@ class _Call:
 
 
 def names_of(model: nn.Module, modules: Iterable[nn.Module], what: str) -> list[str]:
-    """Names of ``modules`` inside ``model``; ``what`` names the modules in messages.
+    """Find the names of ``modules`` in ``model``; ``what`` names the argument in messages.
 
     Raises:
-        ModelError: there are no modules, or a module is not part of the model or comes twice.
+        ModelError: there are no modules, one is given twice, or one is not part of the model.
     """
     known = {id(module): name for name, module in model.named_modules() if name}
     found = []
@@ -152,7 +150,7 @@ def names_of(model: nn.Module, modules: Iterable[nn.Module], what: str) -> list[
         if id(module) not in known:
             raise ModelError(
                 f"{what} must be modules inside the model, and number {number} "
-                f"({type(module).__name__}) is none: give the model's own, such as "
+                f"({type(module).__name__}) is not: give the model's own modules, such as "
                 "blocks=model.blocks, head=model.head."
             )
         found.append(known[id(module)])
@@ -164,17 +162,17 @@ def names_of(model: nn.Module, modules: Iterable[nn.Module], what: str) -> list[
 def own_chain(
     model: nn.Module, labels: Sequence[str], images: Tensor, recipe: Recipe
 ) -> BlockChain:
-    """Turn a user's own model into a chain, which takes the model over and changes it.
+    """Turn a user's own model into a chain. The chain owns the model and changes it.
 
-    Stem and rest stay in full precision. Inside blocks and head, ``nn.Linear``, ``nn.Conv2d`` and
-    ``nn.MultiheadAttention`` are replaced, and quantizable products compute
-    ``F.scaled_dot_product_attention`` and products of activations. A LayerNorm whose only consumer
-    is one linear layer becomes a pair for reparameterisation.
+    Stem and rest stay in full precision. Inside blocks and head, ``nn.Linear``, ``nn.Conv2d``,
+    ``nn.MultiheadAttention``, ``F.scaled_dot_product_attention`` and ``a @ b`` are replaced by
+    quantizable forms. A LayerNorm whose only consumer is one linear layer becomes a pair for
+    reparameterisation.
 
     Args:
-        model: in evaluation mode.
+        model: model in evaluation mode.
         labels: names of the blocks in the order of the forward, then the name of the head.
-        images: (3, C, H, W), to watch the forward; only their shape matters.
+        images: images (3, C, H, W) to run the forward on; only their shape matters.
 
     Raises:
         ModelError: the forward is not stem, blocks in a row, rest and head; or a part cannot be
@@ -219,15 +217,15 @@ def _watched(model: nn.Module, labels: Sequence[str], images: Tensor) -> tuple[l
     found = [call.label for call in calls]
     for label in labels:
         if (times := found.count(label)) != 1:
-            raise ModelError(f"The model calls {label} {times} times: it must be once.")
+            raise ModelError(f"The model calls {label} {times} times: it must call it once.")
     if found != list(labels):
         order = ", ".join(found)
-        raise ModelError(f"The model calls {order} in this order: give blocks= and head= so.")
+        raise ModelError(f"Give blocks= and head= in the order in which they are called: {order}.")
     return calls, output
 
 
 def _check_order(calls: Sequence[_Call], batch: int) -> None:
-    """Check that calls take and give tensors, and blocks take the output of the block before."""
+    """Check that calls take and give tensors, and each block takes the previous block's output."""
     for call in calls:
         values = {"first argument": call.args[0] if call.args else None, "output": call.output}
         for what, value in values.items():
@@ -253,7 +251,7 @@ def described(value: Any) -> str:
 
 
 def _check_constants(call: _Call, other: _Call) -> None:
-    """Check that the arguments beside the input do not depend on samples or batch size."""
+    """Check that arguments other than the input do not depend on samples or batch size."""
     given, others = ({**dict(enumerate(one.args)), **one.kwargs} for one in (call, other))
     for place in given.keys() - {0}:
         values, structure = tree_flatten(given[place])
@@ -272,9 +270,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _swapped(module: nn.Module, recipe: Recipe, bits: int, memo: dict[int, nn.Module]) -> nn.Module:
-    """Replace layers by type, ``module`` itself or (in place) layers inside; return the result.
+    """Replace ``module`` by type, or (in place) the layers inside of it; return the result.
 
-    ``bits`` are for the inputs of linear layers; ``memo`` holds the replacement by module.
+    ``bits`` are for the inputs of linear layers. ``memo`` holds the replacement of each module by
+    its id, so that a module that is used twice is replaced once.
     """
     if id(module) not in memo:
         if type(module) is nn.Linear:
@@ -291,7 +290,7 @@ def _swapped(module: nn.Module, recipe: Recipe, bits: int, memo: dict[int, nn.Mo
 
 
 def _fill(part: OwnBlock, call: _Call, recipe: Recipe) -> tuple[NormPair, ...]:
-    """Make a block's products and its quantizers after GELU; return its pairs of norm and layer."""
+    """Make a block's products and quantizers after GELU; return its pairs of norm and layer."""
     recorder = Recorder(call.label, part.module, part.products, recipe)
     called: Counter[str] = Counter()
 
@@ -326,7 +325,7 @@ def _check_equal(chain: BlockChain, images: Tensor, expected: Any) -> None:
     error = float((found - wanted).abs().max())
     if not error <= 1e-3 * float(wanted.abs().max()):
         raise ModelError(
-            "Blocks and head in a row do not give the model's output (they differ by up to "
-            f"{error:.2g}): everything must pass through the blocks, nothing may lead around them, "
+            "Blocks and head one after another do not give the model's output (the outputs differ "
+            f"by up to {error:.2g}): all data must pass through the blocks, none may bypass them, "
             "and nothing may follow the head."
         )

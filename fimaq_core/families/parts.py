@@ -7,15 +7,14 @@ from torch import nn
 
 from fimaq_core.chain import MlpPart, NormPair
 from fimaq_core.errors import ModelError
+from fimaq_core.families import expect
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
 
 
 def swap_mlp(mlp: nn.Module, recipe: Recipe) -> None:
     """Replace ``fc1`` and ``fc2`` of timm's ``Mlp`` by quantizable layers, in place."""
-    if type(mlp) is not Mlp:
-        raise ModelError(f"An MLP of type {type(mlp).__name__} is not supported.")
-    swap_linears(mlp, MlpPart("mlp"), recipe)
+    swap_linears(expect(mlp, "An MLP", Mlp), MlpPart("mlp"), recipe)
 
 
 def swap_linears(
@@ -23,7 +22,7 @@ def swap_linears(
 ) -> None:
     """Replace the two linear layers of an MLP by quantizable ones, in place.
 
-    ``input_bits`` are for the first layer; the default are the recipe's bits of activations.
+    ``input_bits`` are for the first layer's input; the default is the recipe's ``a_bits``.
 
     Raises:
         ModelError: a layer is not linear, or a GELU quantizer follows another activation.
@@ -44,21 +43,20 @@ def swap_linears(
     setattr(mlp, part.fc2, QuantLinear.from_float(fc2, recipe.w_bits, recipe.a_bits, kind))
 
 
-def mlp_parts(name: str, mlp: nn.Module) -> tuple[MlpPart, ...]:
-    """timm's ``Mlp`` as a part for MLP reconstruction; none if there is a norm before ``fc2``."""
-    # timm has a class for GELU by tanh, PyTorch an option of nn.GELU.
-    return (MlpPart(name, gelu=(nn.GELU, GELUTanh)),) if isinstance(mlp.norm, nn.Identity) else ()
+def mlp_parts(mlp: nn.Module) -> tuple[MlpPart, ...]:
+    """Describe a block's ``mlp`` for MLP reconstruction; empty if it has a norm before ``fc2``."""
+    # For the tanh form of GELU, timm has a class and PyTorch has an option of nn.GELU.
+    return (MlpPart("mlp", gelu=(nn.GELU, GELUTanh)),) if isinstance(mlp.norm, nn.Identity) else ()
 
 
-def swap_patch_embed(embed: nn.Module, recipe: Recipe) -> None:
+def swap_patch_embed(module: nn.Module, recipe: Recipe) -> None:
     """Replace the projection of timm's ``PatchEmbed`` by a quantizable convolution, in place."""
-    if type(embed) is not PatchEmbed:
-        raise ModelError(f"A patch embedding of type {type(embed).__name__} is not supported.")
+    embed = expect(module, "A patch embedding", PatchEmbed)
     embed.proj = QuantConv2d.from_float(embed.proj, recipe.w_bits, recipe.patch_input_bits)
 
 
 def classifier(linear: nn.Module, recipe: Recipe) -> QuantLinear:
-    """The quantizable form of a classifier layer."""
+    """Make the quantizable form of a classifier, a linear layer. Raises ModelError for others."""
     if not isinstance(linear, nn.Linear):
         raise ModelError(
             "The model has no linear classifier: load it with its classes (num_classes > 0)."
@@ -67,7 +65,7 @@ def classifier(linear: nn.Module, recipe: Recipe) -> QuantLinear:
 
 
 def norm_pair(norm: nn.Module, linear: str, pad: str | None = None) -> tuple[NormPair, ...]:
-    """The pair, if the norm can be reparameterised: a LayerNorm with affine parameters."""
+    """Pair a norm with the layer ``linear``; empty unless it is a LayerNorm with parameters."""
     if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
         return (NormPair(norm, linear, pad),)
     return ()

@@ -1,14 +1,13 @@
 """Family of timm's Swin Transformer."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import cast
 
 import torch
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
     SwinTransformerBlock,
+    SwinTransformerStage,
     WindowAttention,
     window_partition,
     window_reverse,
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import ModelError
+from fimaq_core.families import expect
 from fimaq_core.families.attention import ExplicitWindowAttention
 from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 from fimaq_core.layers import QuantLinear
@@ -25,27 +25,21 @@ from fimaq_core.recipe import Recipe
 
 
 class ExplicitSwinBlock(nn.Module):
-    """timm's ``SwinTransformerBlock`` with a pad value that reparameterisation can change.
+    """timm's ``SwinTransformerBlock`` for x (B, H, W, C), with a pad value that can change.
 
     timm pads windows with zeros after the first norm. If LayerNorm reparameterisation shifts that
-    norm's output per channel, ``pad`` (channels,) replaces zero. x is (B, H, W, C).
+    norm's output per channel, ``pad`` (channels,) replaces the zeros.
     """
 
     pad: Tensor
     mask: Tensor | None
 
-    def __init__(self, block: SwinTransformerBlock, recipe: Recipe) -> None:
+    def __init__(self, module: nn.Module, recipe: Recipe) -> None:
         super().__init__()
-        if type(block) is not SwinTransformerBlock or block.dynamic_mask:
-            raise ModelError(
-                f"A Swin block of type {type(block).__name__} (or with a dynamic mask) is not "
-                "supported."
-            )
-        attention = block.attn
-        if type(attention) is not WindowAttention:
-            raise ModelError(
-                f"Attention of type {type(attention).__name__} is not supported for Swin models."
-            )
+        block = expect(module, "A Swin block", SwinTransformerBlock)
+        attention = expect(block.attn, "Attention of a Swin model", WindowAttention)
+        if block.dynamic_mask:
+            raise ModelError("A Swin block with a dynamic mask is not supported.")
         self.window_size, self.shift_size = block.window_size, block.shift_size
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
         bias, table = attention._get_rel_pos_bias(), attention.relative_position_bias_table
@@ -68,7 +62,7 @@ class ExplicitSwinBlock(nn.Module):
             x = torch.roll(x, shifts=(-self.shift_size[0], -self.shift_size[1]), dims=(1, 2))
         down, right = -height % self.window_size[0], -width % self.window_size[1]
         if down or right:
-            # Pads x with pad: it pads (x - pad) with zeros and adds pad again.
+            # This pads x with `pad`: subtract it, pad with zeros, and add it again.
             x = F.pad(x - self.pad, (0, 0, 0, right, 0, down)) + self.pad
         windows = window_partition(x, self.window_size).flatten(1, 2)
         out = self.attn(windows, self.mask).view(-1, *self.window_size, channels)
@@ -82,11 +76,11 @@ class SwinFamily:
     name = "timm-swin"
 
     def matches(self, model: nn.Module) -> bool:
-        """True for exactly that class."""
+        """True for this class; False for its subclasses."""
         return type(model) is SwinTransformer
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
-        """Cut ``model`` into patch embedding, blocks, mergings and head. Takes over its parameters.
+        """Cut ``model`` into patch embedding, blocks, mergings and head; reuse its parameters.
 
         Raises:
             ModelError: a part is of a kind that is not supported.
@@ -95,19 +89,18 @@ class SwinFamily:
         swap_patch_embed(model.patch_embed, recipe)
         segments = [Segment("patch_embed", "patch_embed", model.patch_embed)]
         for stage_number, stage in enumerate(model.layers):
-            label, merging = f"layers.{stage_number}", stage.downsample
-            if type(merging) is PatchMerging:
+            label, stage = f"layers.{stage_number}", expect(stage, "A stage", SwinTransformerStage)
+            merging = expect(stage.downsample, "Downsampling", nn.Identity, PatchMerging)
+            if isinstance(merging, PatchMerging):
                 linear = merging.reduction
                 merging.reduction = QuantLinear.from_float(linear, recipe.w_bits, recipe.a_bits)
                 pairs = norm_pair(merging.norm, "reduction")
                 segments.append(Segment(f"{label}.downsample", "merge", merging, pairs=pairs))
-            elif not isinstance(merging, nn.Identity):
-                raise ModelError(f"Downsampling of type {type(merging).__name__} is not supported.")
-            for number, original in enumerate(cast("Iterable[SwinTransformerBlock]", stage.blocks)):
+            for number, original in enumerate(stage.blocks):
                 block = ExplicitSwinBlock(original, recipe)
                 pairs = norm_pair(block.norm1, "attn.qkv", "pad")
                 pairs += norm_pair(block.norm2, "mlp.fc1")
-                mlps, name = mlp_parts("mlp", block.mlp), f"{label}.blocks.{number}"
+                mlps, name = mlp_parts(block.mlp), f"{label}.blocks.{number}"
                 segments.append(Segment(name, "block", block, pairs=pairs, mlps=mlps))
         fc = classifier(model.head.fc, recipe)
         head = nn.Sequential(OrderedDict(global_pool=model.head.global_pool, fc=fc))

@@ -1,6 +1,6 @@
 """Family of timm's ViT and DeiT (with and without distillation), also without classifier.
 
-The pooling is a token, a mean, or attention (SigLIP).
+A model pools a token, the mean of all tokens, or by attention (SigLIP).
 """
 
 import torch
@@ -12,22 +12,21 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, NormPair, Segment
 from fimaq_core.errors import ModelError
-from fimaq_core.families.attention import attend, products, side_by_side, split_heads
+from fimaq_core.families import expect
+from fimaq_core.families.attention import attend, join_heads, products, split_heads
 from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
 
 
 class ExplicitAttention(nn.Module):
-    """timm's ``Attention`` (ViT, DeiT) written out, for x (B, N, C), without masks."""
+    """timm's ``Attention`` (ViT, DeiT) as explicit operations on x (B, N, C), without masks."""
 
-    def __init__(self, attention: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, module: nn.Module, recipe: Recipe) -> None:
         super().__init__()
-        if type(attention) is not Attention or attention.gate is not None:
-            raise ModelError(
-                f"Attention of type {type(attention).__name__} (or with a gate) is not supported "
-                "for ViT models."
-            )
+        attention = expect(module, "Attention of a ViT", Attention)
+        if attention.gate is not None:
+            raise ModelError("Attention with a gate is not supported for ViT models.")
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
@@ -40,17 +39,17 @@ class ExplicitAttention(nn.Module):
         if attn_mask is not None or is_causal:
             raise ModelError("Attention masks are not supported for ViT models.")
         q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
-        by = self.query_key, self.attention_value
-        heads = attend(by, self.q_norm(q), self.k_norm(k), v, self.scale)
-        projected: Tensor = self.proj(self.norm(side_by_side(heads)))
+        pair = self.query_key, self.attention_value
+        heads = attend(pair, self.q_norm(q), self.k_norm(k), v, self.scale)
+        projected: Tensor = self.proj(self.norm(join_heads(heads)))
         return projected
 
 
 class ExplicitAttentionPool(nn.Module):
-    """timm's ``AttentionPoolLatent`` (SigLIP) written out, with the norm before it.
+    """timm's ``AttentionPoolLatent`` (SigLIP) as explicit operations, with the norm before it.
 
-    Learned queries attend to all tokens but the first ``skipped``: x (B, N, C) of the last block
-    gives (B, C). The norm is here, not in the full-precision part before the block, because
+    Learned queries attend to all tokens but the first ``skipped``. The last block's output (B, N,
+    C) gives (B, C). The norm is here, not in the full-precision part before the block, because
     reparameterisation changes it together with ``kv``. ``after`` follows in full precision.
     """
 
@@ -59,23 +58,20 @@ class ExplicitAttentionPool(nn.Module):
 
     def __init__(
         self,
-        pool: AttentionPoolLatent,
+        module: nn.Module,
         norm: nn.Module,
         skipped: int,
         recipe: Recipe,
         after: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if type(pool) is not AttentionPoolLatent or pool.pool not in ("token", "avg"):
-            raise ModelError(
-                f"Attention pooling of type {type(pool).__name__} (or to several tokens) is not "
-                "supported."
-            )
+        pool = expect(module, "Attention pooling", AttentionPoolLatent)
+        if pool.pool not in ("token", "avg"):
+            raise ModelError("Attention pooling to several tokens is not supported.")
         if not isinstance(pool.proj, nn.Linear):
             raise ModelError("Attention pooling without a projection is not supported.")
         self.num_heads, self.scale, self.pool = pool.num_heads, pool.scale, pool.pool
-        self.skipped = skipped
-        self.norm_in = norm
+        self.skipped, self.norm_in = skipped, norm
         self.register_parameter("pos_embed", pool.pos_embed)
         self.kv = QuantLinear.from_float(pool.kv, recipe.w_bits, recipe.a_bits)
         self.k_norm = pool.k_norm
@@ -84,8 +80,8 @@ class ExplicitAttentionPool(nn.Module):
         self.norm, self.mlp = pool.norm, pool.mlp
         swap_mlp(self.mlp, recipe)
         self.after = nn.Identity() if after is None else after
-        # The queries depend on no image. Inference projects the learned latents once and keeps the
-        # result, so their projection is not quantized; the queries are, as operands of a product.
+        # The queries are the same for all images, so they are projected once, in full precision.
+        # As operands of a product they are quantized.
         with torch.no_grad():
             latents = pool.q(pool.latent).reshape(1, pool.latent_len, -1)
             (query,) = split_heads(latents, 1, self.num_heads)
@@ -93,8 +89,8 @@ class ExplicitAttentionPool(nn.Module):
 
     @property
     def pairs(self) -> tuple[NormPair, ...]:
-        """The norms that can be reparameterised."""
-        # Positions that are added after the norm separate it from kv.
+        """Norms that can be reparameterised, with the layers behind them."""
+        # Added positions stand between the norm and kv, which prevents reparameterisation.
         first = norm_pair(self.norm_in, "kv") if self.pos_embed is None else ()
         return first + norm_pair(self.norm, "mlp.fc1")
 
@@ -103,16 +99,16 @@ class ExplicitAttentionPool(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         k, v = split_heads(self.kv(x), 2, self.num_heads)
-        by, query = (self.query_key, self.attention_value), self.query.expand(len(x), -1, -1, -1)
-        heads = attend(by, query, self.k_norm(k), v, self.scale)
-        x = self.proj(side_by_side(heads))
+        pair, query = (self.query_key, self.attention_value), self.query.expand(len(x), -1, -1, -1)
+        heads = attend(pair, query, self.k_norm(k), v, self.scale)
+        x = self.proj(join_heads(heads))
         x = x + self.mlp(self.norm(x))
         pooled: Tensor = self.after(x[:, 0] if self.pool == "token" else x.mean(dim=1))
         return pooled
 
 
 class _Embedding(nn.Module):
-    """Between patch embedding and first block: prefix tokens, position embedding, norm."""
+    """Part between patch embedding and first block: prefix tokens, position embedding, norm."""
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__()
@@ -129,7 +125,10 @@ class _Embedding(nn.Module):
 
 
 class _Pooling(nn.Module):
-    """Between last block and head: norm, pooling."""
+    """Part between last block and head: norm and pooling to (B, C).
+
+    For DeiT's two heads it keeps the class token and the distillation token, (B, 2, C).
+    """
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__()
@@ -137,20 +136,10 @@ class _Pooling(nn.Module):
         self.norm, self.fc_norm = model.norm, model.fc_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.fc_norm(self._model[0].pool(self.norm(x)))
+        model, x = self._model[0], self.norm(x)
+        two = isinstance(model, VisionTransformerDistilled)
+        pooled: Tensor = x[:, :2] if two else self.fc_norm(model.pool(x))
         return pooled
-
-
-class _TwoTokens(nn.Module):
-    """Between last block and DeiT's heads: norm, then class and distillation token, (B, 2, C)."""
-
-    def __init__(self, model: VisionTransformerDistilled) -> None:
-        super().__init__()
-        self.norm = model.norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.norm(x)[:, :2]
-        return tokens
 
 
 class _TwoHeads(nn.Module):
@@ -166,7 +155,7 @@ class _TwoHeads(nn.Module):
 
 
 class _LastBlock(nn.Module):
-    """The last block, followed by the full-precision part that the model ends with."""
+    """Last block, followed by the full-precision part at the end of the model."""
 
     def __init__(self, block: Block, after: nn.Module) -> None:
         super().__init__()
@@ -184,33 +173,25 @@ class _LastBlock(nn.Module):
 def vit_body(
     model: VisionTransformer, recipe: Recipe, prefix: str = "", ends: bool = False
 ) -> tuple[list[Segment], nn.Module]:
-    """Cut a ViT into patch embedding, blocks and attention pooling. Takes over its parameters.
+    """Cut a ViT into patch embedding, blocks and attention pooling; reuse its parameters.
 
     Args:
-        model: of a class that :class:`ViTFamily` matches.
-        prefix: of the segments' labels.
-        ends: True if nothing quantized follows. The last block then goes on to the pooled output:
+        model: model of a class that :class:`ViTFamily` matches.
+        prefix: first characters of the segments' labels.
+        ends: True if no quantized layer follows. The last block then includes the pooling, because
             a segment without quantizers would have nothing to calibrate or to learn.
 
     Returns:
-        The segments, and the full-precision part from the output of the last segment to the head's
-        input.
+        The segments, and the full-precision part between the last segment and the head.
 
     Raises:
         ModelError: blocks, attention, MLP or pooling are of a kind that is not supported.
     """
     swap_patch_embed(model.patch_embed, recipe)
     segments = [Segment(f"{prefix}patch_embed", "patch_embed", model.patch_embed)]
-    if model.attn_pool is not None:
-        rest: nn.Module = model.fc_norm
-    elif isinstance(model, VisionTransformerDistilled):
-        rest = _TwoTokens(model)
-    else:
-        rest = _Pooling(model)
+    rest: nn.Module = _Pooling(model) if model.attn_pool is None else model.fc_norm
     for number, block in enumerate(model.blocks):
-        if type(block) is not Block:
-            kind = type(block).__name__
-            raise ModelError(f"A transformer block of type {kind} is not supported.")
+        block = expect(block, "A transformer block", Block)
         block.attn = ExplicitAttention(block.attn, recipe)
         swap_mlp(block.mlp, recipe)
         last = ends and model.attn_pool is None and number == len(model.blocks) - 1
@@ -221,14 +202,14 @@ def vit_body(
                 _LastBlock(block, rest) if last else block,
                 before=_Embedding(model) if number == 0 else None,
                 pairs=norm_pair(block.norm1, "attn.qkv") + norm_pair(block.norm2, "mlp.fc1"),
-                mlps=mlp_parts("mlp", block.mlp),
+                mlps=mlp_parts(block.mlp),
             )
         )
     if model.attn_pool is not None:
         skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
         after = rest if ends else None
         pool = ExplicitAttentionPool(model.attn_pool, model.norm, skipped, recipe, after)
-        mlps = mlp_parts("mlp", pool.mlp)
+        mlps = mlp_parts(pool.mlp)
         segments.append(Segment(f"{prefix}attn_pool", "block", pool, pairs=pool.pairs, mlps=mlps))
     return segments, nn.Identity() if ends else rest
 
@@ -239,7 +220,7 @@ class ViTFamily:
     name = "timm-vit"
 
     def matches(self, model: nn.Module) -> bool:
-        """True for exactly one of the two classes."""
+        """True for these two classes; False for their subclasses."""
         return type(model) in (VisionTransformer, VisionTransformerDistilled)
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:

@@ -34,7 +34,7 @@ QuantLayer = WeightLayer | QuantMatMul
 
 
 def quant_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, QuantLayer]]:
-    """Yield name and layer of each quantizable layer in ``module`` (also itself), in order."""
+    """Yield name and layer of each quantizable layer in ``module``, which may be one itself."""
     for name, child in module.named_modules(prefix=prefix):
         if isinstance(child, QuantLayer):
             yield name, child

@@ -1,4 +1,4 @@
-"""The product of two activations with quantizers."""
+"""Product of two activations with quantizers."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from fimaq_core.recipe import Kind
 
 
 class _TimesTransposed(torch.autograd.Function):
-    """``a @ bᵀ``. The gradient in ``b`` has the layout of ``b``; autograd would transpose it."""
+    """Product ``a @ bᵀ``; its gradient in ``b`` keeps the layout of ``b``, unlike autograd's."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ class _TimesTransposed(torch.autograd.Function):
 class QuantMatMul(nn.Module):
     """Quantizable ``a @ b`` for a (batch, heads, rows, inner) and b (batch, heads, inner, columns).
 
-    Each operand has a quantizer, per head after calibration. ``a_bits`` and ``a_kind`` are for a
-    left operand that is a softmax output.
+    Each operand has a quantizer; calibration gives it a scale per head. ``a_bits`` and ``a_kind``
+    are for a left operand that is a softmax output.
 
     Example:
         >>> product = QuantMatMul(8)
@@ -54,7 +54,7 @@ class QuantMatMul(nn.Module):
         if b.stride(-1) <= b.stride(-2):
             b = self.b_quantizer(b)
             return a @ b
-        # A transposed operand (keys) is quantized in its memory layout, which its gradient keeps.
+        # A transposed operand (keys) is quantized in its memory layout, as is its gradient.
         b_hat = self.b_quantizer(b.mT, transposed=True)
         out: Tensor = _TimesTransposed.apply(a, b_hat)  # type: ignore[no-untyped-call]
         return out

@@ -33,12 +33,12 @@ class WeightLayer(nn.Module):
     def from_float(
         cls, layer: Any, weight_bits: int, input_bits: int, input_kind: Kind = "uniform"
     ) -> Self:
-        """Take over settings, weight and bias (the same parameters) of a float ``layer``.
+        """Make a layer with the settings and the same parameters as a float ``layer``.
 
         An ``input_kind`` other than uniform is for GELU outputs.
         """
         new = cls.__new__(cls)
-        nn.Module.__init__(new)  # not that of the float layer, which would make new parameters
+        nn.Module.__init__(new)  # the float layer's __init__ would make new parameters
         own = {*vars(new), "forward"}
         vars(new).update({name: value for name, value in vars(layer).items() if name not in own})
         new.register_parameter("weight", layer.weight)
@@ -50,7 +50,7 @@ class WeightLayer(nn.Module):
         return new.train(layer.training)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The float layer's output for an input, a weight and a bias."""
+        """Compute the float layer's output for an input, a weight and a bias."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class WeightLayer(nn.Module):
 
 
 class QuantLinear(WeightLayer, nn.Linear):  # type: ignore[misc]
-    """``nn.Linear`` with quantizers.
+    """Linear layer, ``nn.Linear``, with quantizers.
 
     Example:
         >>> layer = QuantLinear.from_float(nn.Linear(8, 4), weight_bits=4, input_bits=8)
@@ -81,7 +81,7 @@ class QuantLinear(WeightLayer, nn.Linear):  # type: ignore[misc]
 
 
 class QuantConv2d(WeightLayer, nn.Conv2d):  # type: ignore[misc]
-    """``nn.Conv2d`` with quantizers."""
+    """Convolution, ``nn.Conv2d``, with quantizers."""
 
     input_quantizer: AffineQuantizer
 
@@ -91,7 +91,7 @@ class QuantConv2d(WeightLayer, nn.Conv2d):  # type: ignore[misc]
 
 
 class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[misc]
-    """``nn.ConvTranspose2d`` without groups, with quantizers.
+    """Transposed convolution, ``nn.ConvTranspose2d`` without groups, with quantizers.
 
     The weight is (out, in, height, width); the float layer's is (in, out, height, width).
     """
@@ -102,15 +102,15 @@ class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[mis
     def from_float(
         cls, layer: Any, weight_bits: int, input_bits: int, input_kind: Kind = "uniform"
     ) -> Self:
-        """Take over settings and bias (the same parameter) of ``layer``, and copy its weight.
+        """Make a layer with the settings, the same bias, and a copy of the weight of ``layer``.
 
         Raises:
             ModelError: the layer has several groups.
         """
         if layer.groups != 1:
             raise ModelError(
-                f"A transposed convolution in {layer.groups} groups is not supported: it must have "
-                "one."
+                f"A transposed convolution with {layer.groups} groups is not supported: it must "
+                "have one."
             )
         new = super().from_float(layer, weight_bits, input_bits, input_kind)
         weight = layer.weight.detach().transpose(0, 1).contiguous()
@@ -132,7 +132,7 @@ FORMS: dict[type[nn.Module], Any] = {
 
 
 def decide_rounding(layer: WeightLayer) -> None:
-    """Set the weight's codes to the nearest grid points, unless they are decided already."""
+    """Set the weight's codes to the nearest grid points, unless they are already decided."""
     quantizer = layer.weight_quantizer
     if quantizer.off or quantizer.codes.numel():
         return
@@ -143,13 +143,13 @@ def decide_rounding(layer: WeightLayer) -> None:
 def fold_shift(layer: QuantLinear) -> None:
     """Fold the shift of a logarithmic input quantizer into ``quantized_bias``.
 
-    The rounding must be decided. With x̂ the shifted quantized input,
+    The rounding must be decided. For the shifted quantized input x̂,
     ``Ŵ (x̂ - shift) + b = Ŵ x̂ + (b - shift Ŵ 1)``.
     """
     quantizer = layer.input_quantizer
-    if not isinstance(quantizer, LogQuantizer) or quantizer.off:
+    if not isinstance(quantizer, LogQuantizer) or quantizer.off or not quantizer.shift:
         return
-    if not quantizer.shift or bool(quantizer.folded):
+    if bool(quantizer.folded):
         return
     weight = layer.weight_quantizer.quantized(layer.weight.detach())
     bias = layer._quantized_form_bias()

@@ -8,25 +8,26 @@ from torch import Tensor, nn
 from fimaq_core.quantizers.dropping import eager_mask, threshold_of, traced_mask
 from fimaq_core.recipe import OFF, Kind
 
-#: Computation while the scale is learned: by definition and autograd, by hand-written passes for
-#: plain execution, or in a form for compilation.
+#: Computation while the scale is learned: ``textbook`` is the definition with autograd, ``fused``
+#: has hand-written passes for plain execution, ``traced`` has hand-written passes for compilation.
 Form = Literal["textbook", "fused", "traced"]
 
 
 def take_shapes(
     module: nn.Module, names: tuple[str, ...], state_dict: dict[str, Any], prefix: str
 ) -> None:
-    """Resize tensors, whose shapes calibration decides, to their shapes in a checkpoint."""
+    """Give the tensors ``names`` of ``module`` their shapes in a checkpoint, set by calibration."""
     for name in names:
         found, own = state_dict.get(prefix + name), getattr(module, name)
         if found is not None and found.shape != own.shape:
-            new = torch.zeros(found.shape, dtype=own.dtype, device=own.device)
-            frozen = isinstance(own, nn.Parameter)
-            setattr(module, name, nn.Parameter(new, requires_grad=False) if frozen else new)
+            own.data = own.new_zeros(found.shape)
 
 
 class ActivationQuantizer(nn.Module):
-    """Quantizer with a scale; during reconstruction it learns the scale and drops at random."""
+    """Quantizer with a scale, which is learned during reconstruction, with random dropping.
+
+    Dropping leaves single elements in full precision (QDrop, Wei et al., ICLR 2022).
+    """
 
     shaped: ClassVar[tuple[str, ...]] = ("scale",)  # tensors whose shapes calibration decides
     kind: Kind  # name of the quantizer in recipes and records
@@ -59,13 +60,14 @@ class ActivationQuantizer(nn.Module):
         if self.scale.numel() == 0:
             raise RuntimeError("quantizer used before calibration")
 
-    def _kept(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """Mask of the elements of ``x`` that are quantized in this step; None for all elements."""
+    def _kept(self, x: Tensor) -> Tensor | None:
+        """Draw the mask of the elements of ``x`` to quantize in this step; None for all."""
         threshold = threshold_of(self.keep_probability)
         if threshold >= 256:
             return None
         if self.learning == "traced":
             return traced_mask(x, self.key, threshold)
+        dtype = torch.bool if self.learning == "textbook" else torch.float32
         return eager_mask(x, self.key, threshold, dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

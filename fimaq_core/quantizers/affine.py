@@ -1,7 +1,7 @@
 """Uniform affine quantization: ``q = clamp(round(x / s) + z, 0, L - 1)``, ``x̂ = (q - z) * s``.
 
 Quantization is simulated: every function returns floating-point values on the grid. L is the number
-of levels. Scales and zero points (integers in floating point) broadcast to x.
+of levels. Scales and zero points broadcast to x; zero points are integers in floating point.
 """
 
 from typing import Any, ClassVar
@@ -14,16 +14,16 @@ from fimaq_core.quantizers.dropping import threshold_of, traced_mask
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-    """Round ``x`` to the nearest point of the affine grid; same shape."""
+    """Round ``x`` to the nearest point of the affine grid; the result has the shape of x."""
     codes = torch.round(x / scale).add_(zero_point).clamp_(0, levels - 1)
     return codes.sub_(zero_point).mul_(scale)
 
 
 class _LearnedScale(torch.autograd.Function):
-    """:func:`learned_fake_quantize` for plain execution.
+    """Form of :func:`learned_fake_quantize` for plain execution.
 
-    Autograd would record a dozen nodes; this is one. Backward needs two tensors only: the local
-    derivative of the scale, and a mask of where the input's gradient passes.
+    Autograd would record a dozen nodes; this is one. Backward needs only two tensors: the
+    derivative of each output in the scale, and the mask of elements whose gradient passes.
     """
 
     @staticmethod
@@ -57,11 +57,11 @@ class _LearnedScale(torch.autograd.Function):
 
 
 class _TracedScale(torch.autograd.Function):
-    """:func:`learned_fake_quantize` for compilation: forward and backward each fuse into one pass.
+    """Form of :func:`learned_fake_quantize` for compilation: each direction fuses into one pass.
 
-    It saves input and output, which the layers around it save anyway. Backward needs no mask: an
-    element that differs from its input was quantized, and for all others both branches of the
-    gradient agree. No boolean tensor is stored; on CPUs that would cost more than all the rest.
+    It saves only input and output, which the layers around it save anyway. Backward needs no mask:
+    an element that differs from its input was quantized, and for all others both branches of the
+    gradient agree. A stored boolean mask would cost more than all the rest on CPUs.
     """
 
     @staticmethod
@@ -101,7 +101,7 @@ def _traced_codes(rounded: Tensor, zero_point: Tensor, top: Tensor) -> Tensor:
 
 
 def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
-    """Sum to ``shape``, the first dimension last: the inner sum fuses with earlier operations."""
+    """Sum to ``shape``, over the first dimension last: the first sum fuses with its input."""
     wide = (1,) * (values.ndim - len(shape)) + tuple(shape)
     inner = [dim for dim in range(1, values.ndim) if wide[dim] == 1]
     part = values.sum(inner, keepdim=True) if inner else values
@@ -111,10 +111,10 @@ def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
 def learned_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None
 ) -> Tensor:
-    """:func:`fake_quantize` that is differentiable in ``x`` and ``scale``, not in the zero point.
+    """Compute :func:`fake_quantize`, differentiable in ``x`` and ``scale``, not in the zero point.
 
-    ``round`` has a straight-through gradient. ``keep`` is a float mask of x's shape: values stay in
-    full precision where it is 0 (QDrop, Wei et al., ICLR 2022).
+    ``round`` has a straight-through gradient. ``keep`` is a float mask of x's shape; values stay in
+    full precision where it is 0.
     """
     out: Tensor = _LearnedScale.apply(x, scale, zero_point, levels, keep)  # type: ignore[no-untyped-call]
     return out
@@ -123,7 +123,7 @@ def learned_fake_quantize(
 def textbook_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None
 ) -> Tensor:
-    """:func:`learned_fake_quantize` by its definition and autograd, with a boolean mask."""
+    """Compute :func:`learned_fake_quantize` by its definition and autograd; ``keep`` is boolean."""
     ratio = x / scale
     rounded = ratio + (torch.round(ratio) - ratio).detach()
     out = (torch.clamp(rounded + zero_point, 0, levels - 1) - zero_point) * scale
@@ -156,7 +156,7 @@ class AffineQuantizer(ActivationQuantizer):
         self.zero_point = zero_point.detach().clone().float().contiguous()
 
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """Quantize ``x``. If ``transposed``, its last two dimensions are swapped."""
+        """Quantize ``x``; ``transposed``: its last two dimensions are swapped."""
         if self.off:
             return x
         self._check_calibrated()
@@ -168,16 +168,14 @@ class AffineQuantizer(ActivationQuantizer):
             threshold = threshold_of(self.keep_probability)
             out: Tensor = _TracedScale.apply(x, scale, zero, self.top, self.key, threshold)  # type: ignore[no-untyped-call]
             return out
-        if self.learning == "textbook":
-            keep = self._kept(x, torch.bool)
-            return textbook_fake_quantize(x, scale, zero, self.levels, keep)
-        return learned_fake_quantize(x, scale, zero, self.levels, self._kept(x))
+        learned = textbook_fake_quantize if self.learning == "textbook" else learned_fake_quantize
+        return learned(x, scale, zero, self.levels, self._kept(x))
 
 
 class WeightQuantizer(AffineQuantizer):
-    """Affine quantizer of a weight as a matrix, with a scale per row (output channel).
+    """Affine quantizer of a weight as a matrix, with one scale per row (output channel).
 
-    The layer keeps its float weight too, so one model runs in full precision and quantized.
+    The layer keeps the float weight, so the same model runs in full precision and quantized.
     """
 
     shaped = ("scale", "zero_point", "codes")
@@ -198,7 +196,7 @@ class WeightQuantizer(AffineQuantizer):
         return matrix.view_as(weight)
 
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Set scale and zero point, (rows, 1); this removes the codes of the range before."""
+        """Set scale and zero point, (rows, 1), and remove the codes of the previous range."""
         super().set_range(scale, zero_point)
         self.codes = torch.empty(0, dtype=torch.uint8, device=self.scale.device)
 

@@ -1,12 +1,12 @@
 """Random masks from a counter-based generator: a pure function of a key and an element's number.
 
-A mask is therefore the same on every device, inside a compiled step and inside a CUDA graph, and
-costs a few integer operations that fuse with the arithmetic around them. Four neighbouring elements
-share one 32-bit word, one byte each, so probabilities are multiples of 1/256.
+A mask is the same on every device, in a compiled step and in a CUDA graph. It costs a few integer
+operations, which fuse with the arithmetic around them. Four neighbouring elements share one 32-bit
+word, one byte each, so probabilities are multiples of 1/256.
 
-A word is a hash of its number and a 64-bit key by multiplications and xor-shifts; each half of the
+A word is a hash of its number and a 64-bit key by multiplications and xor-shifts. Each half of the
 key enters before one of the first two multiplications. The multipliers are the golden ratio and
-those of A. Appleby's MurmurHash3 finalizer. The hash is not for cryptography.
+those of the MurmurHash3 finalizer (A. Appleby). The hash is not for cryptography.
 """
 
 import torch
@@ -17,7 +17,7 @@ _GOLDEN, _FIRST, _SECOND = -1640531527, -2048144789, -1028477387
 
 
 def threshold_of(probability: float) -> int:
-    """Number of byte values, of 256, that stand for ``probability``."""
+    """Round ``probability`` to a number of the 256 values of a byte."""
     return round(probability * 256)
 
 
@@ -27,8 +27,8 @@ def draw_keys(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _words(numbers: Tensor, key: Tensor) -> Tensor:
-    """Random words int32 for word numbers (int32, any shape) and a key (2,)."""
-    # A right shift of a negative number copies the sign; the bit masks remove the copies.
+    """Compute random words (int32) for word numbers (int32, any shape) and a key (2,)."""
+    # A right shift of a negative number copies the sign bit; the bit masks remove the copies.
     h = numbers * _GOLDEN + key[0]
     h = h ^ ((h >> 15) & 0x1FFFF)
     h = h * _FIRST + key[1]
@@ -38,9 +38,9 @@ def _words(numbers: Tensor, key: Tensor) -> Tensor:
 
 
 def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
-    """Boolean mask of the shape of ``like``, True with probability ``threshold / 256``.
+    """Draw a boolean mask of the shape of ``like``, True with probability ``threshold / 256``.
 
-    This form is for compiled code.
+    This form is for compiled code: it computes the word of each element.
     """
     number = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
     word = _words(number >> 2, key)
@@ -51,7 +51,7 @@ def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
 def eager_mask(
     like: Tensor, key: Tensor, threshold: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """:func:`traced_mask` as ``dtype`` (float is fastest on CPUs), with one pass per word."""
+    """Draw the same mask as ``dtype`` (float is fastest on CPUs); it computes each word once."""
     if threshold > 255:  # does not fit into a byte
         return torch.ones(like.shape, dtype=dtype, device=like.device)
     count = like.numel()

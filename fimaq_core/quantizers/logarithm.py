@@ -3,31 +3,27 @@
 ``k = round(-log2(clamp(x / s, 1e-15, 1)) / step)``, ``x̂ = s 2^(-step k)`` for k < L, else 0. L is
 the number of levels; scale s and step broadcast to x. A step of 1 is log2, 1/2 is log√2 (RepQ-ViT:
 Li et al., ICCV 2023, arXiv:2212.08254), q/37 with an integer q is AdaLog (Wu et al., ECCV 2024,
-arXiv:2407.12951). GELU outputs are quantized with :data:`GELU_SHIFT` added, which the next layer
-subtracts again.
+arXiv:2407.12951). :data:`GELU_SHIFT` is added to GELU outputs before, and subtracted after.
 """
 
 import torch
 from torch import Tensor
 
-#: Denominator of AdaLog's exponents.
-ADALOG_R = 37
+ADALOG_R = 37  # denominator of AdaLog's exponents
 #: Minus the minimum of GELU (by the error function): in float32 ``gelu(x) + GELU_SHIFT >= -1e-7``.
 GELU_SHIFT = 0.16997124254703522
-
-#: Lower bound of x / s; all values below it have the same code.
-LOWEST = 1e-15
+LOWEST = 1e-15  # lower bound of x / s; all smaller values have the same code
 
 
 def log_codes(x: Tensor, scale: Tensor, step: Tensor | float) -> Tensor:
-    """Codes k in floating point, not limited by the number of levels; shape of x."""
+    """Compute the codes k in floating point, not limited to the levels; shape of x."""
     return (x / scale).clamp_(LOWEST, 1).log2_().neg_().div_(step).round_()
 
 
 def log_fake_quantize(x: Tensor, scale: Tensor, step: Tensor | float, levels: int) -> Tensor:
-    """Round ``x`` to the nearest point ``s 2^(-step k)`` in the logarithm, or to 0 for k >= L.
+    """Round ``x`` to ``s 2^(-step k)`` with the nearest logarithm, or to 0 for k >= L.
 
-    Values above s become s; values up to 0 count as 1e-15 s.
+    Values above s become s; values below 1e-15 s, also negative ones, count as 1e-15 s.
     """
     codes = log_codes(x, scale, step)
     dropped = codes >= levels  # False for NaN, which therefore stays NaN
@@ -35,7 +31,7 @@ def log_fake_quantize(x: Tensor, scale: Tensor, step: Tensor | float, levels: in
 
 
 def adalog_tables(q: int, levels: int) -> tuple[Tensor, Tensor]:
-    """AdaLog's points as shifts and mantissas, (L,) float32 each, for inference without ``exp``.
+    """Make AdaLog's points as shifts and mantissas, (L,) float32, for inference without ``exp``.
 
     Code k stands for ``2^(-kq/37)``. The shift is ``floor(kq / 37)``; the mantissa is ``2^(-(kq mod
     37)/37)``, rounded to a multiple of ``1 / (2L - 2)``. L is at least 2.
@@ -49,7 +45,10 @@ def adalog_tables(q: int, levels: int) -> tuple[Tensor, Tensor]:
 def adalog_fake_quantize(
     x: Tensor, scale: Tensor, shifts: Tensor, mantissas: Tensor, step: Tensor | float, levels: int
 ) -> Tensor:
-    """:func:`log_fake_quantize` with :func:`adalog_tables`: ``s 2^(-shifts[k]) mantissas[k]``."""
+    """Quantize as :func:`log_fake_quantize`, to points ``s 2^(-shifts[k]) mantissas[k]``.
+
+    Shifts and mantissas come from :func:`adalog_tables`.
+    """
     points = torch.cat([torch.exp2(-shifts) * mantissas, mantissas.new_zeros(1)])
     codes = log_codes(x, scale, step).clamp_(max=levels).int()
     return points.index_select(0, codes.flatten()).view(codes.shape).mul_(scale)
@@ -58,13 +57,13 @@ def adalog_fake_quantize(
 def learned_log_fake_quantize(
     x: Tensor, scale: Tensor, step: Tensor | float, levels: int, keep: Tensor | None = None
 ) -> Tensor:
-    """:func:`log_fake_quantize` that is differentiable in ``x`` and ``scale``.
+    """Compute :func:`log_fake_quantize`, differentiable in ``x`` and ``scale``.
 
     ``round`` has a straight-through gradient. Inside the range, ``dx̂/dx = x̂ / x`` and ``dx̂/ds =
     0``; where x / s is clamped, ``dx̂/dx = 0`` and ``dx̂/ds = x̂ / s``; where k >= L, both are 0.
-    These slopes are computed directly: the logarithm has no finite gradient at 0, and the two terms
-    of ``dx̂/ds`` in its definition cancel inexactly. Values stay in full precision where the mask
-    ``keep`` is 0.
+    Autograd would be inexact: the logarithm has no finite gradient at 0, and two terms of
+    ``dx̂/ds`` cancel only up to rounding errors. Where the mask ``keep`` is 0, values stay in full
+    precision.
     """
     values, largest = x.detach(), scale.detach()
     out = log_fake_quantize(values, largest, step, levels)

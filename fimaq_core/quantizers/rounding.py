@@ -22,19 +22,19 @@ def split_as(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 
 def soft_rounding(alpha: Tensor) -> Tensor:
-    """``h(α) = clip(1.2 σ(α) - 0.1, 0, 1)`` of any shape."""
+    """Compute ``h(α) = clip(1.2 σ(α) - 0.1, 0, 1)`` of any shape."""
     return torch.sigmoid(alpha).mul_(_STRETCH).sub_(_SHIFT).clamp_(0, 1)
 
 
 def initial_alpha(fraction: Tensor) -> Tensor:
-    """Inverse of :func:`soft_rounding` for ``fraction`` in [0, 1)."""
+    """Compute the inverse of :func:`soft_rounding` for ``fraction`` in [0, 1)."""
     return -torch.log(_STRETCH / (fraction + _SHIFT) - 1)
 
 
 def alpha_gradient(
     alpha: Tensor, gain: Tensor, grad_weight: Tensor, penalty_weight: Tensor, beta: Tensor
 ) -> Tensor:
-    """Gradient (n,) in α of a loss plus ``penalty_weight`` times :func:`rounding_penalty`.
+    """Compute the gradient (n,) in α of a loss plus weighted :func:`rounding_penalty`.
 
     ``grad_weight`` (n,) is the gradient of the loss in the flat soft weights. One formula replaces
     the backward pass, so that it fuses with the optimizer's update.
@@ -50,15 +50,15 @@ def alpha_gradient(
 
 @dataclass
 class RoundingProblem:
-    """The rounding variables of several weights as one flat vector: ``ŵ = offset + gain * h(α)``.
+    """Rounding variables of several weights as one flat vector: ``ŵ = offset + gain * h(α)``.
 
-    Tensors are float32 (n,), with all elements of all weights one after another.
+    Tensors are float32 (n,), with the elements of all weights one after another.
     """
 
     alpha: Tensor
     offset: Tensor
     gain: Tensor
-    base: Tensor  # integers ``floor(w / s) + z`` before clamping
+    base: Tensor  # integers ``floor(w / s) + z``, not clamped
     shapes: list[torch.Size]  # shape of each weight
     levels: list[int]  # number of grid points of each weight
 
@@ -66,7 +66,7 @@ class RoundingProblem:
     def build(
         cls, weights: list[Tensor], scales: list[Tensor], zeros: list[Tensor], levels: list[int]
     ) -> "RoundingProblem":
-        """Start from weights (rows first, any shape), scales and zero points (rows, 1)."""
+        """Start from weights (rows, ...), scales and zero points (rows, 1), and levels."""
         parts: dict[str, list[Tensor]] = {"alpha": [], "offset": [], "gain": [], "base": []}
         for weight, scale, zero, count in zip(weights, scales, zeros, levels, strict=True):
             ratio = weight.detach().flatten(1) / scale
@@ -81,7 +81,7 @@ class RoundingProblem:
         return cls(**flat, shapes=[weight.shape for weight in weights], levels=list(levels))
 
     def soft(self) -> Tensor:
-        """Flat soft weights ``offset + gain * h(α)``."""
+        """Compute the flat soft weights ``offset + gain * h(α)``."""
         return torch.addcmul(self.offset, self.gain, soft_rounding(self.alpha))
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -89,7 +89,7 @@ class RoundingProblem:
         return split_as(flat, self.shapes)
 
     def codes(self) -> list[Tensor]:
-        """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)`` (rows, columns) float."""
+        """Decide the codes (rows, columns): ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``."""
         decided = self.split(self.base + (self.alpha >= 0))
         return [
             part.flatten(1).clamp(0, count - 1)
@@ -98,7 +98,7 @@ class RoundingProblem:
 
 
 def rounding_penalty(h: Tensor, beta: float) -> Tensor:
-    """Regulariser ``Σ (1 - |2h - 1| ** β)`` with β >= 1; 0 if each h in [0, 1] is 0 or 1."""
+    """Regularizer ``Σ (1 - |2h - 1| ** β)`` with β >= 1; it is 0 if each h is 0 or 1."""
     return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
 

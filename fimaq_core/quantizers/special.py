@@ -1,4 +1,4 @@
-"""Activation quantizers for softmax and GELU outputs, as modules."""
+"""Modules that quantize the outputs of softmax and GELU."""
 
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ class LogQuantizer(ActivationQuantizer):
     """Quantizer with levels ``s * base ** -k``, after a shift that makes GELU outputs non-negative.
 
     The base of kind ``log2`` is 2; that of ``logsqrt2`` is √2 (RepQ-ViT: Li et al., ICCV 2023,
-    arXiv:2212.08254). The output has the shift subtracted again, until :meth:`fold`; then the
-    ``quantized_bias`` of the linear layer contains its effect.
+    arXiv:2212.08254). The shift is subtracted from the output until :meth:`fold`; from then on the
+    ``quantized_bias`` of the linear layer subtracts its effect.
     """
 
     step: Tensor  # float32 buffer, log2 of the base
@@ -39,7 +39,7 @@ class LogQuantizer(ActivationQuantizer):
         self.shift = GELU_SHIFT if source == "gelu" else 0.0
         self.register_buffer("step", torch.tensor(0.5 if kind == "logsqrt2" else 1.0))
         self.register_buffer("folded", torch.tensor(False))
-        self._folded = False
+        self._folded = False  # `folded` as a Python value: reading a GPU's tensor takes time
 
     def fold(self) -> None:
         """Keep the shift in the output from now on."""
@@ -69,14 +69,14 @@ class LogQuantizer(ActivationQuantizer):
 
 
 class AdaLogQuantizer(LogQuantizer):
-    """Logarithmic quantizer of base ``2 ** (q / 37)``, q searched (AdaLog: Wu et al., ECCV 2024).
+    """Logarithmic quantizer of base ``2 ** (q / 37)``; calibration searches q.
 
-    arXiv:2407.12951. Inference uses tables with a shift and a mantissa of few bits per code;
-    training uses the definition.
+    AdaLog: Wu et al., ECCV 2024, arXiv:2407.12951. Inference uses tables with a shift and a
+    mantissa of few bits per code; training uses the definition.
     """
 
-    shifts: Tensor  # (L,) float32 buffer, as is `mantissas`: see `adalog_tables`
-    mantissas: Tensor
+    shifts: Tensor  # (L,) float32 buffer, see `adalog_tables`
+    mantissas: Tensor  # the same
 
     def __init__(self, bits: int, source: Source) -> None:
         super().__init__(bits, source, "adalog")

@@ -1,4 +1,4 @@
-"""``python -m tasks.detection``."""
+"""Command line of the detection task, ``python -m tasks.detection``."""
 
 from tasks.common.cli.commands import build_group, main
 from tasks.common.cli.options import TaskOptions
@@ -11,10 +11,10 @@ OPTIONS = TaskOptions(
     class_order=False,
     keep_outputs="Keep all detections beside the record, as detections.json in COCO's format of "
     "results.",
-    exif="Turn images as their EXIF orientation tags say, or read them as stored; needed where the "
+    exif="Turn images as their EXIF orientation tags say, or read them as stored. Give this if the "
     "annotated sizes do not tell.",
     data="COCO 2017 (a folder with annotations/, train2017/ and val2017/), or an annotation file "
-    "of COCO's format (.json); demo models bring their own data.",
+    "in COCO's format (.json); demo models bring their own data.",
     preprocessing=(),
 )
 

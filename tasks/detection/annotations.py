@@ -1,8 +1,8 @@
 """Annotations in COCO's format, checked entry by entry and reduced to the keys that are used.
 
-Whatever pycocotools accepts is accepted: boxes beyond the image or of no size, images without
-annotations, crowd regions, ids with gaps. Refused is what would make pycocotools fail, or make it
-count wrongly without a message.
+The check accepts what pycocotools accepts: boxes beyond the image or of no size, images without
+annotations, crowd regions, ids with gaps. It refuses what would make pycocotools fail, or count
+wrongly without a message.
 """
 
 import math
@@ -24,15 +24,18 @@ Coco = dict[str, list[Entry]]
 
 @dataclass(frozen=True)
 class Detections:
-    """Detected objects in COCO's format of results, in the images at the positions ``kept``."""
+    """Detected objects in the evaluated images."""
 
-    results: list[Entry]
-    kept: list[int]
+    results: list[Entry]  # in COCO's format of results
+    kept: list[int]  # positions of the evaluated images
     notes: Sequence[str] = ()
 
 
 def read_annotations(path: Path, annotated: bool = True) -> Coco:
-    """Read a file (images only unless ``annotated``). It is cached, so it must not be changed."""
+    """Read and check a file, without annotations unless ``annotated``. Do not change the result.
+
+    The result is cached.
+    """
     return _read(path, annotated, state_of(path))
 
 
@@ -48,9 +51,9 @@ def _read(path: Path, annotated: bool, state: tuple[int, int]) -> Coco:
 
 
 def checked(content: object, where: str, annotated: bool = True) -> Coco:
-    """Check the annotations that ``where`` names; return a copy with the keys that are used.
+    """Check the content of the file ``where``; return a copy with the keys that are used.
 
-    An area of 0 is left out unless the box has no size, and so is an empty segmentation. File names
+    The copy has no empty segmentations, and no areas of 0 unless the box has no size. File names
     become normalised paths: relative without ``..``, or absolute. Raises DataError that names the
     entry.
     """
@@ -59,7 +62,7 @@ def checked(content: object, where: str, annotated: bool = True) -> Coco:
         listed = found.get(name)
         if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
             raise DataError(
-                f"{where} has no list {name!r} of objects: it is not a file of COCO's format."
+                f"{where} has no list {name!r} of objects: it is not a file in COCO's format."
             )
     images = [
         _image(entry, f"{where}, image {number} (counted from 0)")
@@ -69,10 +72,8 @@ def checked(content: object, where: str, annotated: bool = True) -> Coco:
         _category(entry, f"{where}, category {number} (counted from 0)")
         for number, entry in enumerate(found["categories"])
     ]
-    for what, entries, name in (
-        ("images", images, "file_name"),
-        ("categories", categories, "name"),
-    ):
+    named = {"images": (images, "file_name"), "categories": (categories, "name")}
+    for what, (entries, name) in named.items():
         _check_distinct(entries, ("id", name), f"{where} lists {what}")
         if not entries:
             raise DataError(f"{where} lists no {what}.")
@@ -146,11 +147,11 @@ def _annotation(
 
 
 def _mask_problem(mask: object, size: tuple[int, int]) -> str | None:
-    """Check polygons or run lengths of an image of ``size`` (height, width); None if they fit."""
+    """Describe what is wrong with a mask of an image of ``size`` (height, width), or None."""
     if isinstance(mask, list):
         if not all(isinstance(polygon, list) and all(map(_finite, polygon)) for polygon in mask):
             return "is no list of polygons, each a list of numbers"
-        # pycocotools takes a first polygon of four numbers for a box, and then all others too.
+        # If the first polygon has four numbers, pycocotools takes all polygons for boxes.
         if len(mask[0]) < 6 or any(len(polygon) < 2 or len(polygon) % 2 for polygon in mask):
             return "holds a polygon that is not at least three pairs x, y"
         return None
@@ -168,11 +169,11 @@ def _mask_problem(mask: object, size: tuple[int, int]) -> str | None:
 
 
 def _decoded_total(text: str) -> int | None:
-    """Sum of compressed run lengths; None if they are damaged.
+    """Sum compressed run lengths; None if they are damaged.
 
     Each character holds five bits of a number, lowest bits first, and a flag for more characters.
-    The fifth bit of the last character is the sign. From the fourth number on, the text holds
-    differences to the number two places before.
+    The fifth bit of the last character is the sign. From the fourth number on, the text holds the
+    difference to the number two places before.
     """
     counts: list[int] = []
     value = shift = 0
@@ -196,7 +197,7 @@ def _decoded_total(text: str) -> int | None:
 
 
 def area_of(entry: Entry, image: Entry) -> float:
-    """Area in pixels of a checked annotation of ``image``: as given, else of its mask or box."""
+    """Return the area in pixels of a checked annotation: as given, else of its mask or box."""
     if "area" in entry:
         return float(entry["area"])
     _, _, width, height = entry["bbox"]

@@ -20,15 +20,15 @@ from tasks.detection.detector import DETECTOR
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
     """Draw the calibration images, or take the images of a list.
 
-    The draw is the beginning of a seeded permutation of the whole part, so a smaller sample is the
-    beginning of a larger one. Raises DataError for too few images, a damaged image or a list that
-    does not fit, and RecipeError for a transform other than the evaluation's.
+    The drawn images are the first of a seeded permutation of the whole part, so a smaller sample is
+    the beginning of a larger one. Raises DataError for too few images, a damaged image or a list
+    that does not fit, and RecipeError for a transform other than the evaluation's.
     """
     transform = recipe.calibration_transform
     if transform != "eval":
         raise RecipeError(
-            "Detectors are calibrated on images as they are evaluated: calibration_transform must "
-            f"be eval, not {transform} (random crops of the training depend on annotations)."
+            "Detectors are calibrated on images as in the evaluation: calibration_transform must "
+            f"be eval, not {transform} (the random crops of the training depend on annotations)."
         )
     source, listed = open_source(loaded, data, "train"), data.calibration_list
     known, count = source.image_ids, recipe.calibration_images
@@ -37,7 +37,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         order = positions_of(names, known, listed, f"{source.name} {source.split}")
     else:
         order = np.random.default_rng(recipe.seed).permutation(len(known)).tolist()
-    source.orientations(order[:count])  # asks the user about all images at once
+    source.orientations(order[:count])  # one question to the user about all images
     ids = [known[index] for index in order]
 
     def read(index: int) -> np.ndarray:

@@ -22,7 +22,7 @@ _NAMING = (
 
 
 class Matched(NamedTuple):
-    """Annotations matched with a detector, for the fields of ``DetectionSource``."""
+    """Annotations matched with a detector, as fields of ``DetectionSource``."""
 
     coco: Coco  # without unused categories
     labels: tuple[int | None, ...]  # category id of each class; None for a class without a category
@@ -33,9 +33,10 @@ class Matched(NamedTuple):
 def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
     """Find the category of each class of a detector, in the annotations called ``what``.
 
-    A detector without class names has those of COCO 2017 if it has 80 classes. Otherwise its
-    classes are the categories in order, without the unused ones if only then the numbers agree.
-    Raises DataError.
+    Classes and categories of the same name belong together. A detector of 80 classes without names
+    has the names of COCO 2017. Any other detector without names has the categories in order as its
+    classes; categories without annotations are left out if only then the numbers agree. Raises
+    DataError.
     """
     # mmdet keeps a model's class names here.
     names = (getattr(loaded.model, "dataset_meta", None) or {}).get("classes")
@@ -57,12 +58,12 @@ def _by_position(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
     elif len(kept) != count:
         raise DataError(
             f"{what} has {len(categories)} categories ({len(kept)} of them with annotations), "
-            f"{loaded.tag} has {count} classes, whose names its weights do not say: use data or "
-            f"weights that fit.{_NAMING}"
+            f"{loaded.tag} has {count} classes, which its weights do not name: use data or weights "
+            f"that fit.{_NAMING}"
         )
     notes = [
-        f"The weights name no classes: the {count} categories are taken for them in the file's "
-        "order"
+        f"The weights name no classes: the {count} categories, in the file's order, are taken for "
+        "them"
     ]
     unused = [entry for entry in categories if entry not in kept]
     if unused:
@@ -77,7 +78,7 @@ def _by_position(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
 def _by_name(
     coco: Coco, loaded: LoadedModel, what: str, names: Sequence[str], published: bool = False
 ) -> Matched:
-    """``published``: the names are those of COCO 2017, since the weights have none."""
+    """Match by class ``names``; ``published``: the weights have none, so COCO 2017's are used."""
     categories = coco["categories"]
     found = by_name(names, [entry["name"] for entry in categories])
     unknown = [entry for position, entry in enumerate(categories) if position not in found]

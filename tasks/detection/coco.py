@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -23,15 +22,15 @@ from tasks.detection.tags import LAYOUT, SPLITS, absent, annotation_file
 
 COCO_NAME = "COCO 2017"
 #: Number of images by part, and number of categories.
-COUNTS: Mapping[str, int] = MappingProxyType({"train": 118_287, "val": 5_000})
+COUNTS = {"train": 118_287, "val": 5_000}
 CATEGORIES = COCO_CLASSES
-#: Formats that Pillow reads: OpenCV scales their values or blends alpha differently.
+#: Formats read by Pillow, since OpenCV scales their values or blends alpha differently.
 _READ_BY_PILLOW = ("PPM", "TIFF")
 
 
 @dataclass(frozen=True, eq=False)
 class DetectionSource:
-    """One part of a data set with annotated objects, such as ``val2017`` of COCO 2017."""
+    """Part of a data set with annotated objects, such as ``val2017`` of COCO 2017."""
 
     name: str
     split: str
@@ -39,12 +38,10 @@ class DetectionSource:
     coco: Coco  # checked, with images in the order of `image_ids`; cached, not to be changed
     read: Callable[[int], np.ndarray]  # image by position, (H, W, 3) uint8, blue first
     root: Path | None = None  # folder of the data; None if images are no files
-    orientation: Callable[[int], Orientation] | None = None  # of files, by position
+    orientation: Callable[[int], Orientation] | None = None  # by position; None without files
     exif: Exif | None = None  # the user's decision about EXIF orientations
     oriented: int | None = None  # number of images with an EXIF orientation, from `settled`
-    #: Category id of each class of the detector, None for a class without a category; None as a
-    #: whole: all categories in the file's order.
-    labels: tuple[int | None, ...] | None = None
+    labels: tuple[int | None, ...] | None = None  # see `ids_by_label`; None before matching
     classes_from: Origin | None = None  # source of the class names
     notes: tuple[str, ...] = ()
 
@@ -54,7 +51,10 @@ class DetectionSource:
 
     @property
     def ids_by_label(self) -> tuple[int | None, ...]:
-        """Category id of each class of the detector; None for classes without a category."""
+        """Category id of each class of the detector; None for a class without a category.
+
+        Before classes are matched, all categories are classes in the file's order.
+        """
         if self.labels is not None:
             return self.labels
         return tuple(entry["id"] for entry in self.coco["categories"])
@@ -64,7 +64,7 @@ class DetectionSource:
         """sha256 over the data, with the user's decision if images have EXIF orientations."""
         named = zip(self.image_ids, self.images, strict=True)
         sizes = [(name, entry["height"], entry["width"]) for name, entry in named]
-        # Positions replace the image ids of the file, which are arbitrary.
+        # The image ids of a file are arbitrary, so positions replace them.
         place = {entry["id"]: position for position, entry in enumerate(self.images)}
         annotations = [
             {**entry, "image_id": place[entry["image_id"]]} for entry in self.coco["annotations"]
@@ -75,7 +75,7 @@ class DetectionSource:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def head(self, limit: int | None) -> "DetectionSource":
-        """The first ``limit`` images with their annotations, as a split of its own name."""
+        """Return the first ``limit`` images with their annotations, as a split of its own name."""
         if limit is None or limit >= len(self.image_ids):
             return self
         images = self.images[:limit]
@@ -86,9 +86,10 @@ class DetectionSource:
         return replace(self, split=split, image_ids=self.image_ids[:limit], coco=coco)
 
     def orientations(self, indices: Sequence[int], images: str = "images") -> tuple[int, list[str]]:
-        """Count the images with an EXIF orientation; return a note if there are any.
+        """Count the images with an EXIF orientation; return also a note if there are any.
 
-        Raises DataError if the user has to decide. Damaged files are left to the reader.
+        Raises DataError if the user has to decide. Damaged files do not count here; reading them
+        fails later.
         """
         if self.orientation is None:
             return 0, []
@@ -111,12 +112,12 @@ class DetectionSource:
         return len(tagged), [note]
 
     def settled(self) -> "DetectionSource":
-        """Return these data with :attr:`oriented` counted. Raises DataError."""
+        """Return these data with the number of oriented images and the note. Raises DataError."""
         count, notes = self.orientations(range(len(self.image_ids)))
         return replace(self, oriented=count, notes=(*self.notes, *notes))
 
     def describe(self) -> Dataset:
-        """The entry of these data in a record."""
+        """Make the entry of these data in a record."""
         categories = self.coco["categories"]
         names = {entry["id"]: entry["name"] for entry in categories}
         return Dataset(
@@ -133,12 +134,10 @@ class DetectionSource:
 
 
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionSource:
-    """Open ``val``, or ``train`` (images only, of ``calibration_data`` if given).
+    """Open ``val``, or ``train`` without annotations (of ``calibration_data`` if given).
 
     Raises DataError.
     """
-    if part not in SPLITS:
-        raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(SPLITS)}.")
     own = part == "train" and data.calibration_data is not None
     path = data.calibration_data if own else data.path
     if path is None and loaded.data is None:
@@ -147,8 +146,8 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
         raise DataError("The demo's scenes are no files with EXIF tags: leave --exif out.")
     if path is not None and path.suffix == ".json" and part == "train" and not own:
         raise DataError(
-            f"{path} says nothing of images to calibrate on: give --calibration-data, the folder "
-            "of COCO 2017 or another file of COCO's format."
+            f"{path} lists no images to calibrate on: give --calibration-data, the folder of COCO "
+            "2017 or another file in COCO's format."
         )
     source = open_part(path, part, data.exif)
     if part == "train":
@@ -158,7 +157,7 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
 
 
 def open_part(path: Path | None, part: str, exif: Exif | None = None) -> DetectionSource:
-    """Open a part of COCO 2017, of a file of its format, or of the demo. Raises DataError."""
+    """Open a part of COCO 2017, a file in its format, or a part of the demo. Raises DataError."""
     if path is None:
         return open_demo(part)
     if path.suffix == ".json":
@@ -184,7 +183,7 @@ def open_coco(root: Path, part: str, exif: Exif | None = None) -> DetectionSourc
 
 
 def open_file(path: Path, annotated: bool = True, exif: Exif | None = None) -> DetectionSource:
-    """Open a file of COCO's format with its images. Raises DataError."""
+    """Open a file in COCO's format with its images. Raises DataError."""
     if not path.is_file():
         raise DataError(f"There is no file {path}. {LAYOUT}.")
     coco = read_annotations(path, annotated)
@@ -212,7 +211,7 @@ def open_demo(part: str) -> DetectionSource:
 def _of_files(
     name: str, folder: Path, root: Path | None, coco: Coco, path: Path, exif: Exif | None
 ) -> DetectionSource:
-    """Make a source of images in ``folder``; their names may also be relative to ``root``."""
+    """Make a source of image files whose names are relative to ``folder`` or to ``root``."""
     names = [entry["file_name"] for entry in coco["images"]]
     ids, paths = zip(*locate(names, folder, root, path), strict=True)
     sizes = [(entry["height"], entry["width"]) for entry in coco["images"]]
@@ -232,14 +231,14 @@ class ImageFiles:
     exif: Exif | None = None
 
     def orientation(self, index: int) -> Orientation:
-        """EXIF orientation of the image at a position. Raises OSError."""
+        """Read the EXIF orientation of the image at a position. Raises OSError."""
         return orientation_of(self.paths[index], self.sizes[index], self.exif)
 
     def read(self, index: int) -> np.ndarray:
         """Read the image at a position: (H, W, 3) uint8, blue first.
 
-        This equals mmdet's ``LoadImageFromFile``; TIFF, PPM and wide grey values are read as
-        classification reads them.
+        The result equals that of mmdet's ``LoadImageFromFile``. TIFF, PPM and grey images of more
+        than 8 bits are read as in classification.
 
         Raises:
             OSError: the file is damaged.
@@ -247,7 +246,7 @@ class ImageFiles:
             DataError: the image does not have its annotated size, or the user has to decide about
                 its EXIF orientation.
         """
-        # Only the reading of images needs these.
+        # Only the reading of images needs these imports.
         import cv2
         from PIL import Image
 
@@ -256,8 +255,8 @@ class ImageFiles:
         path, size, orientation = self.paths[index], self.sizes[index], self.orientation(index)
         if orientation.applied is None:
             raise ask([str(path)], str(self.annotations))
-        # OpenCV before version 5 invents the missing rest of a truncated file; Pillow refuses such
-        # a file, here while it decodes an eighth of the size.
+        # OpenCV before version 5 invents the missing rest of a truncated file. Pillow refuses such
+        # a file, also while it decodes only an eighth of the size.
         with Image.open(path) as image:
             by_pillow = grey_bits(image) is not None or image.format in _READ_BY_PILLOW
             if not by_pillow:
@@ -274,8 +273,8 @@ class ImageFiles:
         if array.shape[:2] != size:
             raise DataError(
                 f"The image {path} is {array.shape[1]} x {array.shape[0]} pixels"
-                f"{orientation.words}, but {self.annotations} says {size[1]} x {size[0]}: they do "
-                "not belong together, so that boxes and masks would not fit."
+                f"{orientation.words}, but {self.annotations} says {size[1]} x {size[0]}: the two "
+                "do not belong together, so boxes and masks would not fit."
                 f"{orientation.advice(size)}"
             )
         return np.asarray(array)

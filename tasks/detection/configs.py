@@ -1,8 +1,8 @@
 """Configurations of the detectors: mmdet's own, with Swin and with sizes that can be changed.
 
-Mask R-CNN (arXiv:1703.06870) and Cascade Mask R-CNN (arXiv:1906.09756) as trained for Swin (Liu et
-al., ICCV 2021, arXiv:2103.14030): each box head of the cascade has four convolutions with batch
-norm and one linear layer, and was trained by GIoU on decoded boxes.
+Mask R-CNN (arXiv:1703.06870) and Cascade Mask R-CNN (arXiv:1906.09756) as trained with Swin (Liu et
+al., ICCV 2021, arXiv:2103.14030). Each box head of the cascade has four convolutions with batch
+norm and one linear layer; its loss is GIoU on decoded boxes.
 """
 
 import copy
@@ -24,7 +24,7 @@ KINDS: tuple[Kind, ...] = ("mask_rcnn", "cascade_mask_rcnn")
 class DetectorSizes:
     """Sizes of a detector; the defaults are as published."""
 
-    embed_dims: int  # width of the backbone's first stage; doubles from stage to stage
+    embed_dims: int  # width of the backbone's first stage; each stage doubles the width
     depths: Sequence[int]  # blocks of the four stages
     num_heads: Sequence[int]  # attention heads of the four stages
     window_size: int = 7
@@ -34,7 +34,7 @@ class DetectorSizes:
     fc_channels: int = 1024  # width of the linear layers of the box heads
     box_convs: int = 4  # of the cascade's box heads; Mask R-CNN has two linear layers
     mask_convs: int = 4
-    anchor_scale: int = 8  # side of the anchors, in strides of their level
+    anchor_scale: int = 8  # side of the anchors, in units of their level's stride
     anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0)
     finest_scale: int = 56  # regions of less than twice this side use the finest level
     proposals: int = 1000  # highest number of regions from the RPN, per image and per level
@@ -49,36 +49,25 @@ BACKBONES = {
     "swin_base": DetectorSizes(128, (2, 2, 18, 2), (4, 8, 16, 32), drop_path_rate=0.3),
 }
 
-#: Arguments of mmdet's ``Resize``: the shorter side gets 800 pixels, the longer at most 1333.
+#: Arguments of mmdet's ``Resize``: 800 pixels for the shorter side, at most 1333 for the longer.
 RESIZE: Config = {"scale": (1333, 800), "keep_ratio": True}
 
 
 def published_config(model: str, **changes: Any) -> Config:
-    """Configuration of ``<kind>_<backbone>``, with ``changes`` of :class:`DetectorSizes`."""
+    """Make the configuration of ``<kind>_<backbone>``, with other :class:`DetectorSizes`."""
     kind: Kind = "cascade_mask_rcnn" if model.startswith("cascade") else "mask_rcnn"
     return detector_config(kind, replace(BACKBONES[model.removeprefix(f"{kind}_")], **changes))
 
 
 def detector_config(kind: Kind, sizes: DetectorSizes) -> Config:
-    """Configuration of a detector for mmdet."""
-    config = copy.deepcopy(_of_mmdet(kind.replace("_", "-")))
+    """Make the configuration of a detector for mmdet, from mmdet's own files."""
+    config = copy.deepcopy(_of_mmdet(f"_base_/models/{kind.replace('_', '-')}_r50_fpn"))
     config["data_preprocessor"].update(mean=list(sizes.pixel_mean), std=list(sizes.pixel_std))
-    config["backbone"] = {
-        "type": "SwinTransformer",
-        "embed_dims": sizes.embed_dims,
-        "depths": list(sizes.depths),
-        "num_heads": list(sizes.num_heads),
-        "window_size": sizes.window_size,
-        "mlp_ratio": 4,
-        "qkv_bias": True,
-        "qk_scale": None,
-        "drop_rate": 0.0,
-        "attn_drop_rate": 0.0,
-        "drop_path_rate": sizes.drop_path_rate,
-        "patch_norm": True,
-        "out_indices": (0, 1, 2, 3),
-        "with_cp": False,
-    }
+    swin = copy.deepcopy(_of_mmdet("swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco")["backbone"])
+    # These two are for the import of ImageNet's weights.
+    del swin["init_cfg"], swin["convert_weights"]
+    names = ("embed_dims", "depths", "num_heads", "window_size", "drop_path_rate")
+    config["backbone"] = {**swin, **{name: getattr(sizes, name) for name in names}}
     channels = sizes.channels
     widths = [sizes.embed_dims * 2**stage for stage in range(4)]
     config["neck"].update(in_channels=widths, out_channels=channels)
@@ -111,20 +100,20 @@ def detector_config(kind: Kind, sizes: DetectorSizes) -> Config:
 
 @cache
 def _of_mmdet(name: str) -> Config:
-    """Load mmdet's configuration of a detector on ResNet-50."""
+    """Load the model of a file among mmdet's configurations."""
     from mmengine.config import Config as File
 
     (package,) = find_spec("mmdet").submodule_search_locations  # type: ignore[union-attr, misc]
-    path = Path(package, ".mim", "configs", "_base_", "models", f"{name}_r50_fpn.py")
+    path = Path(package, ".mim", "configs", f"{name}.py")
     content: Config = File.fromfile(str(path)).model.to_dict()
     return content
 
 
 def build(config: Config) -> nn.Module:
-    """Build mmdet's model of a configuration: random weights, eval mode, no download."""
+    """Build mmdet's model of a configuration: random weights, evaluation mode, no download."""
     from tasks.detection import mm
 
-    # mmdet looks its types up in its own registry, whatever default another caller has set.
+    # mmdet finds types in its own registry, also if another caller has set another default.
     with mm.DefaultScope.overwrite_default_scope("mmdet"):
         model: nn.Module = mm.MODELS.build(mm.ConfigDict(config))
     return model.eval()

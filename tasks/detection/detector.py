@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from fimaq_core.chain import BlockChain, Kept, MlpPart, Segment
 from fimaq_core.errors import DataError, ModelError, NumericsError
+from fimaq_core.families import expect
 from fimaq_core.families.parts import norm_pair
 from fimaq_core.recipe import OFF, Recipe
 from tasks.detection import mm
-from tasks.detection.neck import ExplicitFPN, Unpack, pack
-from tasks.detection.roi import described, roi_heads
+from tasks.detection.neck import ExplicitFPN, pack, unpack_pyramid
+from tasks.detection.roi import roi_heads, sample_of
 from tasks.detection.swin import AnySizeSwinBlock, ExplicitPatchEmbed, ExplicitPatchMerging
 
 #: Name of the chain of backbone, neck and RPN.
@@ -35,21 +36,21 @@ class _StageOutput(nn.Module):
 
 
 class _PackStages(nn.Module):
-    """Packs the outputs that the stages kept; ``x`` is the last block's output, kept as well."""
+    """Packs the kept outputs of all stages; the last of them is the output ``x`` of the chain."""
 
     def forward(self, x: Tensor, kept: Kept) -> Tensor:
         return pack(kept)
 
 
 def detector_segments(model: mm.TwoStageDetector, recipes: Mapping[str, Recipe]) -> list[Segment]:
-    """Cut backbone and neck of a Mask R-CNN or Cascade R-CNN; takes over their parameters.
+    """Cut backbone and neck of a Mask R-CNN or Cascade R-CNN; reuse their parameters.
 
-    ``recipes`` are for ``backbone`` and ``fpn``. A quantized backbone offers its norms for
-    reparameterisation and its MLPs for MLP reconstruction; the MLPs also if the recipe asks for it.
-    Raises ModelError for parts of a kind that is not supported.
+    ``recipes`` holds the recipes of ``backbone`` and ``fpn``. The segments name the norms to
+    reparameterise if the backbone is quantized, and the MLPs to reconstruct if it is quantized or
+    its recipe asks for it. Raises ModelError for parts of a kind that is not supported.
     """
-    mm.expect(model, "A detector", mm.MaskRCNN, mm.CascadeRCNN)
-    mm.expect(model.backbone, "A backbone", mm.SwinTransformer)
+    expect(model, "A detector", mm.MaskRCNN, mm.CascadeRCNN)
+    expect(model.backbone, "A backbone", mm.SwinTransformer)
     recipe, backbone = recipes["backbone"], model.backbone
     quantized = recipe.w_bits != OFF or recipe.a_bits != OFF
     mlps = (MlpPart("mlp"),) if quantized or recipe.reconstruct_mlp else ()
@@ -59,10 +60,10 @@ def detector_segments(model: mm.TwoStageDetector, recipes: Mapping[str, Recipe])
         label = f"backbone.stages.{number}"
         for place, original in enumerate(stage.blocks):
             block = AnySizeSwinBlock(original, recipe)
-            pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(block.norm2, "mlp.fc1")
-            segment = Segment(f"{label}.blocks.{place}", "block", block, mlps=mlps)
-            segment.pairs = pairs if quantized else ()
-            segments.append(segment)
+            segments.append(Segment(f"{label}.blocks.{place}", "block", block, mlps=mlps))
+            if quantized:
+                pairs = norm_pair(block.norm1, "attn.qkv", "pad")
+                segments[-1].pairs = pairs + norm_pair(block.norm2, "mlp.fc1")
         segments[-1].keep = _StageOutput(getattr(backbone, f"norm{number}"))
         if stage.downsample is not None:
             merging = ExplicitPatchMerging(stage.downsample, recipe)
@@ -73,7 +74,7 @@ def detector_segments(model: mm.TwoStageDetector, recipes: Mapping[str, Recipe])
 
 
 class BackboneAndNeck(nn.Module):
-    """A chain up to its neck, in place of mmdet's modules: images to maps (P2, ..., P6).
+    """Segments of a chain up to its neck: from images (B, 3, H, W) to maps (P2, ..., P6).
 
     Raises ModelError for a chain without a neck.
     """
@@ -85,22 +86,18 @@ class BackboneAndNeck(nn.Module):
             raise ModelError(
                 "The chain has no neck, so it does not give the maps of a detector's heads."
             )
-        self.segments = nn.ModuleList(list(chain)[: kinds.index("neck") + 1])
-        self.unpack = Unpack(self.segments[-1].block.channels)
+        segments = list(chain)[: kinds.index("neck") + 1]
+        self.chain, self.channels = BlockChain(segments), segments[-1].block.channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        kept: Kept = ()
-        for segment in self.segments:
-            x = segment(x, None, kept)
-            kept = segment.kept_with(x, kept)
-        return self.unpack(x)
+        return unpack_pyramid(self.chain(x), self.channels)
 
 
 class QuantizedDetector(nn.Module):
-    """A two-stage detector of mmdet whose layers may be quantizable; it takes one image at a time.
+    """Two-stage detector of mmdet whose layers may be quantizable; it takes one image at a time.
 
-    Features come from the chain :data:`DETECTOR` if there is one, else from the float model. The
-    layers of the heads are replaced in ``model`` itself.
+    Features come from the chain :data:`DETECTOR` if there is one, else from ``model``, the float
+    detector. Layers of RPN and RoI heads are replaced in ``model`` itself.
     """
 
     def __init__(self, model: nn.Module, chains: Mapping[str, BlockChain]) -> None:
@@ -113,7 +110,7 @@ class QuantizedDetector(nn.Module):
         self.eval()
 
     def extract_feat(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Pyramid (B, C, h, w), finest map first, of images (B, 3, H, W)."""
+        """Compute the pyramid (B, C, h, w), finest map first, of images (B, 3, H, W)."""
         features: tuple[Tensor, ...] = self.trunk(image)
         return features
 
@@ -121,14 +118,15 @@ class QuantizedDetector(nn.Module):
     def predict(self, image: Tensor, meta: Mapping[str, object]) -> mm.DetDataSample:
         """Detect objects in one image (1, 3, H, W), normalised and padded, with its meta.
 
-        ``pred_instances`` are in coordinates of the original image. Raises DataError, and
-        NumericsError for NaN or infinity, which would only make mmdet find fewer objects.
+        ``pred_instances`` are in pixels of the original image. Raises DataError for a batch or a
+        meta that lacks entries, and NumericsError for NaN or infinity, with which mmdet would find
+        fewer objects without a message.
         """
         if len(image) != 1:
             raise DataError(
                 f"Detectors are run on one image at a time, and this is a batch of {len(image)}."
             )
-        sample = described(meta)
+        sample = sample_of(meta)
         parts = {"backbone and neck": self.trunk, "the RPN": self.rpn_head}
         parts |= {f"the RoI head {name}": head for name, head in roi_heads(self).items()}
         with ExitStack() as context, warnings.catch_warnings():
@@ -145,7 +143,7 @@ class QuantizedDetector(nn.Module):
 
 
 def _check(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
-    """Refuse NaN and infinity before they are used."""
+    """Raise NumericsError for NaN or infinity in the output of a part."""
     if not all(bool(one.isfinite().all()) for one in tree_leaves(output)):
         raise NumericsError(
             f"The output of {name} holds NaN or infinity, so the objects found would be wrong."

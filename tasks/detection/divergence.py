@@ -1,8 +1,8 @@
 """Divergence of a detector: changes of the RPN's maps and, optionally, of its proposals' classes.
 
-APHQ-ViT's code for detectors (Wu et al., CVPR 2025, arXiv:2504.02508) has the first form. Fisher
-passes use the gradient of the divergence, not its value. Each term is divided by its own value, so
-that a small term counts as much as a large one.
+The form without proposals is that of APHQ-ViT's code for detectors (Wu et al., CVPR 2025,
+arXiv:2504.02508). Each term is divided by its own value, so that a small term counts as much as a
+large one. Fisher passes use only the gradient of the divergence, not its value.
 """
 
 from collections.abc import Sequence
@@ -26,20 +26,20 @@ _NOTHING = 1e-30
 class ProposalDivergence(Divergence):
     """Sum of the terms of one image, each divided by its own value.
 
-    Classes: sum over levels of the mean binary KL between full-precision and quantized scores.
-    Boxes: sum over levels of the mean over all positions of the smooth-L1 distance of the box
-    deltas, which is 0 where the full-precision score is at most :data:`SCORE`. With K ``classes``
-    also the mean KL, over the full-precision proposals, of their classes by the first box head.
+    Classes: mean binary KL between full-precision and quantized scores, summed over levels. Boxes:
+    mean smooth-L1 distance of the box deltas over all positions, summed over levels; a position
+    counts as 0 if its full-precision score is at most :data:`SCORE`. Proposals (if ``classes`` is
+    K > 0): mean KL of the classes that the first box head gives the full-precision proposals.
 
-    Outputs are flat per image, (1, M): for each position of all ``levels`` A = ``anchors`` class
-    logits and 4 A box deltas (those of anchor a at 4 a to 4 a + 3), then K logits per proposal.
+    Outputs are flat per image, (1, M). Each position of all ``levels`` has A = ``anchors`` class
+    logits and 4 A box deltas (those of anchor a at 4 a to 4 a + 3). K logits per proposal follow.
     """
 
     def __init__(self, levels: Sequence[Sequence[int]], anchors: int, classes: int = 0) -> None:
         self.levels, self.anchors, self.classes = levels, anchors, classes
 
     def reference(self, outputs: Samples) -> Samples:
-        """Outputs of each image, then a weight per position: 1 / the positions of its level."""
+        """Append a weight per position to the outputs: 1 / number of its level's positions."""
         rows = []
         for output, levels in zip(outputs, self.levels, strict=True):
             weights = torch.cat([torch.full((1, count), 1 / count) for count in levels], 1)
@@ -71,7 +71,7 @@ class ProposalDivergence(Divergence):
 
 
 def binary_kl(logits: Tensor, reference: Tensor) -> Tensor:
-    """``KL(p || q)`` in nats, elementwise, with p = sigmoid(reference) and q = sigmoid(logits)."""
+    """Compute ``KL(p || q)`` in nats, elementwise, p = sigmoid(reference), q = sigmoid(logits)."""
     p, gap = reference.sigmoid(), logits - reference
     # log(1 + p (exp(gap) - 1)) - p gap is exact for small gaps; exp overflows for large ones.
     near = gap.clamp(-_NEAR, _NEAR)

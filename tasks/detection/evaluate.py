@@ -20,8 +20,8 @@ from tasks.detection.coco import DetectionSource
 from tasks.detection.example_objects import detection_examples
 from tasks.detection.precision import Matches, averages, contributions, standard_error
 
-#: By metric: pycocotools' range of sizes, and the index of the IoU threshold (None: the mean over
-#: all thresholds).
+#: By metric: pycocotools' range of sizes, and the index of the IoU threshold; None is the mean over
+#: all thresholds.
 METRICS: dict[str, tuple[str, int | None]] = {
     "AP": ("all", None),
     "AP50": ("all", 0),
@@ -30,12 +30,12 @@ METRICS: dict[str, tuple[str, int | None]] = {
     "APm": ("medium", None),
     "APl": ("large", None),
 }
-#: By ending of a metric: pycocotools' name of the compared shapes.
+#: By ending of a metric: pycocotools' name for the kind of shapes that are compared.
 KINDS = {"box": "bbox", "mask": "segm"}
-#: Highest number of detections per image and category; mmdet has the same limit per image.
+#: Highest number of detections per image and category that count; mmdet finds as many per image.
 MAX_DETECTIONS = 100
 #: From an image (1, 3, H, W) on the device and its meta to mmdet's ``InstanceData``, with boxes in
-#: pixels of the original image, or to a ``DetDataSample`` with those in ``pred_instances``.
+#: pixels of the original image, or to a ``DetDataSample`` that has it as ``pred_instances``.
 Predict = Callable[[Tensor, dict[str, Any]], Any]
 #: From an image (H, W, 3) uint8 to the detector's input and meta.
 Prepare = Callable[[np.ndarray], tuple[Tensor, dict[str, Any]]]
@@ -53,8 +53,8 @@ def detect(
     """Find the objects in all images, one image at a time.
 
     Raises:
-        DataError: an image is damaged (unless skipped) or has another than its annotated size, or
-            no image is left.
+        DataError: an image is damaged (unless skipped) or does not have its annotated size, or no
+            image is left.
         ModelError: the detector does not accept an image, or its output does not fit the image.
         NumericsError: NaN or infinity in the output.
     """
@@ -141,8 +141,8 @@ def measure(source: DetectionSource, detections: Detections, keep: bool = False)
     """Compare detections with the annotations; ``keep`` also writes the detections to a file.
 
     Metrics are ``AP_box``, ``AP_mask`` and the others of :data:`METRICS`, in percent, with the
-    jackknife's standard error over images. Left out are mask AP if an object has no mask, and a
-    metric whose objects are all in one image, since it has no standard error.
+    jackknife's standard error over images. Mask AP is left out if an object has no mask. A metric
+    whose objects are all in one image has no standard error, and is left out too.
 
     Outcomes have one row per image: ``sample`` is its id; ``AP_box`` and ``AP_mask`` are its
     contributions, whose means are the metrics as fractions; ``objects`` (without crowd regions) and
@@ -182,7 +182,7 @@ def measure(source: DetectionSource, detections: Detections, keep: bool = False)
 
 
 def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
-    """Entries of :data:`KINDS` that the annotations allow, and notes on missing data."""
+    """Return the entries of :data:`KINDS` that can be measured, and notes on missing data."""
     annotations, kinds, notes = source.coco["annotations"], dict(KINDS), []
     without = sum("segmentation" not in entry for entry in annotations)
     if without:
@@ -196,8 +196,8 @@ def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
         of_masks = sum("segmentation" in entry for entry in areas)
         notes.append(
             f"{len(areas)} of {len(annotations)} annotations have no area, which tells small, "
-            f"medium and large objects apart: {of_masks} take it from their mask, "
-            f"{len(areas) - of_masks} from their box"
+            f"medium and large objects apart: it is taken from the mask of {of_masks}, and from "
+            f"the box of {len(areas) - of_masks}"
         )
     return kinds, notes
 
@@ -221,7 +221,7 @@ def _outcomes(
 
 
 def match(source: DetectionSource, detections: Detections, kind: str) -> dict[str, list[Matches]]:
-    """Match detections with objects by pycocotools: by range of sizes, one entry per category."""
+    """Match detections with objects by pycocotools; list categories by range of sizes."""
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -231,7 +231,8 @@ def match(source: DetectionSource, detections: Detections, kind: str) -> dict[st
         evaluation.evaluate()
     params, images = evaluation.params, [source.images[index]["id"] for index in detections.kept]
     place = {image: position for position, image in enumerate(images)}
-    # By category, range of sizes and rising image id; the id decides between equal scores.
+    # pycocotools orders its entries by category, range of sizes and image id. Between equal scores
+    # the smaller image id comes first.
     entries = iter(evaluation.evalImgs)
     matches: dict[str, list[Matches]] = {size: [] for size in params.areaRngLbl}
     for _ in params.catIds:
@@ -242,7 +243,7 @@ def match(source: DetectionSource, detections: Detections, kind: str) -> dict[st
 
 
 def _gathered(found: list[tuple[int, Entry | None]], levels: int) -> Matches:
-    """Matches of one category and range of sizes, from pycocotools' entries by image."""
+    """Gather pycocotools' entries of all images for one category and range of sizes."""
     truths, none = np.zeros(len(found), dtype=np.int64), np.zeros((levels, 0), dtype=bool)
     parts = [(np.zeros(0, dtype=np.int64), np.zeros(0), none, none)]
     for image, entry in found:
@@ -255,7 +256,7 @@ def _gathered(found: list[tuple[int, Entry | None]], levels: int) -> Matches:
 
 
 def _objects(source: DetectionSource, detections: Detections) -> Any:
-    """Annotations of the evaluated images for pycocotools, which changes them."""
+    """Copy the annotations of the evaluated images for pycocotools, which changes them."""
     kept = {source.images[index]["id"]: source.images[index] for index in detections.kept}
     annotations = [
         {**entry, "area": area_of(entry, kept[entry["image_id"]])}
@@ -266,7 +267,7 @@ def _objects(source: DetectionSource, detections: Detections) -> Any:
 
 
 def _found(source: DetectionSource, detections: Detections, kind: str) -> Any:
-    """Detections as pycocotools' ``loadRes`` makes them; masks have their own area, as in mmdet."""
+    """Make annotations of detections as pycocotools' ``loadRes``; masks have their own area."""
     from pycocotools import mask as run_lengths
 
     annotations = []

@@ -8,17 +8,19 @@ from tasks.common.cell.prediction_samples import FOUND, LEAST_SCORE, TRUTHS, Spr
 from tasks.detection.annotations import Detections, Entry, area_of
 from tasks.detection.coco import DetectionSource
 
-#: Limits: corners per outline, outlines per object, pixels that each outline encloses.
-_CORNERS, _OUTLINES, _LEAST_AREA = 60, 20, 4
-#: Distance in pixels by which simplifying may first move an outline, and its growth until there are
-#: few enough corners. At half a pixel, thin strokes would lose a tenth of their area.
+_CORNERS = 60  # highest number per outline
+_OUTLINES = 20  # highest number per object
+_LEAST_AREA = 4  # of an outline, in pixels
+#: Distance in pixels by which simplifying may move an outline, and the factor by which it grows
+#: while there are too many corners. With half a pixel, thin strokes would lose a tenth of their
+#: area.
 _DISTANCE, _GROWTH = 0.3, 1.15
 
 
 def detection_examples(source: DetectionSource, detections: Detections) -> list[dict[str, Any]]:
-    """Objects of up to 12 images, see :class:`tasks.common.cell.prediction_samples.Spread`.
+    """Collect objects of up to 12 images that ``Spread`` chooses.
 
-    ``found`` are the 20 detections of highest score, from 0.3 on; ``truth`` are the 100 largest
+    ``found`` are the 20 detections of highest score, at least 0.3; ``truth`` are the 100 largest
     annotated objects without crowd regions.
     """
     spread = Spread(len(source.image_ids))
@@ -59,14 +61,14 @@ def _object(entry: Entry, names: dict[int, str], size: tuple[int, int]) -> dict[
 def outlines(
     segmentation: list[list[float]] | dict[str, Any], width: int, height: int
 ) -> list[list[float]]:
-    """Outlines x0, y0, x1, y1, ... of a mask in COCO's format, largest first.
+    """Make outlines x0, y0, x1, y1, ... of a mask in COCO's format, largest first.
 
     There are at most 20; each has at most 60 corners and encloses at least 4 pixels.
     """
     import cv2  # only needed for the few images that are shown
 
     if isinstance(segmentation, list):
-        # Clipped to the visible part; also, float32 cannot hold very large numbers.
+        # Clipping leaves the visible part; float32 could not hold very large numbers.
         corners = [np.asarray(polygon).reshape(-1, 2) for polygon in segmentation]
         rings = [ring.clip(0, (width, height)).astype(np.float32) for ring in corners]
     else:
@@ -78,7 +80,7 @@ def outlines(
 
 
 def _traced(code: dict[str, Any], width: int, height: int) -> list[np.ndarray]:
-    """Outer borders (n, 2) of the regions of a mask, along the edges of pixels."""
+    """Trace the outer borders (n, 2) of the regions of a mask, along the edges of pixels."""
     import cv2
     from pycocotools import mask as run_lengths
 
@@ -86,8 +88,8 @@ def _traced(code: dict[str, Any], width: int, height: int) -> list[np.ndarray]:
         code = run_lengths.frPyObjects(code, height, width)
     mask = run_lengths.decode(code)
     x, y, w, h = (int(value) for value in run_lengths.toBbox(code))
-    # OpenCV traces the centres of border pixels, which cuts half a pixel from each side: half of a
-    # thin stroke. With each pixel doubled, the centres 2i and 2j + 1 are the edges i and j + 1.
+    # OpenCV traces the centres of border pixels, which cuts half a pixel from each side. If each
+    # pixel is doubled first, the traced centres 2i and 2j + 1 stand for the edges i and j + 1.
     doubled = mask[y : y + h, x : x + w].repeat(2, axis=0).repeat(2, axis=1)
     if not doubled.size:
         return []
@@ -96,7 +98,7 @@ def _traced(code: dict[str, Any], width: int, height: int) -> list[np.ndarray]:
 
 
 def _simplified(ring: np.ndarray) -> np.ndarray:
-    """Fewer corners (n, 2)."""
+    """Reduce an outline to at most 60 corners (n, 2)."""
     import cv2
 
     distance = _DISTANCE

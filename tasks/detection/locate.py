@@ -1,4 +1,4 @@
-"""Image files that annotations name: each found once, and only below the folder of the data."""
+"""Search for the image files that annotations name, only below the folder of the data."""
 
 import filecmp
 from collections import Counter
@@ -11,7 +11,7 @@ from tasks.common.data.images import counted
 
 
 def data_root(path: Path) -> Path:
-    """Folder of the data of an annotation file: its folder, or the one above ``annotations``."""
+    """Return the data's folder: that of the annotation file, or the one above ``annotations``."""
     return path.parent.parent if path.parent.name == "annotations" else path.parent
 
 
@@ -34,11 +34,11 @@ def image_folder(path: Path, first: str) -> Path:
     if file and "/" in file:
         return root / file.partition("/")[0]
     places = ", ".join(map(str, dict.fromkeys([*folders, root])))
-    raise DataError(f"The images of {path} are not there: {first!r} was looked for in {places}.")
+    raise DataError(f"The images of {path} are missing: {first!r} was searched for in {places}.")
 
 
 def _find(name: str, files: FilesBelow) -> tuple[str | None, str | None]:
-    """``name`` relative to the folder (None for an absolute path elsewhere), and its file there."""
+    """Return ``name`` relative to the folder (None for a path elsewhere), and its file there."""
     text = id_below(name, files.folder) if name.startswith("/") else name
     return (None, None) if text.startswith("/") else (text, files.find(text))
 
@@ -48,8 +48,8 @@ def locate(
 ) -> list[tuple[str, Path]]:
     """Find id and file of each image that the file ``annotations`` names; ids begin with a folder.
 
-    ``names`` are relative to ``folder`` or to the data's ``root`` (if there is one), or absolute
-    and below one of them. Raises DataError unless each name has exactly one file of its own.
+    ``names`` are relative to ``folder`` or to the data's ``root`` (if it is given), or absolute and
+    below one of the two. Raises DataError unless each name has exactly one file of its own.
     """
     places = [(FilesBelow(folder), f"{folder.name}/")]
     if root is not None:

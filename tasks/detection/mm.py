@@ -1,8 +1,8 @@
 # ruff: noqa: F401 - the other modules import these names from here
 """All names of mmdet and mmengine that this package uses; import them from here.
 
-The import takes seconds, so only code that needs a model does it. Operators that ``mmcv-lite``
-lacks are registered first (``ops.py``).
+The import takes seconds, so only code that needs a model imports this module. Operators that
+``mmcv-lite`` lacks are registered first (``ops.py``).
 """
 
 import io
@@ -12,7 +12,6 @@ from contextlib import ExitStack, redirect_stdout
 
 from mmengine.logging import MMLogger
 
-from fimaq_core.errors import ModelError
 from tasks.detection import ops
 
 
@@ -48,12 +47,3 @@ with ExitStack() as quiet:
     from mmengine.config import ConfigDict
     from mmengine.registry import DefaultScope
     from mmengine.structures import InstanceData
-
-
-def expect(part: object, what: str, *kinds: type) -> None:
-    """Refuse a part of a detector of another type, even a subclass: it may compute differently."""
-    if type(part) not in kinds:
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise ModelError(
-            f"{what} of type {type(part).__name__} is not supported: it has to be {names}."
-        )

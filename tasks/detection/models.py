@@ -1,7 +1,8 @@
 """Loading detectors: demo models, and Mask R-CNN and Cascade Mask R-CNN on Swin.
 
-Weights come from files of mmdet (2 or 3), or of the Swin-Transformer-Object-Detection repository,
-which has other names in the backbone and merges pixels in another order. All names must fit.
+Weights come from files of mmdet (2 or 3) or of the Swin-Transformer-Object-Detection repository.
+The repository has other names in the backbone, and merges pixels in another order. All names must
+fit.
 """
 
 import copy
@@ -21,7 +22,7 @@ from tasks.detection import mm
 from tasks.detection.configs import RESIZE, build, published_config
 from tasks.detection.tags import CATALOGUE, DEMO_NAMES, full_name, missing_weights
 
-#: Patterns of the Swin repository's names, in order, and mmdet's names.
+#: Patterns of the Swin repository's names, and mmdet's names. They are applied in this order.
 _RENAMED = (
     (r"^backbone\.patch_embed\.proj\.", "backbone.patch_embed.projection."),
     (r"^backbone\.layers\.(\d+)\.", r"backbone.stages.\1."),
@@ -33,10 +34,10 @@ _MERGING = re.compile(r"^backbone\.stages\.\d+\.downsample\.")
 
 
 class Pipeline:
-    """Turns one image into an input; the padding depends on no other image.
+    """Turns one image into an input; its padding does not depend on other images.
 
-    ``preprocessor`` is the detector's (a copy on the CPU is used); ``resize`` are the arguments of
-    mmdet's ``Resize``, None to keep the size.
+    ``preprocessor`` is the detector's own; a copy on the CPU is used. ``resize`` are the arguments
+    of mmdet's ``Resize``; None keeps the size.
     """
 
     def __init__(self, preprocessor: nn.Module, resize: Mapping[str, Any] | None = None) -> None:
@@ -87,7 +88,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
     names = class_names(stored, classes) or known
     if names is not None:
         model.dataset_meta = {"classes": names}  # type: ignore[assignment]
-    # Gives image and meta, which calibration and evaluation of this task expect.
+    # Typed as Any: it returns image and meta, which only this task expects.
     pipeline: Any = Pipeline(model.data_preprocessor, resize)
     return LoadedModel(
         model,
@@ -109,8 +110,7 @@ def _published(request: ModelRequest) -> nn.Module:
     """Build a published detector with random weights. Raises ModelError."""
     if request.preprocessing:
         raise ModelError(
-            "Detectors have a preprocessing of their own: give pixel_mean and pixel_std in "
-            "--model-args."
+            "Detectors have their own preprocessing: give pixel_mean and pixel_std in --model-args."
         )
     name, arguments = full_name(request.name).partition(".")[0], request.model_args
     try:
@@ -123,7 +123,7 @@ def _published(request: ModelRequest) -> nn.Module:
 
 
 def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
-    """Class names in order, from the ``meta`` of a file of mmdet. Raises ModelError."""
+    """Return the class names in order, from the ``meta`` of mmdet's file. Raises ModelError."""
     names = stored.class_names
     if not names:
         return None
@@ -140,9 +140,10 @@ def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
 
 
 def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """Weights under the names and in the order of mmdet's ``model``. Raises ModelError.
+    """Convert weights to the names and the order of mmdet's ``model``. Raises ModelError.
 
-    Averaged copies (``ema_``) are dropped, and mean and deviation of images after a check.
+    Averaged copies (``ema_``) are dropped. Mean and deviation of images are compared with those of
+    the model, and dropped.
     """
     found = of_mmdet({name: value for name, value in state.items() if not name.startswith("ema_")})
     for name in ("mean", "std"):
@@ -150,7 +151,8 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
         own = getattr(model.data_preprocessor, name).flatten().float()
         if value is not None and not torch.equal(value.flatten().float(), own):
             raise ModelError(
-                f"The weights {where} are for images of another {name}: {value.flatten().tolist()}."
+                f"The weights {where} are for images with another {name}: "
+                f"{value.flatten().tolist()}."
             )
     expected = model.state_dict()
     for name in [name for name in found if name.endswith("relative_position_index")]:
@@ -178,7 +180,7 @@ def of_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def merging_order(value: Tensor) -> Tensor:
     """Reorder the last dimension, 4 C, from the Swin repository's order to mmdet's.
 
-    The repository keeps the channels of a pixel together, with pixels column by column. mmdet
-    (``nn.Unfold``) keeps the pixels of a channel together, row by row.
+    The repository joins all channels of one pixel, then those of the next pixel, column by column.
+    mmdet (``nn.Unfold``) joins the four pixels of one channel, row by row, then those of the next.
     """
     return value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)

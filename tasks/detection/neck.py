@@ -1,7 +1,7 @@
 """mmdet's FPN (Lin et al., CVPR 2017, arXiv:1612.03144) and RPN as segments on packed maps.
 
-The blocks of a chain pass on one tensor, so the maps of a pyramid are packed into one: at the grid
-of the coarsest map, the cells of the finer maps become channels (pixel unshuffle).
+The blocks of a chain pass on one tensor, so the maps of a pyramid are packed into one tensor of the
+coarsest map's size: the pixels of the finer maps become channels (pixel unshuffle).
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from fimaq_core.chain import Segment
 from fimaq_core.errors import ModelError
+from fimaq_core.families import expect
 from fimaq_core.layers import QuantConv2d
 from fimaq_core.recipe import Recipe
-from tasks.detection.mm import FPN, RPNHead, expect
+from tasks.detection.mm import FPN, RPNHead
 
-#: Strides of the maps P2 to P6. All but P6 are packed, so the sides of a padded image must be
-#: multiples of P5's stride.
+#: Strides of the maps P2 to P6. P2 to P5 are packed, so the sides of a padded image must be
+#: multiples of the stride of P5.
 STRIDES = (4, 8, 16, 32, 64)
 
 _LAYERS = ("rpn_conv", "rpn_cls", "rpn_reg")
@@ -47,7 +48,7 @@ def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
     shares = [count * 4 ** (last - level) for level, count in enumerate(channels)]
     if packed.shape[1] != sum(shares):
         raise ModelError(
-            f"{packed.shape[1]} channels are not those of packed maps with {list(channels)} "
+            f"A packed tensor of {packed.shape[1]} channels does not hold maps of {list(channels)} "
             "channels."
         )
     maps = packed.split(shares, dim=1)
@@ -55,9 +56,9 @@ def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 class ExplicitFPN(nn.Module):
-    """mmdet's ``FPN``, quantizable: packed stage outputs to packed maps P2, P3, ...
+    """mmdet's ``FPN``, quantizable: from packed stage outputs to packed maps P2 to P5.
 
-    :class:`Unpack` adds the coarsest level, which mmdet subsamples from the level before.
+    :func:`unpack_pyramid` adds P6.
     """
 
     def __init__(self, fpn: FPN, recipe: Recipe) -> None:
@@ -78,33 +79,27 @@ class ExplicitFPN(nn.Module):
         return pack([conv(one) for conv, one in zip(self.fpn_convs, laterals, strict=True)])
 
 
-class Unpack(nn.Module):
-    """From packed maps to the maps of mmdet's heads; the last is every second pixel of P5."""
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        super().__init__()
-        self.channels = list(channels)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        maps = unpack(x, self.channels)
-        return (*maps, maps[-1][:, :, ::2, ::2])
+def unpack_pyramid(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
+    """Unpack the maps P2 to P5, and add P6: every second pixel of P5."""
+    maps = unpack(packed, channels)
+    return (*maps, maps[-1][:, :, ::2, ::2])
 
 
 class RpnOutputs(nn.Module):
     """mmdet's ``RPNHead`` on packed maps P2 to P5, with its outputs in one tensor (B, L, 5 A).
 
-    The L positions follow level by level, finest first, and row by row. Each position has A class
-    logits, then the 4 deltas of anchor 0, of anchor 1, and so on.
+    The L positions are in order of levels, finest first, then rows, then columns. Each position has
+    A class logits, then the 4 deltas of anchor 0, of anchor 1, and so on.
     """
 
     def __init__(self, head: RPNHead) -> None:
         super().__init__()
         self.rpn_conv, self.rpn_cls, self.rpn_reg = (getattr(head, name) for name in _LAYERS)
-        self.unpack = Unpack([head.in_channels] * (len(STRIDES) - 1))
+        self.channels = [head.in_channels] * (len(STRIDES) - 1)
 
     def forward(self, packed: Tensor) -> Tensor:
         outputs = []
-        for features in self.unpack(packed):
+        for features in unpack_pyramid(packed, self.channels):
             hidden = F.relu(self.rpn_conv(features))
             found = torch.cat([self.rpn_cls(hidden), self.rpn_reg(hidden)], 1)
             outputs.append(found.flatten(2).transpose(1, 2))
@@ -112,7 +107,7 @@ class RpnOutputs(nn.Module):
 
 
 def rpn_segment(model: nn.Module, recipe: Recipe) -> Segment:
-    """The RPN as a segment that is calibrated only. Replaces layers of the model."""
+    """Make a segment of the RPN, which is only calibrated; replace its layers in ``model``."""
     head = model.rpn_head
     expect(head, "A region proposal network", RPNHead)
     for name in _LAYERS:
@@ -123,11 +118,11 @@ def rpn_segment(model: nn.Module, recipe: Recipe) -> Segment:
 
 
 def rpn_levels(height: int, width: int) -> list[int]:
-    """Positions per level in the RPN's output. Raises ModelError for images that are not padded."""
+    """Count the RPN's positions per level. Raises ModelError for an image that is not padded."""
     if height % STRIDES[-2] or width % STRIDES[-2]:
         raise ModelError(
             f"An image of {height} x {width} pixels is not padded: the sides must be multiples of "
             f"{STRIDES[-2]}."
         )
-    # Rounded up (by two negations): subsampling keeps the last position of an odd side.
+    # Two negations round up: P6 keeps the last position of an odd side.
     return [-(-height // stride) * -(-width // stride) for stride in STRIDES]

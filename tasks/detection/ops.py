@@ -1,4 +1,4 @@
-"""The compiled operators of mmcv that the supported detectors use, from torchvision.
+"""Compiled operators of mmcv that the supported detectors use, replaced by torchvision's.
 
 :func:`install` registers them as ``mmcv._ext``, before the first import of ``mmcv.ops``.
 """
@@ -39,7 +39,7 @@ def install() -> None:
 
 
 class Operators(ModuleType):
-    """The module ``mmcv._ext``; all other operators raise ModelError when called."""
+    """Module ``mmcv._ext``; operators that are not here raise ModelError when called."""
 
     def __init__(self) -> None:
         super().__init__(_NAME, "Operators of mmcv from torchvision.")
@@ -50,7 +50,7 @@ class Operators(ModuleType):
             setattr(self, name, lambda: "none (operators of torchvision)")
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
-        # The import of mmcv.ops looks up every operator; Python looks up names such as __path__.
+        # The import of mmcv.ops looks up every operator. Python looks up names such as __path__.
         if name.startswith("_"):
             raise AttributeError(f"module '{_NAME}' has no attribute '{name}'")
 
@@ -65,7 +65,7 @@ class Operators(ModuleType):
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes (n, 4) that greedy suppression keeps, highest score first."""
+    """Return indices of the boxes (n, 4) that greedy suppression keeps, highest score first."""
     wider = boxes + boxes.new_tensor([0, 0, offset, offset]) if offset else boxes
     return torchvision_nms(wider, scores, iou_threshold)
 
@@ -76,7 +76,7 @@ def roi_align_forward(x: Tensor, rois: Tensor, output: Tensor, *_: Tensor, **set
 
 
 def roi_align_backward(grad_output: Tensor, rois: Tensor, *rest: Tensor, **settings: Any) -> None:
-    """Write the gradient of :func:`roi_align_forward` in its input into the last tensor."""
+    """Write the gradient in the input of :func:`roi_align_forward` into the last tensor."""
     with torch.enable_grad():
         features = torch.zeros_like(rest[-1]).requires_grad_()
         pooled = _pooled(features, rois, settings)
@@ -84,7 +84,7 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, *rest: Tensor, **setti
 
 
 def _pooled(features: Tensor, rois: Tensor, settings: dict[str, Any]) -> Tensor:
-    """RoIAlign (He et al., ICCV 2017, arXiv:1703.06870) of regions (n, 5): image, x1, y1, x2, y2.
+    """Apply RoIAlign (He et al., ICCV 2017, arXiv:1703.06870); rois are image, x1, y1, x2, y2.
 
     ``settings`` are the keyword arguments of mmcv's operator.
     """

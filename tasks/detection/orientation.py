@@ -1,7 +1,7 @@
 """EXIF orientation of image files, read from their headers.
 
-Annotations refer either to the stored pixels or to the turned image, and their file does not tell.
-The annotated size tells if the tag swaps the sides; otherwise the user has to decide.
+Annotations refer either to the stored pixels or to the turned image, and their file does not say
+which. If the tag swaps the sides, the annotated size tells; otherwise the user has to decide.
 """
 
 import struct
@@ -22,7 +22,7 @@ _ORIENTATION = 0x0112
 _SWAPPED = (5, 6, 7, 8)
 #: Errors of an image file whose header cannot be read.
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
-#: Errors of a damaged EXIF block, which counts as a block without orientation.
+#: Errors of a damaged EXIF block. It counts as a block without an orientation.
 _DAMAGED = (SyntaxError, ValueError, KeyError, TypeError, EOFError, OSError, struct.error)
 
 
@@ -31,11 +31,11 @@ class Orientation(NamedTuple):
 
     tag: int  # 1 to 8; 1 for a file without a tag
     stored: tuple[int, int]  # (height, width) of the stored pixels
-    applied: bool | None  # True: the image is turned as the tag says; None: the user has to decide
+    applied: bool | None  # True if the image is turned by the tag; None: the user has to decide
 
     @property
     def words(self) -> str:
-        """Describe how the image was read, for messages about its size; empty without a tag."""
+        """Describe in messages how the image was read; empty without a tag."""
         height, width = self.stored
         if self.tag == 1:
             return ""
@@ -44,12 +44,12 @@ class Orientation(NamedTuple):
         return f" (as stored; its EXIF orientation tag {self.tag} is ignored)"
 
     def advice(self, size: tuple[int, ...]) -> str:
-        """Advise the other decision if that fits the annotated ``size`` (height, width)."""
+        """Recommend the other decision if it fits the annotated ``size`` (height, width)."""
         other = self.stored[::-1] if self.tag in _SWAPPED and not self.applied else self.stored
         if self.tag == 1 or size != other:
             return ""
         option, way = ("ignore", "as stored") if self.applied else ("apply", "turned by its tag")
-        return f" They fit the image {way}: try --exif {option}."
+        return f" The annotated size fits the image {way}: try --exif {option}."
 
 
 def orientation_of(path: Path, size: tuple[int, ...], exif: Exif | None) -> Orientation:
@@ -59,7 +59,7 @@ def orientation_of(path: Path, size: tuple[int, ...], exif: Exif | None) -> Orie
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # A TIFF's own orientation is no EXIF block, and every decoder applies it.
+        # A TIFF's own orientation is not in an EXIF block; every decoder applies it.
         with Image.open(path) as image:
             stored = (image.height, image.width)
             block = _png_block(path) if image.format == "PNG" else image.info.get("exif", b"")
@@ -75,7 +75,7 @@ def orientation_of(path: Path, size: tuple[int, ...], exif: Exif | None) -> Orie
         return Orientation(tag, stored, exif == "apply")
     if tag in _SWAPPED and stored[0] != stored[1]:
         return Orientation(tag, stored, size != stored)
-    # The reader refuses a size that fits neither way.
+    # If the size fits neither way, the reader refuses the image.
     return Orientation(tag, stored, None if size == stored else True)
 
 
@@ -93,13 +93,13 @@ def ask(images: list[str], what: str) -> DataError:
     return DataError(
         f"{counted(len(images), 'image')} of {what} (such as {images[0]}) have an EXIF orientation "
         "tag, and their sizes do not tell whether the annotations were made in the turned image "
-        "(half a turn, mirrored or square). Give --exif apply if boxes fit the image as viewers "
-        "show it and mmdet reads it, or --exif ignore if they fit the stored pixels."
+        "(it is square, mirrored or turned by half). Give --exif apply if boxes fit the image as "
+        "viewers show it and mmdet reads it, or --exif ignore if they fit the stored pixels."
     )
 
 
 def _png_block(path: Path) -> bytes:
-    """EXIF block of a PNG. Pillow finds a block behind the pixels only after it decodes them."""
+    """Read the EXIF block of a PNG. Pillow would have to decode the pixels before it."""
     with path.open("rb", buffering=0) as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:

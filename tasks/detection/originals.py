@@ -13,7 +13,7 @@ from tasks.detection.tags import DEMO_NAMES, LAYOUT
 
 
 def originals(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """See :meth:`tasks.common.task.Task.originals`; images are turned so that boxes fit."""
+    """Open original images, turned so that boxes fit; see ``tasks.common.task.Task.originals``."""
     if data.path is None and model.name not in DEMO_NAMES:
         raise DataError(f"{model.name} brings no data along: give --data /path/to/coco. {LAYOUT}.")
     source = open_part(data.path, "val", data.exif)

@@ -1,14 +1,15 @@
-"""COCO's average precision from matched detections, as a function of the images that count.
+"""COCO's average precision from matched detections, on all images and without each image.
 
-COCO averages the precision over 101 recalls, each interpolated to the highest precision at that
-recall or beyond (Lin et al., ECCV 2014, arXiv:1405.0312; Everingham et al., IJCV 88, 2010). A false
-positive only lowers the precisions behind it, so the sum needs precisions at true positives only.
-That makes it cheap to leave out each image in turn, for the jackknife (Efron and Stein, Annals of
-Statistics 9, 1981), whose pseudo-values are the contributions of the images.
+COCO averages the precision over 101 recalls; the precision at a recall is interpolated to the
+highest one at that recall or beyond (Lin et al., ECCV 2014, arXiv:1405.0312; Everingham et al.,
+IJCV 88, 2010). The sum needs precisions at true positives only, since a false positive only lowers
+the precisions after it. So leaving out each image in turn is cheap. The jackknife (Efron and Stein,
+Annals of Statistics 9, 1981) makes of these values the contribution of each image.
 
 The jackknife uses the area under the interpolated curve, which the mean over 101 recalls
-approximates. With many objects, one image moves the curve by less than the distance of two recalls:
-the precision at a recall then stays or jumps, by chance in the same direction for all images.
+approximates. With many objects, one image moves the curve by less than the distance between two
+recalls: the precision at a recall would stay or jump, by chance in the same direction for all
+images.
 """
 
 import math
@@ -23,8 +24,8 @@ RECALLS = np.linspace(0.0, 1.0, 101)
 #: Highest number of array elements that are computed at once.
 _CELLS = 2**21
 
-#: From running sums of true and false positives at each true positive, (B, n) each, and numbers of
-#: objects (B,) to means (B,).
+#: From running sums of true and of false positives at each true positive (B, n) and numbers of
+#: objects (B,) to mean precisions (B,).
 _Mean = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -52,7 +53,10 @@ class Matches:
         ignored: np.ndarray,
         truths: np.ndarray,
     ) -> "Matches":
-        """Sort D detections with flags (T, D) by score; equal scores keep their order."""
+        """Sort D detections with flags (T, D) by score; equal scores keep their order.
+
+        ``images`` and ``scores`` are (D,), ``matched`` and ``ignored`` (T, D), ``truths`` (I,).
+        """
         order = np.argsort(-scores, kind="stable")
         owner, levels = images[order].astype(np.int64), []
         for right, skipped in zip(matched[:, order], ignored[:, order], strict=True):
@@ -62,12 +66,12 @@ class Matches:
 
 
 def average_precision(matches: Matches) -> np.ndarray:
-    """COCO's average precision by IoU threshold (T,), in 0..1; NaN where no object counts."""
+    """Compute COCO's average precision by IoU threshold (T,), in 0..1; NaN without objects."""
     return _by_level(matches, _sampled)
 
 
 def area(matches: Matches) -> np.ndarray:
-    """Area under the interpolated curve by IoU threshold (T,); NaN where no object counts."""
+    """Compute the area under the interpolated curve by IoU threshold (T,); NaN without objects."""
     return _by_level(matches, _area)
 
 
@@ -82,7 +86,7 @@ def _by_level(matches: Matches, mean: _Mean) -> np.ndarray:
 
 
 def area_without_each(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
-    """Images (B,) that change the :func:`area`, and the areas (B, T) without each of them."""
+    """Return the images (B,) that change the :func:`area`, and areas (B, T) without each image."""
     involved = [matches.truths.nonzero()[0]]
     for level in matches.levels:
         involved += [level.hits, level.misses]
@@ -98,14 +102,14 @@ def area_without_each(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _without(level: Level, images: np.ndarray, total: np.ndarray, count: int) -> np.ndarray:
-    """Areas (B,) without each of ``images`` (B,), of ``count`` images in all."""
+    """Compute the areas (B,) without each of ``images`` (B,), of ``count`` images in total."""
     hits, misses, before = level
     n, rows = len(hits), len(images)
     row_of = np.full(count, -1)
     row_of[images] = np.arange(rows)
 
     def running(owner: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """(rows, n + 1): for each image, its number of detections up to each place."""
+        """Count each image's detections up to each place, (rows, n + 1)."""
         kept = row_of[owner] >= 0
         cells = row_of[owner[kept]] * (n + 1) + place[kept]
         return np.bincount(cells, minlength=rows * (n + 1)).reshape(rows, n + 1).cumsum(axis=1)
@@ -116,7 +120,7 @@ def _without(level: Level, images: np.ndarray, total: np.ndarray, count: int) ->
 
 
 def _interpolated(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """Highest precision (B, n) at each true positive or beyond."""
+    """Compute the highest precision (B, n) at each true positive or beyond."""
     precision = right / (right + wrong + np.spacing(1))
     return np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
 
@@ -142,7 +146,7 @@ class Averages(NamedTuple):
 
 
 def averages(categories: Sequence[Matches]) -> Averages:
-    """Average over those ``categories`` (at least one is given) that have objects."""
+    """Average over the ``categories`` (at least one) that have objects."""
     images, levels = len(categories[0].truths), len(categories[0].levels)
     present = [matches for matches in categories if matches.truths.any()]
     if not present:
@@ -161,14 +165,14 @@ def averages(categories: Sequence[Matches]) -> Averages:
 
 
 def contributions(whole: float, without: np.ndarray) -> np.ndarray:
-    """Jackknife pseudo-values (I,) from areas without each image (I,), with the mean ``whole``.
+    """Compute the jackknife's pseudo-values (I,) from areas without each image (I,).
 
-    Contributions are a linear form of the value: the difference of two methods on the same images
-    is the mean difference of their contributions, with the standard error of that mean.
+    Their mean is ``whole``. So the difference of two methods on the same images is the mean
+    difference of their contributions, and has the standard error of that mean.
     """
     return whole + (len(without) - 1) * (without.mean() - without)
 
 
 def standard_error(shares: np.ndarray) -> float:
-    """The jackknife's standard error from :func:`contributions`."""
+    """Compute the jackknife's standard error from :func:`contributions`."""
     return float(shares.std(ddof=1) / math.sqrt(len(shares)))

@@ -1,6 +1,6 @@
-"""The RoI heads of a detector as chains, with their calibration inputs from the float model.
+"""RoI heads of a detector as chains, with their calibration inputs from the float model.
 
-The optional term of the divergence is here too: classes of the float model's proposals.
+The classes of the float model's proposals, an optional term of the divergence, are here too.
 """
 
 import copy
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Kept, Segment
 from fimaq_core.errors import DataError, ModelError
+from fimaq_core.families import expect
 from fimaq_core.layers import FORMS, QuantConv2d, QuantConvTranspose2d, QuantLinear, quant_layers
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
 from tasks.detection import mm
-from tasks.detection.neck import ExplicitFPN, Unpack
+from tasks.detection.neck import ExplicitFPN, unpack_pyramid
 
-#: Number of proposals that replace the detections of an image without any; mmdet's configurations
-#: keep as many detections per image.
+#: Number of proposals that replace the detections of an image without detections. It equals the
+#: highest number of detections per image in mmdet's configurations.
 STAND_INS = 100
 #: Entries of an image's meta that mmdet's heads need: its size before and after padding, the size
 #: of the original image, and the factors (x, y) from the original to the resized image.
@@ -38,9 +39,9 @@ _FORMS: dict[type[nn.Module], Any] = {
 
 
 class HeadOutputs(nn.Module):
-    """A RoI head on pooled features (n, C, h, w), with its outputs in one tensor (n, ...).
+    """RoI head on pooled features (n, C, h, w), with its outputs in one tensor (n, ...).
 
-    A box head gives class logits, then box deltas; a mask head gives its logits (n, classes, 2 h,
+    A box head gives class logits, then box deltas. A mask head gives its logits (n, classes, 2 h,
     2 w). The layers keep their names.
     """
 
@@ -49,7 +50,7 @@ class HeadOutputs(nn.Module):
         for name, child in head.named_children():
             if _has_parameters(child):
                 self.add_module(name, child)
-        self._head = (head,)  # in a tuple: as a child, its layers would be here twice
+        self._head = (head,)  # in a tuple, so that its layers are not children twice
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor | tuple[Tensor, Tensor] = self._head[0](x)
@@ -61,29 +62,29 @@ def _has_parameters(module: nn.Module, recurse: bool = True) -> bool:
 
 
 def roi_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Heads in order: ``bbox`` and ``mask``; in a cascade ``bbox0``, ..., ``mask0``, ..."""
+    """Find heads by name: ``bbox`` and ``mask``; in a cascade ``bbox0``, ..., ``mask0``, ..."""
     roi_head = model.roi_head
-    mm.expect(roi_head, "A RoI head", mm.StandardRoIHead, mm.CascadeRoIHead)
-    boxes = stages("bbox", roi_head.bbox_head)
-    masks = stages("mask", roi_head.mask_head) if roi_head.with_mask else {}
+    expect(roi_head, "A RoI head", mm.StandardRoIHead, mm.CascadeRoIHead)
+    boxes = by_stage("bbox", roi_head.bbox_head)
+    masks = by_stage("mask", roi_head.mask_head) if roi_head.with_mask else {}
     for name, head in boxes.items():
-        mm.expect(head, f"A box head ({name})", mm.Shared2FCBBoxHead, mm.ConvFCBBoxHead)
+        expect(head, f"A box head ({name})", mm.Shared2FCBBoxHead, mm.ConvFCBBoxHead)
     for name, head in masks.items():
-        mm.expect(head, f"A mask head ({name})", mm.FCNMaskHead)
+        expect(head, f"A mask head ({name})", mm.FCNMaskHead)
     return boxes | masks
 
 
-def stages(kind: str, modules: nn.Module) -> dict[str, nn.Module]:
-    """One module, or those of a cascade's stages, by the name of their RoI head."""
+def by_stage(kind: str, modules: nn.Module) -> dict[str, nn.Module]:
+    """Name one module, or one per stage of a cascade, as their RoI heads are named."""
     if isinstance(modules, nn.ModuleList):
         return {f"{kind}{stage}": module for stage, module in enumerate(modules)}
     return {kind: modules}
 
 
 def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
-    """A chain of one segment per RoI head: from pooled features (n, C, h, w) to the outputs.
+    """Make one chain per RoI head: one segment from pooled features (n, C, h, w) to the outputs.
 
-    The layers of ``model`` itself are replaced; norms stay in full precision. Raises ModelError.
+    The layers are replaced in ``model`` itself; norms stay in full precision. Raises ModelError.
     """
     heads = roi_heads(model)
     for head in heads.values():
@@ -110,12 +111,13 @@ def _swap_layers(head: nn.Module, recipe: Recipe) -> None:
 
 
 def region_examples(model: nn.Module) -> dict[str, Tensor]:
-    """Zeros of the shape that each RoI head gets per image, by part; used to count operations."""
+    """Make each RoI head's largest input for one image, of zeros, to count its operations."""
     roi_head, limits = model.roi_head, model.test_cfg
-    found = {}
-    for kind, count in (("bbox", limits.rpn.max_per_img), ("mask", limits.rcnn.max_per_img)):
-        extractors = getattr(roi_head, f"{kind}_roi_extractor", None)
-        for name, extractor in stages(kind, extractors).items() if extractors is not None else ():
+    counts, found = {"bbox": limits.rpn.max_per_img}, {}
+    if roi_head.with_mask:
+        counts["mask"] = limits.rcnn.max_per_img
+    for kind, count in counts.items():
+        for name, extractor in by_stage(kind, getattr(roi_head, f"{kind}_roi_extractor")).items():
             size = extractor.roi_layers[0].output_size
             found[name] = torch.zeros(count, extractor.out_channels, *size)
     return found
@@ -129,11 +131,12 @@ def roi_inputs(
     device: torch.device,
     limit: int | None = None,
 ) -> dict[str, Samples]:
-    """Pooled features (regions, C, h, w) per image for each RoI head, from the float model.
+    """Compute each RoI head's inputs: pooled features (regions, C, h, w) per image.
 
-    Box heads get the proposals of the RPN, in a cascade refined by the stages before. Mask heads
-    get the detections, or the :data:`STAND_INS` best proposals of an image without detections. Each
-    head keeps at most ``limit`` regions per image, at equal distances in their order.
+    They come from the float model. Box heads get the proposals of the RPN, in a cascade refined by
+    the previous stages. Mask heads get the detections, or the :data:`STAND_INS` best proposals of
+    an image without detections. Each head keeps at most ``limit`` regions per image, at equal
+    distances in their order.
     """
     assert not any(layer.quantized for _, layer in quant_layers(model)), "needs the float model"
     heads = roi_heads(model)
@@ -150,8 +153,8 @@ def roi_inputs(
 def _pooled(
     model: nn.Module, heads: Mapping[str, nn.Module], image: Tensor, meta: Mapping[str, object]
 ) -> dict[str, Tensor]:
-    """Pooled features (regions, C, h, w) of one image (1, 3, H, W) for each head."""
-    sample, roi_head = described(meta), model.roi_head
+    """Pool the features (regions, C, h, w) of one image (1, 3, H, W) for each head."""
+    sample, roi_head = sample_of(meta), model.roi_head
     features = model.extract_feat(image)
     proposals = model.rpn_head.predict(features, [sample], rescale=False)
     pooled: dict[str, Tensor] = {}
@@ -178,9 +181,9 @@ def _pooled(
 def _pool(
     kind: str, roi_head: nn.Module, features: Sequence[Tensor], boxes: Tensor
 ) -> dict[str, Tensor]:
-    """Features of the same ``boxes`` (n, 4) for all heads of a kind, by part."""
+    """Pool the features of the same ``boxes`` (n, 4) for all heads of a kind."""
     regions = mm.bbox2roi([boxes])
-    extractors = stages(kind, getattr(roi_head, f"{kind}_roi_extractor"))
+    extractors = by_stage(kind, getattr(roi_head, f"{kind}_roi_extractor"))
     return {
         name: extractor(tuple(features[: extractor.num_inputs]), regions)
         for name, extractor in extractors.items()
@@ -189,14 +192,14 @@ def _pool(
 
 @torch.no_grad()
 def float_proposals(model: nn.Module, image: Tensor, meta: Mapping[str, object]) -> Tensor:
-    """Proposals (P, 4) of the float RPN for an image (1, 3, H, W), after NMS, best score first."""
-    features, sample = model.extract_feat(image), described(meta)
+    """Compute the float RPN's proposals (P, 4) for an image (1, 3, H, W), best score first."""
+    features, sample = model.extract_feat(image), sample_of(meta)
     boxes: Tensor = model.rpn_head.predict(features, [sample], rescale=False)[0].bboxes
     return boxes
 
 
 def class_logits_on(model: nn.Module, features: Sequence[Tensor], proposals: Tensor) -> Tensor:
-    """Class logits (P, classes + 1) of the first box head, differentiable in ``features``.
+    """Compute the first box head's class logits (P, classes + 1), with gradient in ``features``.
 
     ``features`` is the pyramid of one image; ``proposals`` (P, 4) are in pixels of the padded
     image.
@@ -212,10 +215,10 @@ def _first(modules: nn.Module) -> nn.Module:
 
 
 class FloatProposals(nn.Module):
-    """The side of the chain: an image (1, 3, H, W) to the float RPN's proposals (1, P, 4).
+    """Side of the chain: from an image (1, 3, H, W) to the float RPN's proposals (1, P, 4).
 
-    Make it before any layer is replaced: it copies the detector, which the chain neither counts
-    nor saves.
+    Make it before any layer is replaced, since it copies the detector. The chain neither counts nor
+    saves this copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -226,7 +229,7 @@ class FloatProposals(nn.Module):
         return self._model[0].to(device)
 
     def forward(self, image: Tensor) -> Tensor:
-        size = tuple(image.shape[2:])  # padding counts as image
+        size = tuple(image.shape[2:])  # the padding counts as part of the image
         meta = {"img_shape": size, "pad_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
         return float_proposals(self.model_on(image.device), image, meta).unsqueeze(0)
 
@@ -234,30 +237,29 @@ class FloatProposals(nn.Module):
 class _AppendLogits(nn.Module):
     """Appends the class logits of all proposals to the RPN's outputs: (1, L, 5 A) to (1, M)."""
 
-    def __init__(self, proposals: FloatProposals, unpack: Unpack) -> None:
+    def __init__(self, proposals: FloatProposals, channels: Sequence[int]) -> None:
         super().__init__()
-        self._proposals = [proposals]  # in a list: the chain's side owns it
-        self.unpack = unpack
+        self._proposals = [proposals]  # in a list, so that it is no child: the chain owns it
+        self.channels = channels
 
     def forward(self, x: Tensor, side: Tensor, kept: Kept) -> Tensor:
         # RoIAlign works in float32 only.
         with torch.autocast(x.device.type, enabled=False):
-            features = self.unpack(kept[-1].float())
+            features = unpack_pyramid(kept[-1].float(), self.channels)
             model = self._proposals[0].model_on(x.device)
             logits = class_logits_on(model, features, side[0].float())
         return torch.cat([x.flatten(1).float(), logits.reshape(1, -1)], 1)
 
 
 def logits_segment(neck: Segment, proposals: FloatProposals) -> Segment:
-    """Make the segment that appends the class logits; ``neck`` keeps its maps for that."""
+    """Make the segment that appends the class logits, from maps that ``neck`` keeps for it."""
     assert isinstance(neck.block, ExplicitFPN)
     neck.keep = nn.Identity()
-    append = _AppendLogits(proposals, Unpack(neck.block.channels))
-    block = nn.Identity()
+    append, block = _AppendLogits(proposals, neck.block.channels), nn.Identity()
     return Segment("roi_terms", "predictor", block, append, takes_side=True, takes_kept=True)
 
 
-def described(meta: Mapping[str, object]) -> mm.DetDataSample:
+def sample_of(meta: Mapping[str, object]) -> mm.DetDataSample:
     """Convert ``meta`` for mmdet's heads. Raises DataError for a missing entry of :data:`META`."""
     missing = [name for name in META if name not in meta]
     if missing:

@@ -1,7 +1,7 @@
-"""mmdet's Swin Transformer written out on maps (B, H, W, C), quantizable, for images of any size.
+"""mmdet's Swin Transformer as quantizable modules on maps (B, H, W, C), for images of any size.
 
-All sizes follow from the input's size by arithmetic, without branches: a block that is compiled
-with dynamic height and width runs every image. Padding therefore always uses the same operations.
+All sizes follow from the input's size by arithmetic, without branches, and padding always uses the
+same operations. So a block that is compiled with dynamic height and width runs every image.
 """
 
 from collections import OrderedDict
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fimaq_core.chain import MlpPart
+from fimaq_core.families import expect
 from fimaq_core.families.attention import ExplicitWindowAttention
 from fimaq_core.families.parts import swap_linears
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
-from tasks.detection.mm import FFN, PatchEmbed, PatchMerging, SwinBlock, WindowMSA, expect
+from tasks.detection.mm import FFN, PatchEmbed, PatchMerging, SwinBlock, WindowMSA
 
-#: Added to the scores of keys from another region, as in mmdet and timm.
+#: Value added to the scores of keys from another region, as in mmdet and timm.
 _HIDDEN = -100.0
 
 
@@ -58,9 +59,10 @@ class ExplicitPatchMerging(nn.Module):
 class AnySizeSwinBlock(nn.Module):
     """mmdet's ``SwinBlock`` on maps, with a pad value that LayerNorm reparameterisation can change.
 
-    Windows are padded with zeros after the first norm and then shifted (timm shifts first). If
-    reparameterisation shifts that norm's output per channel, ``pad`` (channels,) replaces zero. The
-    MLP gets the map, not tokens: the number of tokens varies, so its scales are per tensor.
+    mmdet pads the map with zeros after the first norm, then shifts it (timm shifts first). If
+    reparameterisation shifts that norm's output per channel, ``pad`` (channels,) replaces the
+    zeros. The MLP takes the map, not tokens, so that its scales are per tensor: the number of
+    tokens varies.
     """
 
     pad: Tensor
@@ -103,12 +105,12 @@ class AnySizeSwinBlock(nn.Module):
         x = x.reshape(batch, rows * size, columns * size, channels)
         if shift:
             x = torch.roll(x, shifts=(shift, shift), dims=(1, 2))
-        # Without this padding, the crop would be contiguous for some sizes only, and the compiler
-        # would make two versions; with it, the crop is never contiguous.
+        # One more row makes the crop never contiguous. Otherwise it would be contiguous for some
+        # sizes only, and the compiler would make two versions.
         return F.pad(x, (0, 0, 0, 1))[:, :height, :width]
 
     def _mask(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
-        """Mask (windows, N, N) that hides tokens that were not adjacent before the shift."""
+        """Make the mask (windows, N, N) that hides tokens not adjacent before the shift."""
         if not self.shift:
             return None
         down = _regions(rows, self.window, self.shift, device)
@@ -119,7 +121,7 @@ class AnySizeSwinBlock(nn.Module):
 
 
 def _regions(count: int, size: int, shift: int, device: torch.device) -> Tensor:
-    """Region of each line in ``count`` windows: 0 before the last window, which has 1 and 2."""
+    """Number the regions of the lines of ``count`` windows: 0, and 1 and 2 in the last window."""
     line = torch.arange(count * size, device=device)
     strip = (line >= (count - 1) * size).long() + (line >= count * size - shift).long()
     return strip.view(count, size)

@@ -17,7 +17,7 @@ LAYOUT = (
     "file of annotations in COCO's format, whose name ends in .json, with the images beside it"
 )
 
-#: Published trainings (36 or 12 epochs on COCO) with release and file name, and their models.
+#: By training (36 or 12 epochs on COCO), release and file name of the published weights.
 _FILES = {"coco_3x": "v1.0.2/{}_patch4_window7.pth", "coco_1x": "v1.0.3/{}_patch4_window7_1x.pth"}
 _TRAININGS: dict[str, tuple[str, ...]] = {
     "mask_rcnn_swin_tiny": ("coco_3x", "coco_1x"),
@@ -32,19 +32,18 @@ PUBLISHED: dict[str, dict[str, str]] = {
     model: {tag: _FILES[tag].format(model) for tag in tags} for model, tags in _TRAININGS.items()
 }
 
-#: A short name means the published weights of 36 epochs; without those it has no tag.
+#: Full name by short name: the weights of 36 epochs, or no tag if none were published.
 SHORT_NAMES = {
     model: f"{model}.coco_3x" if "coco_3x" in tags else model for model, tags in PUBLISHED.items()
 }
 
 DEMO_NAMES = ("demo_mask_rcnn", "demo_cascade")
 
-#: Pieces of a detector. Scopes are all pieces (the usual one), or any of them.
+#: Pieces of a detector. A scope joins any of them; the first scope, with all, is the usual one.
 PIECES = ("backbone", "fpn", "rpn", "roi")
 SCOPES = tuple("+".join(pieces) for count in (4, 3, 2, 1) for pieces in combinations(PIECES, count))
 
-#: Settings of recipes for detectors, whose images are few, large, of varying sizes and run one by
-#: one.
+#: Settings of recipes for detectors: few large images of varying sizes, run one by one.
 DEFAULTS: dict[str, Any] = {
     "calibration_images": 256,
     "calibration_transform": "eval",
@@ -56,13 +55,13 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parts(scope: str | None) -> dict[str, str]:
-    """Chains of a scope that take long: backbone, neck and RPN are one; RoI heads take seconds."""
+    """Chains of a scope that take long, without the RoI heads, which take seconds."""
     pieces = [name for name in (scope or SCOPES[0]).split("+") if name != "roi"]
     return {"detector": "+".join(pieces)} if pieces else {}
 
 
 def full_name(name: str) -> str:
-    """``<model>.<tag>``; a model without published weights keeps its name. Raises ModelError."""
+    """Return ``<model>.<tag>``, or the name of a model without weights. Raises ModelError."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     model, _, tag = name.partition(".")
@@ -94,28 +93,28 @@ def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
 
 
 def missing_weights(model: ModelRequest) -> Missing | None:
-    """Weights that are not here. Published weights are not downloaded: no hub has them."""
+    """Describe missing weights. Published weights are not downloaded, since no hub has them."""
     found = CATALOGUE.missing_weights(model)
     if found is None or model.name in DEMO_NAMES:
         return found
     name, _, tag = full_name(model.name).partition(".")
     return Missing(
         f"the weights of {name}.{tag} (published as {PUBLISHED[name][tag]})",
-        "No Hugging Face repository has them: get the file from "
+        "No Hugging Face repository has them. Get the file from "
         "https://github.com/SwinTransformer/storage/releases and give it with --weights, or put "
-        "it, called <name>.pth, into the folder of weights: WEIGHTS=/path for make, --weights for "
+        "it, named <name>.pth, into the folder of weights: WEIGHTS=/path for make, --weights for "
         "a grid, --weights-folder for an adapter.",
     )
 
 
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
-    """Missing data to measure on or to calibrate on."""
+    """Describe missing data to measure on or to calibrate on."""
     if data.path is None and data.calibration_data is None:
         advice = f"Give its folder: COCO=/path for make, --data for an adapter. {LAYOUT}."
         return None if brings_data else Missing("the data set COCO 2017", advice)
     lacking = [] if data.path is None else absent(data.path, "val")
     source = data.calibration_data or data.path
-    # A file to measure on has no images to calibrate on, and not every run calibrates.
+    # An annotation file to measure on lists no images to calibrate on, but not all runs calibrate.
     if source is not None and (data.calibration_data is not None or source.suffix != ".json"):
         lacking += absent(source, "train")
     if data.path is None and not brings_data:
@@ -124,12 +123,12 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
 
 
 def annotation_file(root: Path, part: str) -> Path:
-    """Annotation file of a part (``train`` or ``val``) of COCO 2017."""
+    """Path of the annotation file of a part (``train`` or ``val``) of COCO 2017."""
     return root / "annotations" / f"instances_{SPLITS[part]}.json"
 
 
 def absent(path: Path, part: str) -> list[str]:
-    """Missing pieces of a part at a path, each as ``the folder ...`` or ``the file ...``."""
+    """List what is missing of a part at a path: ``the folder ...`` or ``the file ...`` each."""
     if path.suffix == ".json":
         return [] if path.is_file() else [f"the file {path}"]
     if not path.is_dir():

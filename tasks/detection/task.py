@@ -1,4 +1,4 @@
-"""The detection task as the pipeline calls it."""
+"""Detection as a task: its models, chains, calibration, divergence and evaluation."""
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from tasks.detection.divergence import ProposalDivergence
 from tasks.detection.evaluate import detect, measure
 from tasks.detection.neck import rpn_levels, rpn_segment
 
-#: Changes of a recipe for a piece that stays in full precision.
+#: Changes of the recipe for a piece that stays in full precision.
 _OFF = {
     "w_bits": OFF,
     "a_bits": OFF,
@@ -29,7 +29,7 @@ _OFF = {
     "reconstruct_mlp": False,
 }
 
-#: Number of regions of all images together that RoI heads are calibrated on.
+#: Number of regions, in all images together, on which RoI heads are calibrated.
 _REGIONS = 4096
 
 
@@ -40,14 +40,14 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"Detectors have no use for {name}: leave it out.")
     if recipe.reconstruct and recipe.loss == "prediction":
         raise RecipeError(
-            "The loss 'prediction' needs the value of the divergence, and for detectors only its "
+            "The loss 'prediction' needs the value of the divergence. For detectors only its "
             "gradient has a meaning, since each term is divided by its own value: choose another "
             "loss."
         )
 
 
 def pieces_of(recipe: Recipe) -> tuple[str, ...]:
-    """Pieces of a detector that the recipe quantizes, in order."""
+    """List the pieces of a detector that the recipe quantizes, in order."""
     return tags.PIECES if recipe.scope is None else tuple(recipe.scope.split("+"))
 
 
@@ -64,7 +64,7 @@ class DetectionTask(Task):
         return models.load_model(request)
 
     def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
-        """One chain of backbone, neck and RPN if any is quantized; one chain per RoI head."""
+        """Make one chain of backbone, neck and RPN, and one per RoI head, if they are quantized."""
         pieces, model = pieces_of(recipe), loaded.model
         if recipe.reconstruct_mlp and "backbone" not in pieces:
             raise RecipeError(
@@ -79,7 +79,7 @@ class DetectionTask(Task):
     def _detector(self, model: nn.Module, recipe: Recipe, pieces: tuple[str, ...]) -> BlockChain:
         off = recipe.model_copy(update=_OFF)
         own = {name: recipe if name in pieces else off for name in tags.PIECES}
-        # A copy of the float detector, made before any layer is replaced.
+        # This copies the float detector, so it comes before any layer is replaced.
         side = roi.FloatProposals(model) if recipe.detection_terms == "rpn+roi" else None
         segments = detector_segments(model, own)
         neck = segments[-1]
@@ -89,7 +89,7 @@ class DetectionTask(Task):
         return BlockChain(segments, side=side)
 
     def part_scope(self, part: str, recipe: Recipe) -> str:
-        """``roi`` for a RoI head; the other quantized pieces for :data:`DETECTOR`."""
+        """Return ``roi`` for a RoI head, the other quantized pieces for :data:`DETECTOR`."""
         return "+".join(name for name in pieces_of(recipe) if (name == "roi") == (part != DETECTOR))
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
@@ -101,7 +101,7 @@ class DetectionTask(Task):
         return {name: loaded.model.get_submodule(name) for name in names}
 
     def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
-        """One image; for each RoI head the highest number of regions per image."""
+        """Return one image, and for each RoI head the highest number of regions per image."""
         assert loaded.input_shape is not None
         found = {DETECTOR: torch.zeros(1, *loaded.input_shape), **roi.region_examples(loaded.model)}
         return {name: found[name] for name in chains}
@@ -112,12 +112,12 @@ class DetectionTask(Task):
     def inputs(
         self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device
     ) -> dict[str, Samples]:
-        """The images; for RoI heads the regions of the images that set the ranges."""
+        """Return the images, and for RoI heads the regions of the first ``range_images``."""
         found: dict[str, Samples] = {DETECTOR: images.images}
         if "roi" in pieces_of(recipe):
             count = recipe.range_images
             chosen = images.images.first(count), images.metas[:count]
-            # A search reads at most this many rows, so more regions per image would be wasted.
+            # The search for a range reads at most this many rows.
             limit = max(_REGIONS // count, 1)
             found |= roi.roi_inputs(loaded.model, *chosen, device, limit)
         return found
@@ -130,11 +130,11 @@ class DetectionTask(Task):
         device: torch.device,
         batch_size: int,
     ) -> dict[str, Divergence]:
-        """Divergence of the RPN's maps. RoI heads need none: they are not reconstructed."""
+        """Make the divergence of the RPN's maps; RoI heads are not reconstructed and have none."""
         _check(recipe)
         model = loaded.model
         levels = [rpn_levels(image.shape[2], image.shape[3]) for image in images.images]
-        # Each proposal has a logit per class and one for the background.
+        # A proposal has one logit per class and one for the background.
         classes = loaded.classes + 1 if recipe.detection_terms == "rpn+roi" else 0
         made: dict[str, Divergence] = dict.fromkeys(roi.roi_heads(model), Divergence())
         made[DETECTOR] = ProposalDivergence(levels, model.rpn_head.num_base_priors, classes)
@@ -150,7 +150,7 @@ class DetectionTask(Task):
         workers: int,
         on_progress: OnProgress,
     ) -> Evaluation:
-        """COCO's average precisions. Images run one by one: a batch would change the padding."""
+        """Measure COCO's average precisions, image by image: a batch would change the padding."""
         assert isinstance(model, QuantizedDetector)
         source = open_source(loaded, data, "val").head(data.limit).settled()
         made = model.predict, source, loaded.eval_transform, device, on_progress

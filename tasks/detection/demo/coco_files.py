@@ -1,4 +1,4 @@
-"""The digit scenes in COCO's format (Lin et al., ECCV 2014, arXiv:1405.0312)."""
+"""Digit scenes in COCO's format (Lin et al., ECCV 2014, arXiv:1405.0312)."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from PIL import Image
 from tasks.common.demo.digits import PARTS, SEED, check_part
 from tasks.detection.demo.scenes import DATA, Scene, draw_scenes
 
-#: Names of the categories, and their ids: like COCO's, they start at one and have gaps.
+#: Names of the categories, and their ids. Like COCO's ids, they start at one and have gaps.
 CLASSES: tuple[str, ...] = tuple("0123456789")
 CATEGORY_IDS = (1, 2, 3, 4, 6, 7, 9, 11, 13, 14)
 
@@ -22,13 +22,13 @@ SCENES = {"train": 1024, "val": 200, "test": 200}
 def scenes_of(part: str) -> tuple[Scene, ...]:
     """Compose the scenes of a part, once per process (about a second). Raises ValueError."""
     check_part(part, DATA)
-    # The 2 makes a random stream that no other demo data use.
+    # The number 2 makes a random stream that no other demo data use.
     rng = np.random.default_rng([SEED, PARTS.index(part), 2])
     return tuple(draw_scenes(part, SCENES[part], rng))
 
 
 def read(part: str, index: int) -> Image.Image:
-    """Image of a part by its position, RGB."""
+    """Return the image of a part at a position, RGB."""
     return Image.fromarray(scenes_of(part)[index].pixels).convert("RGB")
 
 
@@ -65,7 +65,7 @@ def annotations_of(scenes: tuple[Scene, ...]) -> dict[str, Any]:
 
 
 def fingerprint_of(scenes: tuple[Scene, ...]) -> str:
-    """sha256 over the annotations and pixels of scenes."""
+    """Compute the sha256 over annotations and pixels of scenes."""
     digest = hashlib.sha256(json.dumps(annotations_of(scenes), sort_keys=True).encode())
     for scene in scenes:
         digest.update(scene.pixels.tobytes())

@@ -1,7 +1,7 @@
-"""A small Mask R-CNN and a small Cascade Mask R-CNN for the digit scenes, with their weights.
+"""Small Mask R-CNN and Cascade Mask R-CNN for the digit scenes, with their weights.
 
-Both are mmdet's own classes. Only widths, depths, anchors and numbers of proposals differ from the
-published detectors.
+Both are of mmdet's own classes. Only widths, depths, anchors and numbers of proposals differ from
+the published detectors.
 """
 
 import copy
@@ -21,7 +21,7 @@ class DetectorModels(DemoModels):
     """Demo models whose keyword arguments are configurations of mmdet."""
 
     def build(self, name: str) -> nn.Module:
-        """Build a demo model with random weights, in eval mode."""
+        """Build a demo model with random weights, in evaluation mode."""
         spec = self.spec(name)
         # mmdet's constructors change their arguments.
         return build({"type": spec.cls, **copy.deepcopy(spec.kwargs)})
@@ -29,7 +29,8 @@ class DetectorModels(DemoModels):
 
 def _spec(kind: Kind, fc_channels: int, mask_convs: int) -> DemoSpec:
     sizes = DetectorSizes(
-        # Heads of 8 channels. Windows shift in the first three stages; the last is one window.
+        # Each attention head has 8 channels. Three stages shift their windows; in the last stage,
+        # one window covers the map.
         embed_dims=16,
         depths=(2, 2, 2, 1),
         num_heads=(2, 4, 8, 16),
@@ -40,7 +41,7 @@ def _spec(kind: Kind, fc_channels: int, mask_convs: int) -> DemoSpec:
         fc_channels=fc_channels,
         box_convs=2,
         mask_convs=mask_convs,
-        # Digits are 10 to 38 pixels high and mostly narrower; those from 24 on use stride 8.
+        # Digits are 10 to 38 pixels high and mostly narrower. Sides from 24 pixels on use stride 8.
         anchor_scale=4,
         anchor_ratios=(0.8, 1.5, 3.0),
         finest_scale=12,
@@ -51,7 +52,7 @@ def _spec(kind: Kind, fc_channels: int, mask_convs: int) -> DemoSpec:
     )
     config = detector_config(kind, sizes)
     training = config["train_cfg"]
-    # The largest anchors are larger than a scene: without this, training would ignore all of them.
+    # The largest anchors are larger than a scene; by default, training would ignore all of them.
     training["rpn"]["allowed_border"] = -1
     training["rpn_proposal"].update(nms_pre=200, max_per_img=100)
     stages = training["rcnn"] if isinstance(training["rcnn"], list) else [training["rcnn"]]

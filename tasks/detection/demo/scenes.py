@@ -1,7 +1,7 @@
-"""Scenes of several real handwritten digits with their masks: detection data without a download.
+"""Scenes of real handwritten digits with their masks: detection data without a download.
 
-Digits of many sizes stand anywhere on a grainy ground, and a later digit may hide parts of an
-earlier one. All arithmetic uses integers, so the scenes are the same on every machine.
+Digits of many sizes stand anywhere on a grainy background. A digit may hide parts of those drawn
+before it. All arithmetic uses integers, so the scenes are the same on every machine.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,12 @@ import numpy as np
 from tasks.common.demo.digits import DigitDealer, check_part, load_digits, resize
 
 DATA = "digit scenes for detection"
-#: Lowest and highest value of: height and width of a scene, side of a digit's image, number of
-#: digits; grey level of the ground and of the ink, and largest change of a pixel by the grain.
-SCENE_SIZES, DIGIT_SIDES, DIGITS = (64, 128), (22, 52), (2, 6)
-GROUNDS, INKS, GRAINS = (0, 80), (130, 255), (0, 24)
+# Lowest and highest values:
+SCENE_SIZES = (64, 128)  # height and width of a scene
+DIGIT_SIDES = (22, 52)  # side of a digit's image
+DIGITS = (2, 6)  # number of digits in a scene
+GROUNDS, INKS = (0, 80), (130, 255)  # grey levels of the background and of a digit's ink
+GRAINS = (0, 24)  # largest change of a pixel by the grain of its scene
 #: Lowest value (of 255) of a pixel that belongs to its digit.
 INK_THRESHOLD = 80
 #: Largest overlap of two digits' boxes, as a share (numerator, denominator) of the smaller box.
@@ -29,22 +31,22 @@ _Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Placed:
-    """A digit in a scene."""
+    """Digit in a scene."""
 
     source: int  # index among all digits
-    side: int  # of its resized image
-    top: int  # place of the ink
+    side: int  # side of its resized image
+    top: int  # first row and column of its ink
     left: int
     ink: int  # grey level of a full pixel
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A composed scene with n annotated digits."""
+    """Composed scene with n annotated digits."""
 
     pixels: np.ndarray  # (height, width) uint8
     ground: int  # grey level without digits
-    grain: int  # largest change of the ground
+    grain: int  # largest change of a pixel
     placed: tuple[Placed, ...]
     shown: tuple[int, ...]  # positions of the annotated digits among all those placed
     labels: np.ndarray  # (n,) int64
@@ -55,9 +57,10 @@ class Scene:
 def draw_scenes(
     part: str, count: int, rng: np.random.Generator, images: np.ndarray | None = None
 ) -> Iterator[Scene]:
-    """Draw ``count`` scenes of the digits of one part, each digit used equally often up to one.
+    """Draw ``count`` scenes of the digits of one part. Raises ValueError for an unknown part.
 
-    Training gives ``images`` (5000, 28, 28) to compose instead of the digits. Raises ValueError.
+    Numbers of uses of two digits differ by at most one. Training gives ``images`` (5000, 28, 28) in
+    place of the digits' own.
     """
     check_part(part, DATA)
     images = load_digits()[0] if images is None else images
@@ -67,14 +70,14 @@ def draw_scenes(
 
 
 def ink_of(image: np.ndarray, side: int) -> np.ndarray:
-    """Opacity (h, w) uint8 of a resized digit, without the margins below the threshold."""
+    """Compute the opacity (h, w) uint8 of a resized digit, without margins below the threshold."""
     resized = resize(image[None], side)[0]
     x1, y1, x2, y2 = box_of(resized >= INK_THRESHOLD)
     return resized[y1:y2, x1:x2]
 
 
 def box_of(mask: np.ndarray) -> _Box:
-    """Tight box (x1, y1, x2, y2) of a mask; x2 and y2 are one past the last pixel."""
+    """Compute the tight box (x1, y1, x2, y2) of a mask; x2 and y2 are one past the last pixel."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -90,7 +93,7 @@ def _draw_scene(images: np.ndarray, dealer: DigitDealer, rng: np.random.Generato
     areas: list[int] = []
     for _ in range(_between(DIGITS, rng)):
         source = dealer.deal(int(rng.integers(10)))
-        # A digit fills at most half of the shorter side, so the first two always find a place.
+        # A digit's side is at most half of the scene's, so the first two always find a place.
         side = _between((DIGIT_SIDES[0], min(DIGIT_SIDES[1], min(height, width) // 2)), rng)
         ink = ink_of(images[source], side)
         place = _find_place(ink.shape, (height, width), boxes, rng)
@@ -124,7 +127,7 @@ def _between(ends: tuple[int, int], rng: np.random.Generator) -> int:
 def _find_place(
     shape: tuple[int, ...], canvas: tuple[int, int], boxes: list[_Box], rng: np.random.Generator
 ) -> tuple[int, int] | None:
-    """Draw row and column of a box that overlaps no other too much; None if all tries fail."""
+    """Draw the place of a box that overlaps no other box too much; None if all tries fail."""
     height, width = shape
     most, of = MAX_OVERLAP
     for _ in range(_TRIES):

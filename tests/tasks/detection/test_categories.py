@@ -101,11 +101,11 @@ def test_unnamed_classes_are_the_categories_in_order() -> None:
     found = match_categories(checked(tiny(), "here"), loaded(3), "data val")
     assert (found.labels, found.classes_from) == ((7, 2, 30), "annotations")
     assert found.notes == (
-        "The weights name no classes: the 3 categories are taken for them in the file's order",
+        "The weights name no classes: the 3 categories, in the file's order, are taken for them",
     )
     with pytest.raises(
         DataError,
-        match=r"3 categories \(3 of them .*\), tiny.tag has 10 classes, whose names .*torch.save",
+        match=r"3 categories \(3 of them .*\), tiny.tag has 10 classes, which .*torch.save",
     ):
         match_categories(checked(tiny(), "here"), loaded(10), "data val")
 

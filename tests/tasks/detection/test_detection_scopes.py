@@ -27,8 +27,8 @@ from fimaq_core.recipe import make_recipe
 from tasks.common.cell.identity import planned_folder
 from tasks.common.registry import defaults
 from tasks.detection.coco import open_demo
-from tasks.detection.detector import DETECTOR, BackboneAndNeck
-from tasks.detection.neck import pack
+from tasks.detection.detector import DETECTOR
+from tasks.detection.neck import pack, unpack_pyramid
 from tasks.detection.roi import roi_heads
 from tasks.detection.tags import PIECES, SCOPES
 from tasks.detection.task import TASK
@@ -98,8 +98,7 @@ def outputs(
         for segment in backbone:
             x = segment(x, None, kept)
             kept = segment.kept_with(x, kept)
-        unpack = BackboneAndNeck(chain).unpack  # type: ignore[arg-type]
-        maps = unpack(neck.block(pack(stages)))
+        maps = unpack_pyramid(neck.block(pack(stages)), neck.block.channels)
         found = {"backbone": pack(kept), "fpn": torch.cat([one.flatten() for one in maps])}
     heads = model if detector is None else detector
     scores, boxes = heads.rpn_head(pyramid())

@@ -105,7 +105,7 @@ def test_paths_out_of_the_data_are_refused(tmp_path: Path) -> None:
         DataError, match=r"names 4 images outside of the data's folder .*/coco, such as"
     ):
         open_coco(root, "val")
-    with pytest.raises(DataError, match=r"images of .* are not there"):
+    with pytest.raises(DataError, match=r"images of .* are missing"):
         open_file(outside)
     some = named(root, lambda name: f"{tmp_path}/other/{name}" if name[-5] == "3" else name)
     with pytest.raises(

@@ -12,7 +12,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d, quant_layers
 from fimaq_core.recipe import OFF
 from tasks.detection.mm import FPN
-from tasks.detection.neck import ExplicitFPN, Unpack, pack
+from tasks.detection.neck import ExplicitFPN, pack, unpack_pyramid
 
 CHANNELS = [8, 16, 32, 64]
 
@@ -39,7 +39,7 @@ def test_block_equals_the_real_neck(changes: dict[str, Any], height: int, width:
     neck, maps = fpn(**changes), stages(height, width)
     expected = neck(maps)
     block = ExplicitFPN(neck, quick())
-    found = Unpack(block.channels)(block(pack(maps)))
+    found = unpack_pyramid(block(pack(maps)), block.channels)
     assert len(found) == 5
     assert deviation(found, expected) < 1e-5
 

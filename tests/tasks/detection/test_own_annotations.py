@@ -202,8 +202,7 @@ def test_boxes_alone(model: LoadedModel, place: Path, content: Content, usual: E
     assert found.notes == [
         f"{total} of {total} annotations have no mask: box AP is measured, mask AP is not",
         f"{total} of {total} annotations have no area, which tells small, medium and large objects "
-        f"apart: 0 take it from their "
-        f"mask, {total} from their box",
+        f"apart: it is taken from the mask of 0, and from the box of {total}",
     ]
     assert all(item["polygons"] == [] for example in found.examples for item in example["truth"])
     for item in bare["annotations"]:
@@ -217,7 +216,7 @@ def test_areas_of_masks(
     found = evaluated(model, written(place, "areas", without(content, "area")))
     total = len(content["annotations"])
     assert same(found, usual)
-    assert found.notes[0].endswith(f"{total} take it from their mask, 0 from their box")
+    assert found.notes[0].endswith(f"it is taken from the mask of {total}, and from the box of 0")
 
 
 def test_some_masks(model: LoadedModel, place: Path, content: Content, usual: Evaluation) -> None:
