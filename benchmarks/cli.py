@@ -14,7 +14,7 @@ import click
 from benchmarks.console import terminal_width, user_errors
 from benchmarks.doctor import doctor
 from benchmarks.grid.cell import RunOptions
-from benchmarks.grid.expand import load_grid, parse_filters
+from benchmarks.grid.expand import parse_filters
 from benchmarks.grid.options import (
     PROFILE,
     adapter,
@@ -23,6 +23,7 @@ from benchmarks.grid.options import (
     profile_option,
     results_option,
 )
+from benchmarks.grid.schema import load_grid
 from benchmarks.published.table import load_table
 from benchmarks.report.command import report
 from benchmarks.run.command import run_grid

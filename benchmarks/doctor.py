@@ -19,8 +19,9 @@ from benchmarks.console import size_text
 from benchmarks.costs.sources import gather
 from benchmarks.grid import options as given
 from benchmarks.grid.cell import Adapter, RunOptions
-from benchmarks.grid.expand import Filters, expand, load_grid
+from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.preflight import missing
+from benchmarks.grid.schema import load_grid
 from fimaq_core.errors import FimaqError
 from tasks.common.cell.machine import container_limits, processor
 

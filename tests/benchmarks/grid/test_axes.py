@@ -14,7 +14,8 @@ from benchmarks.cli import cli
 from benchmarks.compare import reference
 from benchmarks.costs.estimate import expected_cost
 from benchmarks.grid.cell import Places, RunOptions, default_adapter
-from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_filters, parse_grid
+from benchmarks.grid.expand import Filters, expand, parse_filters
+from benchmarks.grid.schema import GridError, load_grid, parse_grid
 from benchmarks.results import scores
 from benchmarks.run.order import make_chains
 from benchmarks.tables import summary

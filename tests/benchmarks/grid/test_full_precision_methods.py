@@ -10,7 +10,8 @@ from benchmarks.compare import diff, reference
 from benchmarks.compare.agreement import compared, observations
 from benchmarks.costs.estimate import expected_cost, kind
 from benchmarks.grid.cell import RunOptions
-from benchmarks.grid.expand import Filters, expand, parse_filters, parse_grid
+from benchmarks.grid.expand import Filters, expand, parse_filters
+from benchmarks.grid.schema import parse_grid
 from benchmarks.results import scores
 from benchmarks.run.command import rerun_command
 from benchmarks.run.options import RunRequest

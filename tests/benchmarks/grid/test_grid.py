@@ -6,15 +6,8 @@ import pytest
 import yaml
 
 from benchmarks.grid.cell import Places, RunOptions
-from benchmarks.grid.expand import (
-    Filters,
-    GridError,
-    expand,
-    load_grid,
-    parse_bits,
-    parse_filters,
-    parse_grid,
-)
+from benchmarks.grid.expand import Filters, expand, parse_filters
+from benchmarks.grid.schema import GridError, load_grid, parse_bits, parse_grid
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS
 

@@ -11,8 +11,9 @@ from grid_fakes import SECTIONS_GRID
 
 from benchmarks.cli import cli
 from benchmarks.grid.cell import Adapter, Cell, Places, RunOptions, default_adapter
-from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_filters, parse_grid
+from benchmarks.grid.expand import Filters, expand, parse_filters
 from benchmarks.grid.preflight import missing
+from benchmarks.grid.schema import GridError, load_grid, parse_grid
 from benchmarks.run.options import RunRequest
 from benchmarks.run.order import CellQueue, make_chains
 from benchmarks.run.plan import plan_text

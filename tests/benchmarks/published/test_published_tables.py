@@ -9,8 +9,9 @@ import yaml
 from published_fakes import row, written
 
 from benchmarks.grid.cell import Cell, Places, RunOptions
-from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_filters
+from benchmarks.grid.expand import Filters, expand, parse_filters
 from benchmarks.grid.names import PUBLISHED
+from benchmarks.grid.schema import GridError, load_grid
 from benchmarks.published.table import TABLES, TableError, load_table, table_names
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS

@@ -95,7 +95,7 @@ def test_a_damaged_record_fails_at_once_and_stays(tmp_path: Path):
 
 
 def expand_small(tmp_path: Path) -> list[Cell]:
-    from benchmarks.grid.expand import load_grid
+    from benchmarks.grid.schema import load_grid
 
     return expand(load_grid(small_grid(tmp_path)), Filters(), RunOptions(tmp_path))
 

@@ -18,7 +18,8 @@ from engine_fakes import HANG, until
 from benchmarks.cli import cli
 from benchmarks.costs.estimate import Estimator, expected_cost
 from benchmarks.grid.cell import RunOptions
-from benchmarks.grid.expand import Filters, expand, load_grid
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import load_grid
 from benchmarks.run.local import default_jobs
 from benchmarks.run.order import make_chains
 from tasks.common.cell.lease import acquire
