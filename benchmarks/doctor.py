@@ -1,4 +1,4 @@
-"""``python -m benchmarks doctor``: what this machine can run, what is missing, how to get it."""
+"""``python -m benchmarks doctor``: checks of this machine, with a fix for each problem."""
 
 import json
 import platform
@@ -26,13 +26,13 @@ from fimaq_core.errors import FimaqError
 from tasks.common.cell.machine import container_limits, processor
 
 SETUP = "make setup"
-#: Free bytes below which a disk is worth a note.
+#: Free bytes below which a disk gets a note.
 LITTLE = 5e9
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
 class Check(NamedTuple):
-    """Result of one check: a ``note`` is worth knowing, a ``problem`` prevents a run."""
+    """Finding of a check: a ``note`` may slow down a run, a ``problem`` prevents it."""
 
     state: Literal["ok", "note", "problem"]
     text: str
@@ -44,16 +44,16 @@ def guarded(check: str, examine: Callable[..., Iterable[Check]], *args: Any) -> 
     found: list[Check] = []
     try:
         found.extend(examine(*args))
-    except Exception as error:  # noqa: BLE001 the doctor examines broken machines
-        why = (
-            "" if isinstance(error, FimaqError) else f" cannot be examined: {type(error).__name__}"
-        )
-        found.append(Check("problem", f"{check}{why}: {error}"))
+    except FimaqError as error:
+        found.append(Check("problem", f"{check}: {error}"))
+    except Exception as error:  # noqa: BLE001 anything may be broken on the machine
+        text = f"{check} cannot be examined: {type(error).__name__}: {error}"
+        found.append(Check("problem", text))
     return found
 
 
 def package_findings(requirements: Iterable[str] | None = None) -> Iterator[Check]:
-    """Report Python, and requirements (None: of fimaq) that installed packages do not meet."""
+    """Report Python, and the requirements (None: of fimaq) that no installed package meets."""
     from packaging.requirements import Requirement
 
     yield Check("ok", f"Python {platform.python_version()} ({sys.executable})")
@@ -69,7 +69,7 @@ def package_findings(requirements: Iterable[str] | None = None) -> Iterator[Chec
 
 
 def torch_findings(seconds: float = 180.0) -> Iterator[Check]:
-    """Report PyTorch and its GPUs, as another process finds them: PyTorch may crash."""
+    """Report PyTorch and its GPUs; uses another process, because PyTorch may crash."""
     command = [sys.executable, "-m", "torch.utils.collect_env"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
@@ -90,7 +90,7 @@ def torch_findings(seconds: float = 180.0) -> Iterator[Check]:
 
 
 def machine_findings(limits: Mapping[str, float | None]) -> Iterator[Check]:
-    """Report processor and memory, and the limits of a container."""
+    """Report processor and memory, and lower limits of a container (None: no limit)."""
     cores, memory = psutil.cpu_count() or 1, psutil.virtual_memory()
     text = f"{size_text(memory.total)} of memory, {size_text(memory.available)} available"
     yield Check("ok", f"{processor()}, {cores} cores, {text}")
@@ -107,7 +107,7 @@ def _existing(path: Path) -> Path:
 
 
 def results_findings(results: Path) -> Iterator[Check]:
-    """Report if the results folder is writable, and the free space of three folders."""
+    """Report if the results folder can be written, and the free space for results and caches."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place = _existing(results)
@@ -129,9 +129,9 @@ def results_findings(results: Path) -> Iterator[Check]:
 def profile_findings(
     name: str, options: RunOptions, adapter: Adapter, cuda: bool, memory: float
 ) -> Iterator[Check]:
-    """Report if a profile can run, what is missing, and its largest memory.
+    """Report if a profile can run, what is missing, and the memory of its largest cell.
 
-    ``cuda`` is True if PyTorch sees a GPU. ``memory`` is the number of bytes that may be used.
+    ``cuda`` is True if PyTorch sees a GPU. ``memory`` is the memory of this machine in bytes.
     """
     grid = load_grid(name)
     cells = expand(grid, Filters(), options)
@@ -163,7 +163,7 @@ def profile_findings(
 
 
 def examine(profile: str, options: RunOptions, adapter: Adapter) -> dict[str, Any]:
-    """Run all checks; return the content of ``--json``."""
+    """Run all checks; return the object that ``--json`` prints."""
     torch, limits = guarded("PyTorch", torch_findings), container_limits()
     cuda = any(one.text.startswith("GPU ") for one in torch)
     memory = limits["memory"] or psutil.virtual_memory().total
@@ -187,7 +187,7 @@ def examine(profile: str, options: RunOptions, adapter: Adapter) -> dict[str, An
 @given.folder_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def doctor(profile: str, options: RunOptions, as_json: bool) -> None:
-    """Examine what this machine can run, and what is missing.
+    """Check if this machine can run a profile, and what is missing.
 
     Checks packages, devices, disks, data, weights and results. Nothing is run, downloaded or
     changed. Exit codes: 0 the profile can run, 1 it cannot.
