@@ -96,9 +96,7 @@ _JOBS = "Cells at a time. Default on a CPU: by cores and threads; GPU: 1; Ray: a
 _RAY = "A running Ray cluster; by default Ray starts on this machine."
 _GPUS = "GPUs that Ray gives to a cell; 0.5: two cells share one."
 _RETRIES = "Attempts in a row at a cell whose process dies without progress; 0: no second attempt."
-_REHEARSE = (
-    "Run short versions of the cells on random weights and images; estimate time and memory."
-)
+_REHEARSE = "Run shortened cells on random weights and images; estimate time and memory."
 _PLACES, _ENGINES = click.Choice(["device", "host", "disk"]), click.Choice(["local", "ray"])
 _COUNT, _SHARE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 _RETRY_COUNT = {"type": click.IntRange(min=0), **_default(RunOptions.retries)}

@@ -1,4 +1,4 @@
-"""The run of a grid, behind the options of its command."""
+"""Run of a grid: measures its cells, writes its tables, lists failed cells."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def run_grid(request: RunRequest) -> int:
     """Measure the cells that are not finished, and write tables; see ``run --help``.
 
     Returns:
-        The exit code: 0, or 1 where cells failed or numbers differ from the published table.
+        The exit code: 0, or 1 if cells failed or numbers differ from the published table.
+
+    Raises:
+        NotReady: data or weights are missing.
     """
     cells, adapter = request.cells(), request.adapter
     found = ((cell.key, finished(cell, adapter)) for cell in cells)
@@ -41,7 +44,7 @@ def run_grid(request: RunRequest) -> int:
         messages = missing(todo, adapter)
         if messages:
             lines = [f"error: {message}" for message in messages]
-            raise NotReady("\n".join([*lines, *_way_around(request, todo)]))
+            raise NotReady("\n".join([*lines, *_runnable_sections(request, todo)]))
         request = settled(request)
         failures = _measure(request, {cell.key for cell in todo}, measured)
     else:
@@ -60,7 +63,7 @@ def run_grid(request: RunRequest) -> int:
 def _measure(
     request: RunRequest, keys: set[Key], measured: Mapping[Key, ResultRecord]
 ) -> list[Failure]:
-    """Measure the cells with these keys; return those that failed."""
+    """Measure the cells with these keys; return the failures. ``measured`` helps to estimate."""
     from benchmarks.run.runner import Runner
     from benchmarks.watch.live import Watch
     from tasks.common.cell.identity import forget
@@ -71,9 +74,9 @@ def _measure(
     watch = Watch(Console(highlight=False), runs / ".state", options.engine)
     if options.force:
         forget((cell.request for cell in todo), adapter.planned_folder)
-        words = "Without --force the same command goes on where it stopped."
+        words = "Without --force, the same command continues where it stopped."
         print(f"All earlier results of these cells are removed. {words}")
-    # Several runs may share the folder.
+    # Runs of several machines may share the results folder.
     logs = runs / ".logs" / f"{platform.node()}-{os.getpid()}"
     make = partial(make_executor, request, logs)
     with _interrupted_by_sigterm():
@@ -111,13 +114,13 @@ def _write(request: RunRequest, cells: Sequence[Cell]) -> int:
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Handle SIGTERM, which schedulers send before the time is up, as Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+    """Handle SIGTERM like Ctrl-C. Schedulers send SIGTERM shortly before the time limit."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread gets signals
         yield
         return
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end takes a moment: ignore a second one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -127,10 +130,10 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
-def _way_around(request: RunRequest, cells: Sequence[Cell]) -> list[str]:
-    """Return a line that names the sections that cannot run, and how to run the others.
+def _runnable_sections(request: RunRequest, cells: Sequence[Cell]) -> list[str]:
+    """Return a line with the sections that cannot run, and the options to run the others.
 
-    If all sections lack something, the line names those without a folder of data.
+    If no section can run, the line has the sections whose data folder was not given.
     """
     data = {cell.section: request.grid.tasks[cell.section].data for cell in cells}
     own = {name: [cell for cell in cells if cell.section == name] for name in data}
@@ -150,15 +153,16 @@ def _way_around(request: RunRequest, cells: Sequence[Cell]) -> list[str]:
 
 
 def rerun_command(request: RunRequest, cells: Sequence[Cell]) -> str:
-    """Return the command that runs these cells again. It skips finished cells that it names."""
+    """Return a command that runs these cells again. It may name finished cells, which it skips."""
     relative = os.path.relpath(sys.executable)
     python = "python" if relative.startswith("..") else relative
     words = [python, "-m", "benchmarks", "run", *request.flags]
-    fields = {"tasks": "section", "models": "model", "methods": "method"}
-    for name, field in {**fields, "bits": "bits", "seeds": "seed"}.items():
-        values = dict.fromkeys(str(getattr(cell, field)) for cell in cells)
-        none = {"bits": "fp", "seeds": "None"}.get(name)  # full precision has neither
-        text = ",".join(value for value in values if value != none)
-        words += [f"--{name}", text] if text else []
+    for field in ("section", "model", "method", "bits", "seed"):
+        values = dict.fromkeys(getattr(cell, field) for cell in cells)
+        # Without quantization there are no bits, and full precision has no seed.
+        none = "fp" if field == "bits" else None
+        text = ",".join(str(value) for value in values if value != none)
+        option = {"section": "--tasks", "bits": "--bits"}.get(field, f"--{field}s")
+        words += [option, text] if text else []
     words += ["--axes", ",".join(request.filters.axes)] if request.filters.axes else []
     return shlex.join(words)
