@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 cells failed, or measured numbers differ from published nu
 run, or nothing can be compared (``diff`` and published tables); 130 interrupted by Ctrl-C.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,16 +71,6 @@ def _request(profile: str, table: str, **filters: str) -> RunRequest:
     return RunRequest(grid, chosen, adapter=adapter(), table=found)
 
 
-def _flags(context: click.Context) -> Iterator[str]:
-    """Yield the words of the options that the user gave, without filters and ``--force``."""
-    for option in context.command.params:
-        name, source = str(option.name), context.get_parameter_source(str(option.name))
-        if source is click.core.ParameterSource.COMMANDLINE and name not in (*_FILTERS, "force"):
-            yield option.opts[0]
-            if context.params[name] is not True:
-                yield str(context.params[name])
-
-
 _FILTERS = {
     "tasks": "Only these tasks, or sections of the profile (comma list).",
     "models": "Only these models; they may be models that the profile does not run by default.",
@@ -132,8 +121,7 @@ def run(
 ) -> None:  # fmt: skip
     """Measure the cells of a grid, then print and write its table. Finished cells are kept."""
     context = click.get_current_context()
-    options, flags = replace(options, **changes), tuple(_flags(context))
-    request = replace(request, options=options, report=report, flags=flags)
+    request = replace(request, options=replace(options, **changes), report=report)
     if plan:
         click.echo(plan_text(request, terminal_width()))
     elif rehearse:

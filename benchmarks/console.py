@@ -11,21 +11,15 @@ from rich.console import Console
 from fimaq_core.errors import FimaqError
 
 
-class NotReady(FimaqError):
-    """Run that cannot start; the text is printed as it is, and may have several lines."""
-
-
 @contextmanager
 def user_errors(context: click.Context, interrupted: str) -> Iterator[None]:
-    """Print user errors as one line on stderr and exit with 2; exit with 130 after Ctrl-C.
+    """Print the message of user errors on stderr and exit with 2; exit with 130 after Ctrl-C.
 
     ``interrupted`` is the sentence that Ctrl-C prints.
     """
     try:
         yield
         return
-    except NotReady as error:
-        click.echo(str(error), err=True)
     except FimaqError as error:
         click.echo(f"error: {error}", err=True)
     except KeyboardInterrupt:

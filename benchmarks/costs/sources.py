@@ -56,11 +56,6 @@ class CostRow(BaseModel):
     disk_bytes: int = Field(0, ge=0, exclude=True)
 
     @property
-    def machine(self) -> str:
-        """Device and threads as text."""
-        return f"{self.device}, {self.threads} thread{'' if self.threads == 1 else 's'}"
-
-    @property
     def key(self) -> Key:
         """Identity of the cell in its grid."""
         return CellName(*(getattr(self, name) for name in CellName._fields)), self.seed
@@ -149,8 +144,9 @@ class Costs:
             # The name of a CPU begins with "cpu".
             estimator = self._known[source, "cpu" if row.device.startswith("cpu") else "gpu"]
             if estimator.estimate(cell, OWN) is None:
+                machine = f"{row.device}, {row.threads} thread{'' if row.threads == 1 else 's'}"
                 memory, disk = row.peak_memory_bytes, row.disk_bytes
-                estimator.add(cell, row.seconds, memory=memory, disk=disk, machine=row.machine)
+                estimator.add(cell, row.seconds, memory=memory, disk=disk, machine=machine)
 
     def of(self, cell: Cell) -> Cost | None:
         """Return the cost of a cell; None if no source has one.

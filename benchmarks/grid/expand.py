@@ -32,11 +32,6 @@ class Filters:
     seeds: tuple[int, ...] | None = None
     axes: tuple[str, ...] | None = None
 
-    @property
-    def active(self) -> bool:
-        """True if any list is replaced."""
-        return any(value is not None for value in vars(self).values())
-
 
 def parse_filters(grid: Grid, **texts: str) -> Filters:
     """Return filters from comma lists, which are named like the fields of :class:`Filters`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import shutil
 import signal
 import sys
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from benchmarks.console import NotReady
 from benchmarks.grid.cell import Cell, Key, finished
 from benchmarks.grid.preflight import missing
 from benchmarks.run.options import RunRequest, make_executor, settled
+from fimaq_core.errors import FimaqError
 from tasks.common.record import ResultRecord, own_seconds
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def run_grid(request: RunRequest) -> int:
         The exit code: 0, or 1 if cells failed or numbers differ from the published table.
 
     Raises:
-        NotReady: data or weights are missing.
+        FimaqError: data or weights are missing.
     """
     cells, adapter = request.cells(), request.adapter
     found = ((cell.key, finished(cell, adapter)) for cell in cells)
@@ -43,8 +42,8 @@ def run_grid(request: RunRequest) -> int:
     if todo:
         messages = missing(todo, adapter)
         if messages:
-            lines = [f"error: {message}" for message in messages]
-            raise NotReady("\n".join([*lines, *_runnable_sections(request, todo)]))
+            lines = ["\nerror: ".join(messages), *_runnable_sections(request, todo)]
+            raise FimaqError("\n".join(lines))
         request = settled(request)
         failures = _measure(request, {cell.key for cell in todo}, measured)
     else:
@@ -55,8 +54,8 @@ def run_grid(request: RunRequest) -> int:
         for failure in failures:
             log = f" (details: {failure.log})" if failure.log else ""
             print(f"  {failure.cell.label}: {failure.message}{log}", file=sys.stderr)
-        print("Finished cells are kept. To run only the failed ones:", file=sys.stderr)
-        print(f"  {rerun_command(request, [f.cell for f in failures])}", file=sys.stderr)
+        words = "To run the failed cells again, repeat the command without --force"
+        print(f"{words}: it skips finished cells.", file=sys.stderr)
     return 1 if failures else code
 
 
@@ -150,19 +149,3 @@ def _runnable_sections(request: RunRequest, cells: Sequence[Cell]) -> list[str]:
     names = ", ".join(name + flags.get(name, "") for name in blocked)
     advice = f"To run the rest: TASKS={rest} for make, --tasks {rest} for a grid."
     return [f"Cannot run: {names}. {advice}"]
-
-
-def rerun_command(request: RunRequest, cells: Sequence[Cell]) -> str:
-    """Return a command that runs these cells again. It may name finished cells, which it skips."""
-    relative = os.path.relpath(sys.executable)
-    python = "python" if relative.startswith("..") else relative
-    words = [python, "-m", "benchmarks", "run", *request.flags]
-    for field in ("section", "model", "method", "bits", "seed"):
-        values = dict.fromkeys(getattr(cell, field) for cell in cells)
-        # Without quantization there are no bits, and full precision has no seed.
-        none = "fp" if field == "bits" else None
-        text = ",".join(str(value) for value in values if value != none)
-        option = {"section": "--tasks", "bits": "--bits"}.get(field, f"--{field}s")
-        words += [option, text] if text else []
-    words += ["--axes", ",".join(request.filters.axes)] if request.filters.axes else []
-    return shlex.join(words)

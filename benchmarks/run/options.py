@@ -25,7 +25,6 @@ class RunRequest:
     adapter: Adapter = field(default_factory=default_adapter)
     table: PublishedTable | None = None  #: its layout replaces the tables of a profile
     report: bool = False  #: also write the HTML report
-    flags: tuple[str, ...] = ()  #: words of the command line, repeated to run failed cells again
 
     @property
     def device(self) -> str:

@@ -35,7 +35,7 @@ def plan_text(request: RunRequest, width: int | None = None, reference: Path = R
     """
     grid, options, adapter = request.grid, request.options, request.adapter
     cells = request.cells()
-    others = expand(grid, Filters(), options) if request.filters.active else ()
+    others = expand(grid, Filters(), options) if request.filters != Filters() else ()
     every = list({cell.key: cell for cell in (*cells, *others)}.values())
     costs, warnings = gather(every, adapter, [grid.name], options.results, reference)
     each = {cell.key: costs.of(cell) for cell in cells}
@@ -86,8 +86,8 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
     """Return the table with the columns that fit into ``width`` and are not empty."""
     values = {name: {row[name] for row in rows} for name in rows[0]}
     shown = [name for name in rows[0] if values[name] != {"-"}]
-    common = [name for name in shown if name in _COMMON and len(values[name]) == 1]
-    common = common if len(rows) > 1 else []
+    several = len(rows) > 1
+    common = [name for name in shown if several and name in _COMMON and len(values[name]) == 1]
     shown = [name for name in shown if name not in common]
     # tabulate adds two blanks to a heading, and two between columns.
     widths = {name: max(len(name) + 2, *map(len, values[name])) + 2 for name in shown}

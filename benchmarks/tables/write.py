@@ -76,7 +76,7 @@ def write_tables(
     known = {cell.key for cell in full}
     # The grid's own cells win: with filtered axes a run knows fewer places of the same cell.
     everything = [*full, *(cell for cell in cells if cell.key not in known)]
-    if filters.active:  # back to the order of the grid: sections, then models
+    if filters != Filters():  # back to the order of the grid: sections, then models
         sections = list(grid.tasks)
         models = list(dict.fromkeys(cell.model for cell in everything))
         everything.sort(key=lambda cell: (sections.index(cell.section), models.index(cell.model)))

@@ -86,7 +86,7 @@ def test_points_around_released_settings_are_named_after_them():
 def test_filters_choose_axes():
     assert {cell.point for cell in cells_of(axes="k")} == {"", "k=1", "k=15"}
     assert {cell.point for cell in cells_of(axes="loss")} == {"", "loss=mse"}
-    assert parse_filters(parse_grid(GRID), axes="k").active
+    assert parse_filters(parse_grid(GRID), axes="k") != Filters()
     with pytest.raises(
         GridError, match=r"Unknown axis 'los' in profile 'ab'. Did you mean 'loss'\?"
     ):
@@ -297,7 +297,7 @@ def test_the_commands_run_plan_and_filter_axes(tmp_path):
     failed = run("--axes", "k", "--force", "--models", "demo_vit", "--jobs", "1")
     assert failed.exit_code == 1
     assert "demo_vit fimaq w3a3 k=15 seed 1: ValueError" in failed.output
-    assert "--seeds 1 --axes k" in failed.output
+    assert "To run the failed cells again, repeat the command" in failed.output
 
 
 def test_the_ablation_profile_shares_the_demos_settings_cells_and_time():

@@ -250,20 +250,6 @@ def test_the_command_line_has_a_place_for_each_data_set(
     ]
 
 
-def test_the_command_for_failed_cells_names_sections_and_options(tmp_path: Path):
-    (tmp_path / "my coco").mkdir()
-    (tmp_path / "faults.json").write_text('{"fimaq": "user error"}')
-    options = ["--coco", str(tmp_path / "my coco"), "--jobs", "2", "--force"]
-    result = invoke(tmp_path, "run", "--tasks", "coco", "--seeds", "1", *options)
-    assert result.exit_code == 1
-    again = result.stderr.splitlines()[-1]
-    assert again.endswith("--tasks coco --models clip_b --methods fimaq --bits w4a4 --seeds 1")
-    assert f" --profile {grid_file(tmp_path)} --coco '{tmp_path}/my coco'" in again
-    assert f" --results {tmp_path} --jobs 2 --tasks" in again
-    assert "--imagenet" not in again
-    assert "--force" not in again
-
-
 def test_sections_are_measured_and_tabled_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for place in ("c", "i"):
         (tmp_path / place).mkdir()
