@@ -84,9 +84,8 @@ class Cell:
     request: CellRequest
     scope: str = ""  #: quantized part of the model; empty where the grid does not name it
     point: str = ""  #: axis point (``k=15``); empty for the grid's own settings
-    #: (axis, point) pairs where ablation tables show the cell. The grid's own settings may be a
-    #: point of several axes.
-    places: tuple[tuple[str, str], ...] = ()
+    #: (axis, point) pairs of ablation tables; the grid's own settings may be on several axes.
+    axis_points: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def key(self) -> Key:

@@ -159,19 +159,19 @@ def _with_points(
 
     A point with the recipe of ``base`` adds no cell: the tables show ``base`` in its place.
     """
-    places, cells = [], []
+    own_points, cells = [], []
     for axis, points in axes.items():
         for point, changes in points.items():
             recipe, name = make_recipe(base.method, overrides, changes, own), f"{axis}={point}"
             if recipe == base.request.recipe:
-                places.append((axis, point))
+                own_points.append((axis, point))
                 continue
             # The name of a variant ends with the scope, which must not be repeated before it.
             whole = make_recipe(base.method, overrides, own).model_copy(update={"scope": None})
             variant = f"{identity.variant_name(replace(base.request, recipe=whole))} {name}"
             request = replace(base.request, recipe=recipe, variant=variant)
-            cells.append(replace(base, request=request, point=name, places=((axis, point),)))
-    return [replace(base, places=tuple(places)), *cells]
+            cells.append(replace(base, request=request, point=name, axis_points=((axis, point),)))
+    return [replace(base, axis_points=tuple(own_points)), *cells]
 
 
 def _make_cell(

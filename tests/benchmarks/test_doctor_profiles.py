@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from benchmarks.cli import cli
 from benchmarks.costs.sources import REFERENCE
-from benchmarks.doctor import Check, examine, guarded, profile_findings
+from benchmarks.doctor import Finding, examine, guarded, profile_findings
 from benchmarks.grid.cell import Adapter, Places, RunOptions, default_adapter
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import GRIDS, load_grid
@@ -58,7 +58,7 @@ def findings(
     adapter: Adapter = fakes.ADAPTER,
     cuda: bool = False,
     memory: float = 1e12,
-) -> list[Check]:
+) -> list[Finding]:
     return guarded(name, profile_findings, name, options, adapter, cuda, memory)
 
 

@@ -41,8 +41,8 @@ def test_one_axis_at_a_time_varies_around_the_grids_settings():
     ]
     full, base, mse, one, many = cells
     assert [cell.point for cell in cells] == ["", *POINTS]
-    assert base.places == (("loss", "dplr"), ("k", "5"))
-    assert (mse.places, full.places) == ((("loss", "mse"),), ())
+    assert base.axis_points == (("loss", "dplr"), ("k", "5"))
+    assert (mse.axis_points, full.axis_points) == ((("loss", "mse"),), ())
     settings = [
         (cell.request.recipe.loss, cell.request.recipe.fisher_k, cell.request.recipe.steps)
         for cell in cells[1:]
@@ -68,7 +68,7 @@ def test_what_equals_the_base_depends_on_the_method():
     cells = cells_of({**GRID, "methods": ["qdrop"]}, models="demo_vit", seeds="1", axes="loss")
     # QDrop's own loss is the squared error; the point without changes is its base too.
     assert [cell.point for cell in cells] == [""]
-    assert cells[0].places == (("loss", "mse"), ("loss", "dplr"))
+    assert cells[0].axis_points == (("loss", "mse"), ("loss", "dplr"))
 
 
 def test_points_around_released_settings_are_named_after_them():
@@ -128,7 +128,7 @@ def test_extra_cells_have_no_points():
         "seeds": [1],
     }
     cells = cells_of({**GRID, "extra": [extra]})
-    assert [(cell.point, cell.places) for cell in cells if cell.bits == "w8a8"] == [("", ())]
+    assert [(cell.point, cell.axis_points) for cell in cells if cell.bits == "w8a8"] == [("", ())]
 
 
 def test_points_are_chains_of_their_own_with_the_dearest_first():
