@@ -132,20 +132,19 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _runnable_sections(request: RunRequest, cells: Sequence[Cell]) -> list[str]:
     """Return a line with the sections that cannot run, and the options to run the others.
 
-    If no section can run, the line has the sections whose data folder was not given.
+    Empty if no section can run.
     """
-    data = {cell.section: request.grid.tasks[cell.section].data for cell in cells}
-    own = {name: [cell for cell in cells if cell.section == name] for name in data}
-    flags = {
-        name: f" ({place.upper()}=/path or --{place})"
-        for name, place in data.items()
-        if place != "own" and request.options.data.of(place) is None
-    }
-    blocked = [name for name in data if missing(own[name], request.adapter)]
-    blocked = blocked if len(blocked) < len(data) else list(flags)
-    rest = ",".join(name for name in data if name not in blocked)
-    if not blocked or not rest:
+    blocked, ready = [], []
+    for section in dict.fromkeys(cell.section for cell in cells):
+        if missing([cell for cell in cells if cell.section == section], request.adapter):
+            place = request.grid.tasks[section].data
+            is_given = place == "own" or request.options.data.of(place) is not None
+            option = "" if is_given else f" ({place.upper()}=/path or --{place})"
+            blocked.append(f"{section}{option}")
+        else:
+            ready.append(section)
+    if not ready:
         return []
-    names = ", ".join(name + flags.get(name, "") for name in blocked)
+    rest = ",".join(ready)
     advice = f"To run the rest: TASKS={rest} for make, --tasks {rest} for a grid."
-    return [f"Cannot run: {names}. {advice}"]
+    return [f"Cannot run: {', '.join(blocked)}. {advice}"]

@@ -46,7 +46,7 @@ class RunRequest:
         """Return the cells that the filters keep; raise FimaqError if there is none."""
         cells = expand(self.grid, self.filters, self.options)
         if not cells:
-            raise FimaqError("The filters leave no cell.")
+            raise FimaqError("The filters leave no cell: use fewer filters or other values.")
         return cells
 
 
@@ -63,8 +63,7 @@ def settled(request: RunRequest) -> RunRequest:
         raise FimaqError(f"Unknown device '{device}': use cpu, cuda, cuda:N or auto.")
     if options.engine == "local":
         if options.ray_address:
-            advice = "add --engine ray (ENGINE=ray)."
-            raise FimaqError(f"A Ray address is of use to the Ray engine only: {advice}")
+            raise FimaqError("A Ray address needs the Ray engine: add --engine ray (ENGINE=ray).")
         device = _device(device)
     else:
         device = _ray_device(request, device)
@@ -76,7 +75,7 @@ def _ray_device(request: RunRequest, device: str) -> str:
 
     options = request.options
     if device == "mps" or ":" in device:
-        advice = "Ray gives each cell a GPU of its own, so say cuda, cpu or auto."
+        advice = "Ray gives each cell a GPU of its own, so use cuda, cpu or auto."
         raise FimaqError(f"Device '{device}': {advice}")
     gpus = None
     if not options.ray_address:

@@ -13,6 +13,10 @@ from benchmarks.grid.expand import Filters, expand
 from benchmarks.run.options import RunRequest
 from benchmarks.run.order import make_chains
 
+_COLUMNS = (
+    "#", "task", "model", "scope", "method", "bits", "s bits", "point", "seed", "steps",
+    "MLP steps", "loss", "images", "batch", "transform", "done", "time", "memory", "cached",
+)  # fmt: skip
 #: Columns that become one line before the table if all cells have the same value.
 _COMMON = (
     "task", "scope", "s bits", "point", "seed", "steps", "MLP steps", "loss", "images", "batch",
@@ -47,19 +51,19 @@ def plan_text(request: RunRequest, width: int | None = None, reference: Path = R
     for cell in cells:
         is_done, folder = cell.key in done, known_folder(cell, adapter)
         cached = [] if is_done or folder is None else adapter.cached(cell.request, folder)
-        row = {"#": order.get(cell.key), **_settings(cell), "done": "yes" if is_done else "no"}
-        row |= {**_cost(cell, each[cell.key]), "cached": ", ".join(cached)}
-        rows.append({name: str(value or "-") for name, value in row.items()})
-    lines = [f"{len(rows)} cells, {len(done)} done, {len(todo)} to run."]
-    return "\n".join([*_table(rows, width), "", *lines, *_totals(chains, each, request), *warnings])
+        row = _settings(cell) | _cost(cell, each[cell.key]) | {"cached": ", ".join(cached)}
+        row |= {"#": order.get(cell.key), "done": "yes" if is_done else "no"}
+        rows.append({name: str(row.get(name) or "-") for name in _COLUMNS})
+    counts = f"{len(rows)} cells, {len(done)} done, {len(todo)} to run."
+    totals = _totals(chains, each, request)
+    return "\n".join([*_table(rows, width), "", counts, *totals, *warnings])
 
 
 def _settings(cell: Cell) -> dict[str, object]:
     recipe = cell.request.recipe
     settings: dict[str, object] = {
         "task": cell.section, "model": cell.model, "scope": cell.scope, "method": cell.method,
-        "bits": cell.bits, "s bits": "", "point": cell.point, "seed": "",
-        **dict.fromkeys(("steps", "MLP steps", "loss", "images", "batch", "transform"), ""),
+        "bits": cell.bits, "point": cell.point,
     }  # fmt: skip
     if recipe is not None:
         settings |= {"seed": str(recipe.seed), "images": recipe.calibration_images}
@@ -75,7 +79,7 @@ def _settings(cell: Cell) -> dict[str, object]:
 
 def _cost(cell: Cell, cost: Cost | None) -> dict[str, str]:
     if cost is None:
-        return {"time": "", "memory": ""}
+        return {}
     about = "" if cost.source == MEASURED else "~"
     other = f" ({cost.device.upper()})" if about and cost.device != device_kind(cell) else ""
     memory = "" if cost.memory is None else f"{about}{size_text(cost.memory)}"
@@ -84,8 +88,8 @@ def _cost(cell: Cell, cost: Cost | None) -> dict[str, str]:
 
 def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
     """Return the table with the columns that fit into ``width`` and are not empty."""
-    values = {name: {row[name] for row in rows} for name in rows[0]}
-    shown = [name for name in rows[0] if values[name] != {"-"}]
+    values = {name: {row[name] for row in rows} for name in _COLUMNS}
+    shown = [name for name in _COLUMNS if values[name] != {"-"}]
     several = len(rows) > 1
     common = [name for name in shown if several and name in _COMMON and len(values[name]) == 1]
     shown = [name for name in shown if name not in common]

@@ -1,5 +1,6 @@
 """Sections of a grid: several of one task, each with its own lists, settings, data and scopes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import benchmark_fakes as fakes
@@ -18,6 +19,7 @@ from benchmarks.run.options import RunRequest
 from benchmarks.run.order import CellQueue, make_chains
 from benchmarks.run.plan import plan_text
 from fimaq_core.errors import RecipeError
+from tasks.common.request import CellRequest, Missing
 
 GRID = SECTIONS_GRID
 
@@ -220,11 +222,9 @@ def grid_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def invoke(tmp_path: Path, *args: str) -> Result:
+def invoke(tmp_path: Path, *args: str, adapter: Adapter = fakes.ADAPTER) -> Result:
     return CliRunner().invoke(
-        cli,
-        [*args, "--profile", grid_file(tmp_path), "--results", str(tmp_path)],
-        obj=fakes.ADAPTER,
+        cli, [*args, "--profile", grid_file(tmp_path), "--results", str(tmp_path)], obj=adapter
     )
 
 
@@ -279,15 +279,20 @@ def test_sections_are_measured_and_tabled_apart(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_is_not_given_is_named_with_a_way_around_it(tmp_path: Path):
-    (tmp_path / "no-data").touch()
-    result = invoke(tmp_path, "run", "--imagenet", "/i")
+    def preflight(request: CellRequest) -> list[Missing]:
+        lacks = request.task == "retrieval" and request.data.path is None
+        return [Missing("the data", "Fetch it.")] if lacks else []
+
+    adapter = replace(fakes.ADAPTER, preflight=preflight)
+    result = invoke(tmp_path, "run", "--imagenet", "/i", adapter=adapter)
     assert result.exit_code == 2
     assert "error: Missing: the data. Fetch it." in result.output
     assert result.output.splitlines()[-1] == (
         "Cannot run: coco (COCO=/path or --coco). To run the rest: "
         "TASKS=classification,zero-shot for make, --tasks classification,zero-shot for a grid."
     )
-    assert "Cannot run" not in invoke(tmp_path, "run", "--tasks", "coco").output
+    alone = invoke(tmp_path, "run", "--tasks", "coco", adapter=adapter)
+    assert "Cannot run" not in alone.output
 
 
 def test_a_scope_that_the_task_does_not_have_is_refused_before_anything_runs():
