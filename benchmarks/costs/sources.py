@@ -154,9 +154,9 @@ class Costs:
         A finished cell has its measured cost. For other cells, the first of these sources counts:
 
         1. finished cells of the same method, section and scope;
-        2. the committed reference, for the same cells;
+        2. such cells in the committed reference;
         3. a rehearsal of the same model and method;
-        4. published minutes, with memory and disk from the next source that has them;
+        4. published minutes on a GPU, with memory and disk from the next source that has them;
         5. finished cells with the same kind of work.
 
         The kind of device on which the cell will run is tried before the other kind.

@@ -65,7 +65,7 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
 
 
 def _data(request: RunRequest, cells: Sequence[Cell]) -> dict[str, Missing | None]:
-    """Return missing data of cells by the name of the data; None: the data are here."""
+    """Return the missing part of each data set that cells need; None: nothing is missing."""
     found: dict[str, Missing | None] = {}
     for section, cell in {cell.section: cell for cell in cells}.items():
         place = request.grid.tasks[section].data.upper()
@@ -74,7 +74,7 @@ def _data(request: RunRequest, cells: Sequence[Cell]) -> dict[str, Missing | Non
 
 
 def _weights(cells: Sequence[Cell]) -> Mapping[str, str | None]:
-    """Return the results of `fetch_weights` by ``model.tag``."""
+    """Return the download command of the weights of each ``model.tag``; see `fetch_weights`."""
     models = {cell.model: cell for cell in cells}.values()
     return {registry.model_tag(c.task, c.request.model): fetch_weights(c) for c in models}
 
@@ -85,7 +85,7 @@ def _row(request: RunRequest, cells: Sequence[Cell], costs: Sequence[Cost | None
     assert table is not None
     todo = [cost for cost in costs if cost is None or cost.source != MEASURED]
     known = [cost for cost in todo if cost is not None]
-    data = [f"{name}: {'no' if it else 'yes'}" for name, it in _data(request, cells).items()]
+    data = [f"{name}: {'no' if gap else 'yes'}" for name, gap in _data(request, cells).items()]
     here = f"{list(weights.values()).count(None)} of {len(weights)}"
     row = [table.name, table.title, str(len(cells)), str(len(cells) - len(todo))]
     row += [", ".join(data), here]
