@@ -93,7 +93,7 @@ def expand(grid: Grid, filters: Filters, options: RunOptions) -> list[Cell]:
     sections = [s for s in grid.tasks if wanted is None or {s, grid.task_of(s)} & set(wanted)]
     for section in sections:
         part = grid.tasks[section]
-        own = Extra(
+        own = Extra(  # the lists of the section, in the form of extra cells
             task=section,
             models=part.models if filters.models is None else (*part.models, *part.available),
             methods=_methods(grid, filters, section, sections),
