@@ -12,16 +12,9 @@ import click
 
 from benchmarks.console import terminal_width, user_errors
 from benchmarks.doctor import doctor
+from benchmarks.grid import options as given
 from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import parse_filters
-from benchmarks.grid.options import (
-    PROFILE,
-    adapter,
-    collected,
-    folder_options,
-    profile_option,
-    results_option,
-)
 from benchmarks.grid.schema import load_grid
 from benchmarks.published.table import load_table
 from benchmarks.report.command import report
@@ -51,7 +44,7 @@ def cli() -> None:
 
 def _gpus(_: click.Context, __: click.Parameter, value: float) -> float:
     if value > 1 and value != int(value):
-        words = "use a whole number above 1: Ray divides one GPU among cells, not several."
+        words = "a number above 1 must be whole: cells can share one GPU, but not several."
         raise click.BadParameter(words)
     return value
 
@@ -68,7 +61,7 @@ def _request(profile: str, table: str, **filters: str) -> RunRequest:
     found = load_table(table) if table else None
     grid = load_grid(profile) if found is None else found.grid()
     chosen = parse_filters(grid, **filters)
-    return RunRequest(grid, chosen, adapter=adapter(), table=found)
+    return RunRequest(grid, chosen, adapter=given.adapter(), table=found)
 
 
 _FILTERS = {
@@ -103,15 +96,15 @@ _CHANGES: dict[str, dict[str, Any]] = {
 
 
 @cli.command()
-@collected(
+@given.collected(
     "request",
     _request,
-    profile=PROFILE,
+    profile=given.PROFILE,
     table={"default": "", "metavar": "NAME", "help": _TABLE},
     **{name: {"default": "", "help": words} for name, words in _FILTERS.items()},
 )
-@folder_options
-@collected("changes", dict, **_CHANGES)
+@given.folder_options
+@given.collected("changes", dict, **_CHANGES)
 @click.option("--plan", is_flag=True, help="List the cells, settings and costs; run nothing.")
 @click.option("--rehearse", is_flag=True, help=_REHEARSE)
 @click.option("--report", is_flag=True, help="Also write the report, like the command report.")
@@ -133,7 +126,7 @@ def run(
 
 
 @cli.command()
-@results_option
+@given.results_option
 @click.option(
     "--all", "show_all", is_flag=True, help="Also list records without a published number."
 )
@@ -146,8 +139,8 @@ def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
 
 
 @cli.command()
-@profile_option
-@folder_options
+@given.profile_option
+@given.folder_options
 @click.option("--add", is_flag=True, help="Add these cells as results of another processor.")
 def reference(profile: str, options: RunOptions, add: bool) -> None:
     """Write the results of a finished grid as the reference of its profile.
@@ -157,7 +150,7 @@ def reference(profile: str, options: RunOptions, add: bool) -> None:
     """
     from benchmarks.tables.write import make_reference
 
-    make_reference(load_grid(profile), options, adapter(), add)
+    make_reference(load_grid(profile), options, given.adapter(), add)
 
 
 _FORMATS = click.Choice(["md", "csv", "latex", "all"])
@@ -166,10 +159,10 @@ _OUTPUT = click.Path(path_type=Path, file_okay=False)
 
 
 @cli.command()
-@profile_option
+@given.profile_option
 @click.option("--format", "chosen", type=_FORMATS, default="md", show_default=True, help=_FORMAT)
 @click.option("--output", type=_OUTPUT, metavar="DIR", help="Folder of the files.")
-@folder_options
+@given.folder_options
 def tables(profile: str, chosen: str, output: Path | None, options: RunOptions) -> None:
     """Make the tables of a profile again from its records; nothing is run.
 
@@ -179,7 +172,7 @@ def tables(profile: str, chosen: str, output: Path | None, options: RunOptions) 
     from benchmarks.tables.write import remake
 
     ending = "tex" if chosen == "latex" else chosen
-    remake(load_grid(profile), options, adapter(), ending, output)
+    remake(load_grid(profile), options, given.adapter(), ending, output)
 
 
 _METRICS = (
