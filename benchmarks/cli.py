@@ -1,10 +1,9 @@
 """The command line: ``python -m benchmarks COMMAND``.
 
-Exit codes: 0 done; 1 some cells failed, or measured numbers differ from published ones; 2 cannot
-run, or nothing is comparable (``diff`` and published tables); 130 interrupted.
+Exit codes: 0 done; 1 cells failed, or measured numbers differ from published numbers; 2 cannot
+run, or nothing can be compared (``diff`` and published tables); 130 interrupted by Ctrl-C.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,10 @@ import click
 
 from benchmarks.console import terminal_width, user_errors
 from benchmarks.doctor import doctor
+from benchmarks.grid import options as given
 from benchmarks.grid.cell import RunOptions
-from benchmarks.grid.expand import load_grid, parse_filters
-from benchmarks.grid.options import (
-    PROFILE,
-    adapter,
-    collected,
-    folder_options,
-    profile_option,
-    results_option,
-)
+from benchmarks.grid.expand import parse_filters
+from benchmarks.grid.schema import load_grid
 from benchmarks.published.table import load_table
 from benchmarks.report.command import report
 from benchmarks.run.command import run_grid
@@ -36,7 +29,7 @@ class _Commands(click.Group):
     """Command group that prints user errors as one line on stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        words = "the same command, without --force, goes on where it stopped"
+        words = "the same command, without --force, continues where it stopped"
         with user_errors(ctx, f"Finished cells are kept: {words}."):
             return super().invoke(ctx)
 
@@ -51,101 +44,93 @@ def cli() -> None:
 
 def _gpus(_: click.Context, __: click.Parameter, value: float) -> float:
     if value > 1 and value != int(value):
-        words = "above 1 it must be a whole number: Ray shares out one GPU, not several."
+        words = "a number above 1 must be whole: cells can share one GPU, but not several."
         raise click.BadParameter(words)
     return value
 
 
+def _default(value: object) -> dict[str, object]:
+    return {"default": value, "show_default": True}
+
+
 def _request(profile: str, table: str, **filters: str) -> RunRequest:
-    """Return the request of a profile or published table, with its filters."""
-    given = click.get_current_context().get_parameter_source("profile")
-    if table and given is not click.core.ParameterSource.DEFAULT:
+    """Return the request to run a profile or published table, with filters."""
+    source = click.get_current_context().get_parameter_source("profile")
+    if table and source is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("--table has a grid of its own: leave --profile out.")
     found = load_table(table) if table else None
     grid = load_grid(profile) if found is None else found.grid()
     chosen = parse_filters(grid, **filters)
-    return RunRequest(grid, chosen, adapter=adapter(), table=found)
-
-
-def _flags(context: click.Context) -> Iterator[str]:
-    """Yield the options that the user gave, without filters and ``--force``."""
-    for option in context.command.params:
-        name, source = str(option.name), context.get_parameter_source(str(option.name))
-        if source is click.core.ParameterSource.COMMANDLINE and name not in (*_FILTERS, "force"):
-            yield option.opts[0]
-            if context.params[name] is not True:
-                yield str(context.params[name])
+    return RunRequest(grid, chosen, adapter=given.adapter(), table=found)
 
 
 _FILTERS = {
     "tasks": "Only these tasks, or sections of the profile (comma list).",
-    "models": "Only these models; also ones the profile has but does not run by default.",
+    "models": "Only these models; they may be models that the profile does not run by default.",
     "methods": "Only these methods; fp is full precision.",
-    "bits": "Only these bits, such as w3a3,w4a4; also ones outside the profile.",
-    "seeds": "Only these seeds; also ones outside the profile.",
+    "bits": "Only these bits, such as w3a3,w4a4; they may be outside the profile.",
+    "seeds": "Only these seeds; they may be outside the profile.",
     "axes": "Only these axes of an ablation, such as k,loss.",
 }
-_TABLE = "A published table, such as fimaq, instead of a profile; or a .yaml file."
-_FORCE = "Remove earlier results of these cells, then measure them. Without it a run goes on."
-_JOBS = "Cells at a time. CPU: by cores and threads; GPU: 1; Ray: what fits."
+_TABLE = "A published table, such as fimaq, or a .yaml file, instead of a profile."
+_FORCE = "Remove earlier results of these cells, then measure them. Without it, a run continues."
+_JOBS = "Cells at a time. Default on a CPU: by cores and threads; GPU: 1; Ray: all that fit."
 _RAY = "A running Ray cluster; by default Ray starts on this machine."
-_GPUS = "GPUs that Ray gives a cell; 0.5: two share one."
+_GPUS = "GPUs that Ray gives to a cell; 0.5: two cells share one."
 _RETRIES = "Attempts in a row at a cell whose process dies without progress; 0: no second attempt."
-_REHEARSE = "Run the cells in small with random weights and images; estimate time and memory."
+_REHEARSE = "Run shortened cells on random weights and images; estimate time and memory."
 _PLACES, _ENGINES = click.Choice(["device", "host", "disk"]), click.Choice(["local", "ray"])
 _COUNT, _SHARE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
-_LOCAL, _ONE = {"default": "local", "show_default": True}, {"default": 1.0, "show_default": True}
-_THREE = {"default": RunOptions.retries, "show_default": True}
+_RETRY_COUNT = {"type": click.IntRange(min=0), **_default(RunOptions.retries)}
 _CHANGES: dict[str, dict[str, Any]] = {
     "device": {"help": "cpu, cuda, cuda:N or auto instead of the profile's device."},
     "threads": {"type": _COUNT, "help": "CPU threads per cell, instead of the profile's."},
-    "placement": {"type": _PLACES, "help": "Where inputs and targets of blocks are kept."},
+    "placement": {"type": _PLACES, "help": "Place of the inputs and targets of blocks."},
     "force": {"is_flag": True, "help": _FORCE},
-    "engine": {"type": _ENGINES, "help": "Where cells run.", **_LOCAL},
+    "engine": {"type": _ENGINES, "help": "Executor of the cells.", **_default("local")},
     "jobs": {"type": _COUNT, "help": _JOBS},
     "ray_address": {"default": "", "metavar": "HOST:PORT", "help": _RAY},
-    "gpus_per_cell": {"type": _SHARE, "callback": _gpus, "help": _GPUS, **_ONE},
-    "retries": {"type": click.IntRange(min=0), "help": _RETRIES, **_THREE},
+    "gpus_per_cell": {"type": _SHARE, "callback": _gpus, "help": _GPUS, **_default(1.0)},
+    "retries": {"help": _RETRIES, **_RETRY_COUNT},
 }
 
 
 @cli.command()
-@collected(
+@given.collected(
     "request",
     _request,
-    profile=PROFILE,
+    profile=given.PROFILE,
     table={"default": "", "metavar": "NAME", "help": _TABLE},
     **{name: {"default": "", "help": words} for name, words in _FILTERS.items()},
 )
-@folder_options
-@collected("changes", dict, **_CHANGES)
-@click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
+@given.folder_options
+@given.collected("changes", dict, **_CHANGES)
+@click.option("--plan", is_flag=True, help="List the cells, settings and costs; run nothing.")
 @click.option("--rehearse", is_flag=True, help=_REHEARSE)
-@click.option("--report", is_flag=True, help="Write the report too, as the command report does.")
+@click.option("--report", is_flag=True, help="Also write the report, like the command report.")
 def run(
     request: RunRequest, options: RunOptions, changes: dict[str, Any], plan: bool, rehearse: bool,
     report: bool,
 ) -> None:  # fmt: skip
     """Measure the cells of a grid, then print and write its table. Finished cells are kept."""
     context = click.get_current_context()
-    options, flags = replace(options, **changes), tuple(_flags(context))
-    request = replace(request, options=options, report=report, flags=flags)
-    code = 0
+    request = replace(request, options=replace(options, **changes), report=report)
     if plan:
         click.echo(plan_text(request, terminal_width()))
     elif rehearse:
         from benchmarks.rehearsal.rehearse import rehearse as rehearse_grid
 
-        code = rehearse_grid(request)
+        context.exit(rehearse_grid(request))
     else:
-        code = run_grid(request)
-    context.exit(code)
+        context.exit(run_grid(request))
 
 
 @cli.command()
-@results_option
-@click.option("--all", "show_all", is_flag=True, help="Also list records without published number.")
-@click.option("--allow-nothing", is_flag=True, help="Exit with 0 if nothing is comparable.")
+@given.results_option
+@click.option(
+    "--all", "show_all", is_flag=True, help="Also list records without a published number."
+)
+@click.option("--allow-nothing", is_flag=True, help="Exit with 0 if nothing can be compared.")
 def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
     """Compare all records with published numbers of the same model, data and settings."""
     from benchmarks.compare.diff import run_diff
@@ -154,18 +139,18 @@ def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
 
 
 @cli.command()
-@profile_option
-@folder_options
-@click.option("--add", is_flag=True, help="Add these cells as those of another processor.")
+@given.profile_option
+@given.folder_options
+@click.option("--add", is_flag=True, help="Add these cells as results of another processor.")
 def reference(profile: str, options: RunOptions, add: bool) -> None:
-    """Write a finished grid as the committed reference (results/reference/) of its profile.
+    """Write the results of a finished grid as the reference of its profile.
 
-    With cells from several processors (--add), the reference shows how far results differ between
-    processors.
+    References are committed in results/reference/. With cells from several processors (--add),
+    the reference shows how much results differ between processors.
     """
     from benchmarks.tables.write import make_reference
 
-    make_reference(load_grid(profile), options, adapter(), add)
+    make_reference(load_grid(profile), options, given.adapter(), add)
 
 
 _FORMATS = click.Choice(["md", "csv", "latex", "all"])
@@ -174,27 +159,27 @@ _OUTPUT = click.Path(path_type=Path, file_okay=False)
 
 
 @cli.command()
-@profile_option
+@given.profile_option
 @click.option("--format", "chosen", type=_FORMATS, default="md", show_default=True, help=_FORMAT)
 @click.option("--output", type=_OUTPUT, metavar="DIR", help="Folder of the files.")
-@folder_options
+@given.folder_options
 def tables(profile: str, chosen: str, output: Path | None, options: RunOptions) -> None:
-    """Make the tables of a profile from its records again; nothing is run.
+    """Make the tables of a profile again from its records; nothing is run.
 
-    The tables cover the profile's own cells, without cells beyond it that a run with filters
-    measured. Files go to tables/ beside the runs unless --output says otherwise.
+    The tables have the cells of the profile only. Cells that a run with filters measured outside
+    the profile are left out. Files are written to tables/ in the results folder, or to --output.
     """
     from benchmarks.tables.write import remake
 
     ending = "tex" if chosen == "latex" else chosen
-    remake(load_grid(profile), options, adapter(), ending, output)
+    remake(load_grid(profile), options, given.adapter(), ending, output)
 
 
 _METRICS = (
-    "Only these metrics, such as top1 or R@1,i2t_R@5. The default is all metrics of one pair, and "
-    "the main metric of several pairs."
+    "Only these metrics, such as top1 or R@1,i2t_R@5. Default: all metrics of a single pair, the "
+    "main metric of several pairs."
 )
-_LEVEL = "Level of the confidence intervals; a difference is shown where p is below 1 - level."
+_LEVEL = "Level of the confidence intervals; a difference is significant if p < 1 - level."
 _LEVELS = click.FloatRange(0.5, 0.9999)
 
 
@@ -207,10 +192,10 @@ _LEVELS = click.FloatRange(0.5, 0.9999)
 def compare(run_a: Path, run_b: Path, metric: str, level: float, as_json: bool) -> None:
     """Test two runs for a difference, sample by sample.
 
-    A RUN is a cell's folder, its result.json, or a folder with several records, such as that of a
-    method. Two records are a pair if they share task, data, model, bits, seed and scope, and also
-    method and variant where a side has several of these. Full precision has no bits: it is paired
-    with every record of the other side.
+    A RUN is a cell's folder, its result.json, or a folder with several records, such as the folder
+    of a method. Two records are a pair if they share task, data, model, bits, seed and scope. If a
+    side has several methods or variants, the pair shares these too. Full precision has no bits: it
+    is paired with each record of the other side.
 
     Exit codes: 0 compared, whatever the result; 2 cannot compare.
     """

@@ -1,4 +1,4 @@
-"""Terminal output of all commands: errors with exit code 2, foreign text, sizes, durations."""
+"""Terminal output of all commands: user errors, unprintable text, sizes and durations."""
 
 import os
 import sys
@@ -11,45 +11,39 @@ from rich.console import Console
 from fimaq_core.errors import FimaqError
 
 
-class NotReady(FimaqError):
-    """The run cannot start; the text holds whole error lines, which are printed as they are."""
-
-
 @contextmanager
 def user_errors(context: click.Context, interrupted: str) -> Iterator[None]:
-    """Print user errors as one line on stderr and exit with 2; exit with 130 after Ctrl-C.
+    """Print the message of user errors on stderr and exit with 2; exit with 130 after Ctrl-C.
 
-    ``interrupted`` is a sentence about what is kept after Ctrl-C.
+    ``interrupted`` is the sentence that Ctrl-C prints.
     """
     try:
         yield
         return
-    except NotReady as error:
-        click.echo(str(error), err=True)
     except FimaqError as error:
         click.echo(f"error: {error}", err=True)
     except KeyboardInterrupt:
         click.echo(f"\nInterrupted. {interrupted}", err=True)
         context.exit(130)
     except BrokenPipeError:
-        # The reader of the output has gone (such as `| head`); Python would complain at its exit.
+        # The reader of the output is gone (`| head`); without this, Python complains at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     context.exit(2)
 
 
 def plain(text: str, most: int | None = None) -> str:
-    """Return ``text`` as one printable line of at most ``most`` characters."""
+    """Return ``text`` as one printable line of at most ``most`` (None: any) characters."""
     line = printable(" ".join(text.split()))
     return line if most is None or len(line) <= most else line[: most - 1] + "…"
 
 
 def printable(line: str) -> str:
-    """Return a line with U+FFFD in place of escape sequences and other unprintable characters."""
+    """Return a line with U+FFFD in place of each unprintable character, such as ESC."""
     return "".join(character if character.isprintable() else "\ufffd" for character in line)
 
 
 def terminal_width() -> int | None:
-    """Return the columns of the terminal; None where the output goes elsewhere."""
+    """Return the columns of the terminal; None if the output is no terminal."""
     return Console().width if sys.stdout.isatty() else None
 
 

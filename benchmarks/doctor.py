@@ -1,4 +1,4 @@
-"""``python -m benchmarks doctor``: what this machine can run, what is missing, how to get it."""
+"""``python -m benchmarks doctor``: checks of this machine, with a fix for each problem."""
 
 import json
 import platform
@@ -19,43 +19,44 @@ from benchmarks.console import size_text
 from benchmarks.costs.sources import gather
 from benchmarks.grid import options as given
 from benchmarks.grid.cell import Adapter, RunOptions
-from benchmarks.grid.expand import Filters, expand, load_grid
+from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.preflight import missing
+from benchmarks.grid.schema import load_grid
 from fimaq_core.errors import FimaqError
 from tasks.common.cell.machine import container_limits, processor
 
 SETUP = "make setup"
-#: Free bytes below which a disk is worth a note.
+#: Free bytes below which a disk gets a note.
 LITTLE = 5e9
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
-class Check(NamedTuple):
-    """Result of one check: a ``note`` is worth knowing, a ``problem`` prevents a run."""
+class Finding(NamedTuple):
+    """Finding of a check: a ``note`` may slow down a run, a ``problem`` prevents it."""
 
     state: Literal["ok", "note", "problem"]
     text: str
     fix: str = ""
 
 
-def guarded(check: str, examine: Callable[..., Iterable[Check]], *args: Any) -> list[Check]:
+def guarded(check: str, examine: Callable[..., Iterable[Finding]], *args: Any) -> list[Finding]:
     """Return the findings of ``examine(*args)``; an exception becomes the last finding."""
-    found: list[Check] = []
+    found: list[Finding] = []
     try:
         found.extend(examine(*args))
-    except Exception as error:  # noqa: BLE001 the doctor examines broken machines
-        why = (
-            "" if isinstance(error, FimaqError) else f" cannot be examined: {type(error).__name__}"
-        )
-        found.append(Check("problem", f"{check}{why}: {error}"))
+    except FimaqError as error:
+        found.append(Finding("problem", f"{check}: {error}"))
+    except Exception as error:  # noqa: BLE001 anything may be broken on the machine
+        text = f"{check} cannot be examined: {type(error).__name__}: {error}"
+        found.append(Finding("problem", text))
     return found
 
 
-def package_findings(requirements: Iterable[str] | None = None) -> Iterator[Check]:
-    """Report Python, and requirements (None: of fimaq) that installed packages do not meet."""
+def package_findings(requirements: Iterable[str] | None = None) -> Iterator[Finding]:
+    """Report Python, and the requirements (None: of fimaq) that no installed package meets."""
     from packaging.requirements import Requirement
 
-    yield Check("ok", f"Python {platform.python_version()} ({sys.executable})")
+    yield Finding("ok", f"Python {platform.python_version()} ({sys.executable})")
     for one in map(Requirement, requirements or metadata.requires("fimaq") or ()):
         if one.marker is None or one.marker.evaluate({"extra": ""}):
             try:
@@ -64,39 +65,39 @@ def package_findings(requirements: Iterable[str] | None = None) -> Iterator[Chec
                 has = None
             if not has or not one.specifier.contains(has, prereleases=True):
                 text = f"{one.name} is {has or 'missing'}; wanted: {one.specifier or 'any'}"
-                yield Check("problem", text, SETUP)
+                yield Finding("problem", text, SETUP)
 
 
-def torch_findings(seconds: float = 180.0) -> Iterator[Check]:
-    """Report PyTorch and its GPUs, as another process finds them: PyTorch may crash."""
+def torch_findings(seconds: float = 180.0) -> Iterator[Finding]:
+    """Report PyTorch and its GPUs; uses another process, because PyTorch may crash."""
     command = [sys.executable, "-m", "torch.utils.collect_env"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
     except subprocess.SubprocessError as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        yield Check("problem", f"PyTorch does not load: {lines[-1]}", SETUP)
+        yield Finding("problem", f"PyTorch does not load: {lines[-1]}", SETUP)
         return
     facts = dict(re.findall(r"^([^:\n]+): (.*)$", done.stdout, re.MULTILINE))
     build = facts["CUDA used to build PyTorch"]
     driver = facts["Nvidia driver version"].replace("Could not collect", "none")
     text = f"PyTorch {facts['PyTorch version']}, built for CUDA {build}, NVIDIA driver {driver}"
-    yield Check("ok", text)
+    yield Finding("ok", text)
     if facts["Is CUDA available"] == "True":
-        yield from (Check("ok", gpu) for gpu in re.findall(r"GPU \d+: .+", done.stdout))
+        yield from (Finding("ok", gpu) for gpu in re.findall(r"GPU \d+: .+", done.stdout))
     elif driver != "none":
         fix = "update the driver, or look at CUDA_VISIBLE_DEVICES"
-        yield Check("note", f"the driver {driver} is there, but PyTorch sees no GPU", fix)
+        yield Finding("note", f"the driver {driver} is there, but PyTorch sees no GPU", fix)
 
 
-def machine_findings(limits: Mapping[str, float | None]) -> Iterator[Check]:
-    """Report processor and memory, and the limits of a container."""
+def machine_findings(limits: Mapping[str, float | None]) -> Iterator[Finding]:
+    """Report processor and memory, and lower limits of a container (None: no limit)."""
     cores, memory = psutil.cpu_count() or 1, psutil.virtual_memory()
     text = f"{size_text(memory.total)} of memory, {size_text(memory.available)} available"
-    yield Check("ok", f"{processor()}, {cores} cores, {text}")
+    yield Finding("ok", f"{processor()}, {cores} cores, {text}")
     share, count = limits["memory"] or memory.total, limits["cores"] or cores
     if share < memory.total or count < cores:
         text = f"this container may use {size_text(share)} of memory and {count:g} cores"
-        yield Check("note", text, "give --jobs: not every library sees a container's limits")
+        yield Finding("note", text, "give --jobs: not every library sees a container's limits")
 
 
 def _existing(path: Path) -> Path:
@@ -105,32 +106,32 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def results_findings(results: Path) -> Iterator[Check]:
-    """Report if the results folder is writable, and the free space of three folders."""
+def results_findings(results: Path) -> Iterator[Finding]:
+    """Report if the results folder can be written, and the free space for results and caches."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place = _existing(results)
     try:
         with tempfile.TemporaryFile(dir=place):
-            yield Check("ok", f"the results folder {results} can be written")
+            yield Finding("ok", f"the results folder {results} can be written")
     except OSError as error:
         text = f"the results folder {results} cannot be written: {error.strerror or error}"
         fix = f"make {place} a writable folder, or give another --results"
-        yield Check("problem", text, fix)
+        yield Finding("problem", text, fix)
     temporary, hub = Path(tempfile.gettempdir()), Path(HF_HUB_CACHE)
     purposes = {"results": results, "temporary files": temporary, "weights from the hub": hub}
     for purpose, path in purposes.items():
         free = shutil.disk_usage(_existing(path)).free
         text = f"{size_text(free)} free for {purpose} ({path})"
-        yield Check("note", text, "free space there") if free < LITTLE else Check("ok", text)
+        yield Finding("note", text, "free space there") if free < LITTLE else Finding("ok", text)
 
 
 def profile_findings(
     name: str, options: RunOptions, adapter: Adapter, cuda: bool, memory: float
-) -> Iterator[Check]:
-    """Report if a profile can run, what is missing, and its largest memory.
+) -> Iterator[Finding]:
+    """Report if a profile can run, what is missing, and the memory of its largest cell.
 
-    ``cuda`` is True if PyTorch sees a GPU. ``memory`` is the number of bytes that may be used.
+    ``cuda`` is True if PyTorch sees a GPU. ``memory`` is the memory of this machine in bytes.
     """
     grid = load_grid(name)
     cells = expand(grid, Filters(), options)
@@ -140,29 +141,30 @@ def profile_findings(
     if blocked:
         rest = ",".join(label for label in lacking if label not in blocked)
         text = f"{name}: cannot run: {', '.join(blocked)}"
-        yield Check("problem", text + (f"; can run: --tasks {rest}" if rest else ""))
+        yield Finding("problem", text + (f"; can run: --tasks {rest}" if rest else ""))
     elif grid.device.startswith("cuda") and not cuda:
         text = f"{name}: cannot run: its device is {grid.device}, and PyTorch sees no GPU"
-        yield Check("problem", text)
+        yield Finding("problem", text)
     else:
-        yield Check("ok", f"{name}: can run ({len(cells)} cells)")
+        yield Finding("ok", f"{name}: can run ({len(cells)} cells)")
     for message in dict.fromkeys(message for found in lacking.values() for message in found):
         labels = ", ".join(label for label in lacking if message in lacking[label])
-        yield Check("problem", f"{labels}: {message}")
+        yield Finding("problem", f"{labels}: {message}")
     if grid.device == "auto" and not cuda:
-        yield Check("note", "no GPU is visible, and this profile takes very long without one")
+        yield Finding("note", "no GPU is visible, and this profile takes very long without one")
     costs, _ = gather(cells, adapter, [grid.name], options.results)
-    known = [(cost.memory or 0, cell.label, cost) for cell in cells if (cost := costs.of(cell))]
-    most, label, cost = max(known, key=lambda one: one[0], default=(0, "", None))
-    if most and cost:
-        text = f"{label} takes {size_text(most)} of memory ({cost.origin})"
+    known = [(cost, cell) for cell in cells if (cost := costs.of(cell)) and cost.memory]
+    if known:
+        cost, cell = max(known, key=lambda one: one[0].memory or 0)
+        most = cost.memory or 0
+        text = f"{cell.label} takes {size_text(most)} of memory ({cost.origin})"
         little = most > memory and not cuda
         text += f", and {size_text(memory)} may be used here" if little else ""
-        yield Check("note" if little else "ok", text)
+        yield Finding("note" if little else "ok", text)
 
 
 def examine(profile: str, options: RunOptions, adapter: Adapter) -> dict[str, Any]:
-    """Run all checks; return the content of ``--json``."""
+    """Run all checks; return the object that ``--json`` prints."""
     torch, limits = guarded("PyTorch", torch_findings), container_limits()
     cuda = any(one.text.startswith("GPU ") for one in torch)
     memory = limits["memory"] or psutil.virtual_memory().total
@@ -186,7 +188,7 @@ def examine(profile: str, options: RunOptions, adapter: Adapter) -> dict[str, An
 @given.folder_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def doctor(profile: str, options: RunOptions, as_json: bool) -> None:
-    """Examine what this machine can run, and what is missing.
+    """Check if this machine can run a profile, and what is missing.
 
     Checks packages, devices, disks, data, weights and results. Nothing is run, downloaded or
     changed. Exit codes: 0 the profile can run, 1 it cannot.

@@ -8,16 +8,16 @@ from benchmarks.console import duration
 from benchmarks.grid.cell import Cell, Key
 from fimaq_core.recipe import Recipe
 
-#: Cost of a step by loss, relative to squared error. This loss also runs the rest of the network.
+#: Cost of a step relative to the squared error. The prediction loss also runs all later blocks.
 _STEP_FACTORS = {"prediction": 4.0}
-#: Cost of a step of an MLP, relative to a step of its block.
+#: Cost of a step of an MLP relative to a step of its block.
 _MLP_SHARE = 0.6
-#: Losses without gradient passes, and losses with several passes per block.
+#: Losses without gradient passes, and losses with several gradient passes per block.
 _NO_PASSES, _MANY_PASSES = ("mse", "mae"), ("fisher_diag", "fisher_lr", "fisher_dplr")
 
 
 def kind(cell: Cell) -> str:
-    """Return the part of the work that takes most of a cell's time; ``fp`` only evaluates."""
+    """Return the kind of work that takes most of a cell's time; ``fp`` is evaluation alone."""
     recipe = cell.request.recipe
     if recipe is None:
         return "fp"
@@ -27,16 +27,16 @@ def kind(cell: Cell) -> str:
 
 
 def passes(recipe: Recipe) -> int:
-    """Return the number of gradient passes per block that the loss of a recipe takes."""
+    """Return the number of gradient passes per block that the loss of a recipe needs."""
     if recipe.loss in _NO_PASSES:
         return 0
     return recipe.fisher_k if recipe.loss in _MANY_PASSES else 1
 
 
 def expected_cost(cell: Cell) -> float:
-    """Return a rough cost of a cell, where an evaluation in full precision costs 1.
+    """Return a rough cost of a cell; the evaluation in full precision costs 1.
 
-    An image in a step of a block is taken to cost as much as an image in a Fisher pass.
+    Assumes that an image costs the same in a step of a block and in a gradient pass.
     """
     recipe = cell.request.recipe
     if recipe is None:
@@ -50,15 +50,16 @@ def expected_cost(cell: Cell) -> float:
     return 3.0 + (3.0 if recipe.refit else 0.0) + images / 640
 
 
-#: Depths in :func:`groups_of`: the cell itself; also cells of its model; also cells of its method.
+#: Numbers of groups of :func:`groups_of` that an estimate may use: up to the cell itself, up to
+#: cells of the same model and method, or up to cells of the same method.
 OWN, MODEL, METHOD = 1, 3, 4
 
 
 def groups_of(cell: Cell) -> list[tuple[object, ...]]:
-    """Return the groups of similar cells that a cell is in, the most similar first."""
+    """Return the groups of similar cells that contain a cell, the most similar first."""
     section, subject, method, scope = cell.section, cell.subject, cell.method, cell.scope
     return [
-        ("cell", *cell.key),
+        ("cell", cell.key),
         ("point", section, subject, method, cell.point),
         ("model", section, subject, method),
         ("method", section, scope, method),
@@ -71,18 +72,17 @@ def groups_of(cell: Cell) -> list[tuple[object, ...]]:
 class Sums:
     """Costs of the measured cells of a group."""
 
-    seconds: float = 0.0  #: of all cells
-    expected: float = 0.0  #: :func:`expected_cost` of all cells
-    memory: int = 0  #: largest, in bytes
-    disk: int = 0  #: largest, in bytes; 0 where it is not known
+    seconds: float = 0.0  #: sum
+    expected: float = 0.0  #: sum of :func:`expected_cost`
+    memory: int = 0  #: maximum in bytes
+    disk: int = 0  #: maximum in bytes; 0 if unknown
     machines: dict[str, None] = field(default_factory=dict)
 
 
 class Estimator:
-    """Keeps measured costs, and estimates other cells from the most similar cells among them.
+    """Estimates costs from measured cells: the first group of :func:`groups_of` that has any.
 
-    The groups of :func:`groups_of` are asked in their order. Seconds are taken to be proportional
-    to :func:`expected_cost`.
+    Assumes that seconds are proportional to :func:`expected_cost`.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,10 @@ class Estimator:
             sums.machines[machine] = None
 
     def estimate(self, cell: Cell, depth: int | None = None) -> tuple[float, Sums] | None:
-        """Return seconds and their group; None if none of the first ``depth`` groups is known."""
+        """Return seconds and the costs of the group that they come from.
+
+        None if no cell of the first ``depth`` groups (None: of all groups) was measured.
+        """
         for group in groups_of(cell)[:depth]:
             if group in self._groups:
                 sums = self._groups[group]
@@ -108,16 +111,16 @@ class Estimator:
         return None
 
     def seconds(self, cell: Cell) -> float | None:
-        """Return the estimated seconds; None if nothing similar was measured."""
+        """Return the estimated seconds; None if no similar cell was measured."""
         found = self.estimate(cell)
         return None if found is None else found[0]
 
     def left(
         self, waiting: Iterable[Cell], running: Mapping[Key, tuple[Cell, float]], jobs: int
     ) -> float | None:
-        """Return the seconds until ``jobs`` processes are done; None if a cell is not known.
+        """Return the seconds until ``jobs`` processes finish all cells.
 
-        ``running`` cells come with the seconds since their start.
+        ``running`` has the seconds since the start of each cell. None if a cell has no estimate.
         """
         total = longest = 0.0
         for cell, elapsed in [*((cell, 0.0) for cell in waiting), *running.values()]:
@@ -130,5 +133,5 @@ class Estimator:
 
 
 def time_left(left: float | None) -> str:
-    """Return the remaining seconds as text."""
+    """Return remaining seconds as text."""
     return "time left not known yet" if left is None else f"about {duration(left)} left"

@@ -1,7 +1,7 @@
 """Seconds, memory and disk of cells, measured or estimated from the most trusted source.
 
-The sources in their order: finished cells here, the committed reference, rehearsals, published
-minutes. Times of CPUs and of GPUs are never mixed.
+The sources are, in this order: finished cells here, the committed reference, rehearsals, and
+minutes in publications. An estimate uses times of CPUs or times of GPUs, never both.
 """
 
 import csv
@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.costs.estimate import METHOD, MODEL, OWN, Estimator
-from benchmarks.grid.cell import Adapter, Cell, finished
+from benchmarks.grid.cell import Adapter, Cell, CellName, Key, finished
 from benchmarks.grid.names import PUBLISHED, load_names
 from fimaq_core.errors import FimaqError, first_problem
 from fimaq_core.recipe import Recipe, make_recipe
@@ -28,17 +28,17 @@ from tasks.common.record import ResultRecord, own_seconds
 Device = Literal["cpu", "gpu"]
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
-#: Sources of a cost, the most trusted first.
+#: Sources of costs, the most trusted first.
 SOURCES = MEASURED, FINISHED, COMMITTED, REHEARSED, TIMED, TIMED_SIMILAR = (
     "measured", "from finished cells", "from the reference", "rehearsed", "published",
     "published, similar method",
 )  # fmt: skip
-#: Kinds of evidence, the best first; see the README beside ``cost.csv``.
+#: Kinds of evidence, the best first; `published/README.md` explains them.
 _EVIDENCE = ("primary", "cited", "user-reported", "secondary", "aggregator")
 
 
 class CostRow(BaseModel):
-    """Costs of a cell: seconds of all stages, bytes of memory and disk, and the machine."""
+    """Costs of a cell (seconds of all stages, bytes of memory and disk) on a machine."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -56,14 +56,9 @@ class CostRow(BaseModel):
     disk_bytes: int = Field(0, ge=0, exclude=True)
 
     @property
-    def machine(self) -> str:
-        """The device and its threads as text."""
-        return f"{self.device}, {self.threads} thread{'' if self.threads == 1 else 's'}"
-
-    @property
-    def name(self) -> tuple[object, ...]:
+    def key(self) -> Key:
         """Identity of the cell in its grid."""
-        return self.section, self.model, self.scope, self.method, self.bits, self.point, self.seed
+        return CellName(*(getattr(self, name) for name in CellName._fields)), self.seed
 
 
 def cost_row(cell: Cell, record: ResultRecord) -> CostRow:
@@ -79,12 +74,12 @@ def cost_row(cell: Cell, record: ResultRecord) -> CostRow:
 
 
 def costs_path(profile: str, folder: Path = REFERENCE) -> Path:
-    """Return the file with the reference costs of a profile."""
+    """Return the path of the reference costs of a profile."""
     return folder / f"{profile}.costs.csv"
 
 
 def costs_text(rows: Iterable[CostRow]) -> str:
-    """Return the rows as CSV; full precision has an empty seed."""
+    """Return the rows as CSV; the seed of full precision is empty."""
     text = io.StringIO()
     names = [name for name in CostRow.model_fields if name != "disk_bytes"]
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -94,14 +89,14 @@ def costs_text(rows: Iterable[CostRow]) -> str:
 
 
 def read_costs(path: Path) -> list[CostRow]:
-    """Read reference costs (CSV) or a rehearsal (JSON); a missing file has no rows.
+    """Read reference costs (CSV) or a rehearsal (JSON); return no rows if there is no file.
 
     Raises:
-        FimaqError: the file cannot be read, or a row does not fit.
+        FimaqError: the file cannot be read, or a row is wrong.
     """
     what, fix = "reference costs", "`python -m benchmarks reference` makes them"
     if path.suffix == ".json":
-        what, fix = "rehearsal", "delete it or rehearse anew"
+        what, fix = "rehearsal", "delete it, or rehearse again"
     try:
         text = path.read_text(encoding="utf-8")
         found = csv.DictReader(io.StringIO(text, newline=""))
@@ -122,10 +117,10 @@ class Cost:
 
     seconds: float
     source: str  #: one of :data:`SOURCES`
-    device: Device  #: kind of the device that it was measured on
-    origin: str  #: the source with the machine or the publication
+    device: Device  #: kind of device of the measurement
+    origin: str  #: the source, and its machine or publication
     memory: int | None = None  #: peak in bytes
-    disk: int | None = None  #: in bytes
+    disk: int | None = None  #: bytes
 
 
 class Costs:
@@ -139,32 +134,39 @@ class Costs:
     """
 
     def __init__(self, cells: Iterable[Cell], rows: Iterable[tuple[str, CostRow]]) -> None:
-        """Take ``rows`` of the cells of a whole grid with their sources, the most trusted first."""
-        named: dict[tuple[object, ...], Cell] = {(*cell.name, cell.seed): cell for cell in cells}
+        """Take the cells of a whole grid, and pairs of source and row, most trusted first."""
+        named = {cell.key: cell for cell in cells}
         self._known: dict[tuple[str, str], Estimator] = defaultdict(Estimator)
         for source, row in rows:
-            cell = named.get(row.name)
+            cell = named.get(row.key)
             if cell is None or (source == REHEARSED and not has_known_settings(cell)):
                 continue
             # The name of a CPU begins with "cpu".
             estimator = self._known[source, "cpu" if row.device.startswith("cpu") else "gpu"]
             if estimator.estimate(cell, OWN) is None:
+                machine = f"{row.device}, {row.threads} thread{'' if row.threads == 1 else 's'}"
                 memory, disk = row.peak_memory_bytes, row.disk_bytes
-                estimator.add(cell, row.seconds, memory=memory, disk=disk, machine=row.machine)
+                estimator.add(cell, row.seconds, memory=memory, disk=disk, machine=machine)
 
     def of(self, cell: Cell) -> Cost | None:
-        """Return the cost of a cell; None if no source tells it.
+        """Return the cost of a cell; None if no source has one.
 
-        A finished cell has its own cost. All others are estimated, in this order, from finished
-        cells of the method in the same section and scope; the reference; a rehearsal of the model
-        and method; published minutes; finished cells that do the same kind of work. Costs from the
-        kind of device that the cell is to run on come before all others. Published minutes take
-        memory and disk from the next of these sources.
+        A finished cell has its measured cost. For other cells, the first of these sources counts:
+
+        1. finished cells of the same method, section and scope;
+        2. such cells in the committed reference;
+        3. a rehearsal of the same model and method;
+        4. published minutes on a GPU, with memory and disk from the next source that has them;
+        5. finished cells with the same kind of work.
+
+        The kind of device on which the cell will run is tried before the other kind.
         """
         found = [cost for cost in self._costs(cell) if cost is not None]
-        best = found[0] if found else None
-        other = next((cost for cost in found if cost.memory is not None), None)
-        if best is None or best.memory is not None or other is None:
+        if not found:
+            return None
+        best = found[0]
+        other = next((cost for cost in found if cost.memory is not None), best)
+        if other is best:
             return best
         origin = f"{best.origin}; memory {other.origin}"
         return replace(best, memory=other.memory, disk=other.disk, origin=origin)
@@ -175,7 +177,7 @@ class Costs:
         for device in devices:
             yield self._estimate(cell, device, FINISHED, OWN)
         for device in devices:
-            # A rehearsal of another model tells less than published minutes.
+            # Published minutes are better than a rehearsal of another model.
             for source, depth in ((FINISHED, METHOD), (COMMITTED, METHOD), (REHEARSED, MODEL)):
                 yield self._estimate(cell, device, source, depth)
             if device == "gpu":
@@ -196,9 +198,10 @@ def gather(
     cells: Sequence[Cell], adapter: Adapter, profiles: Iterable[str], results: Path,
     reference: Path = REFERENCE,
 ) -> tuple[Costs, list[str]]:  # fmt: skip
-    """Return the costs of whole grids from all sources, and a warning per unreadable file.
+    """Return the costs of whole grids from all sources, and one warning per unreadable file.
 
-    The references are those of ``profiles``. Rehearsals lie below ``results`` and in ``reference``.
+    ``reference`` is the folder with the costs of ``profiles`` and a rehearsal. The user's own
+    rehearsal is in ``results``.
     """
     found = ((cell, finished(cell, adapter)) for cell in cells)
     rows = [(FINISHED, cost_row(cell, done[0])) for cell, done in found if done is not None]
@@ -214,12 +217,12 @@ def gather(
 
 
 def device_kind(cell: Cell) -> Device:
-    """Return the kind of device that a cell is to run on; ``auto`` is taken for a GPU."""
+    """Return the kind of device on which a cell will run; ``auto`` counts as a GPU."""
     return "cpu" if cell.request.device == "cpu" else "gpu"
 
 
 def has_known_settings(cell: Cell) -> bool:
-    """Return True for the released settings of a method, and for those of an axis point."""
+    """Return True for the released settings of a method, and for settings of an axis point."""
     return bool(cell.point) or _is_released(cell)
 
 
@@ -229,16 +232,16 @@ def _is_released(cell: Cell) -> bool:
 
 
 class Minutes(NamedTuple):
-    """Published minutes of a whole quantization on one GPU: a row of ``cost.csv``."""
+    """Published minutes of a whole quantization on one GPU; a row of `cost.csv`."""
 
     method: str  #: id of the method here
     minutes: float
-    place: str  #: the device and the source
+    place: str  #: device and source as text
 
 
 @cache
 def published_minutes(path: Path = PUBLISHED / "cost.csv") -> Mapping[str, Sequence[Minutes]]:
-    """Return the run times by the model's id and ``model.tag``, the best evidence first."""
+    """Return published run times by the model's id and by ``model.tag``, best evidence first."""
     names = load_names()
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "minutes"]
@@ -255,9 +258,9 @@ def published_minutes(path: Path = PUBLISHED / "cost.csv") -> Mapping[str, Seque
 
 
 def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
-    """Return published minutes of the cell's method, or else of a method that does the same work.
+    """Return the published minutes of a cell's method, or of another method with the same work.
 
-    None for full precision, and where none of the model's ``times`` fits.
+    ``times`` are those of the cell's model. None for full precision, and if no time fits.
     """
     recipe = cell.request.recipe
     if recipe is None:
@@ -279,7 +282,7 @@ def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
 
 
 def _work(recipe: Recipe) -> tuple[object, ...]:
-    """Return the settings that decide how long a recipe takes."""
+    """Return the settings that determine the run time of a recipe."""
     if recipe.reconstruct:
         return "blocks", recipe.steps, recipe.batch_size
     return ("MLPs", recipe.mlp_steps, recipe.mlp_batch) if recipe.reconstruct_mlp else ("ranges",)

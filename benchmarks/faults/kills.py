@@ -21,7 +21,8 @@ from benchmarks.compare.reference import machine
 from benchmarks.console import user_errors
 from benchmarks.faults.audit import doubled, read_notes
 from benchmarks.grid.cell import RunOptions, default_adapter, finished
-from benchmarks.grid.expand import Filters, expand, load_grid
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import load_grid
 from benchmarks.run.ray import check_folder
 from fimaq_core.errors import FimaqError
 

@@ -1,1 +1,1 @@
-"""Grids: their YAML files, their cells, and what cells need before they can run."""
+"""Grids: their YAML files, their cells, and checks of data and weights before a run."""

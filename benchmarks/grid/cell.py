@@ -1,4 +1,4 @@
-"""A cell of a grid, and the functions of the tasks that the benchmarks call."""
+"""Cells of grids, their options, and the functions of the tasks that the benchmarks call."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,12 @@ from tasks.common.cell import identity
 from tasks.common.record import ResultRecord, bits_name, read_record
 from tasks.common.request import CellRequest, Missing
 
-#: The metric that tables and progress show for each task; the CSV files have all metrics.
+#: Metric of each task that tables and progress show; the CSV files have all metrics.
 MAIN_METRIC = {"classification": "top1", "retrieval": "R@1", "detection": "AP_box"}
-
-Key = tuple[str, str, str, str, int, int, int | None, str]
 
 
 class CellName(NamedTuple):
-    """Identity in the grid of all cells that differ only in the seed; see :class:`Cell`."""
+    """Name that cells share if they differ only in the seed; fields as in :class:`Cell`."""
 
     section: str
     model: str
@@ -27,6 +25,10 @@ class CellName(NamedTuple):
     method: str
     bits: str
     point: str
+
+
+#: Identity of a cell in its grid: its name and seed.
+Key = tuple[CellName, int | None]
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,15 @@ class Places:
     flickr: Path | None = None
 
     def of(self, data: str) -> Path | None:
-        """Return the folder that a section names; None for ``own``, and if it is not given."""
-        return getattr(self, data) if data != "own" else None
+        """Return the folder of a section's ``data``; None for ``own``, and if none is given."""
+        return getattr(self, data, None)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Settings of the command line; None takes the setting of the grid."""
+    """Options of the command line; None takes the setting of the grid."""
 
-    results: Path = Path("results")  #: root of all files that a run writes
+    results: Path = Path("results")  #: folder of all files that a run writes
     data: Places = Places()
     weights: Path | None = None  #: folder with local checkpoints
     device: str | None = None
@@ -56,15 +58,15 @@ class RunOptions:
     engine: Literal["local", "ray"] = "local"  #: executor of the cells
     jobs: int | None = None  #: cells at a time
     ray_address: str = ""  #: ``host:port`` of a running Ray cluster; empty: a cluster of this run
-    gpus_per_cell: float = 1.0  #: share of a GPU that Ray gives to a cell
-    retries: int = 3  #: attempts in a row that may end with a dead process and no progress
+    gpus_per_cell: float = 1.0  #: GPUs that Ray gives to a cell; 0.5: two cells share one
+    retries: int = 3  #: attempts in a row in which a cell's process may die without progress
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Measurement of a model with a method, bits and a seed.
+    """One measurement: a model with a method, bit-widths and a seed.
 
-    Full precision has 32/32 bits, no seed and no scope.
+    Full precision has 32 bits for weights and activations, no seed and no scope.
 
     Example:
         >>> cell = expand(load_grid("demo"), Filters(), RunOptions())[2]
@@ -72,7 +74,7 @@ class Cell:
         'demo_vit rtn w4a4 seed 1'
     """
 
-    section: str  #: label of its section in the grid
+    section: str  #: label of the cell's section in the grid
     task: str
     model: str
     method: str
@@ -82,33 +84,32 @@ class Cell:
     request: CellRequest
     scope: str = ""  #: quantized part of the model; empty where the grid does not name it
     point: str = ""  #: axis point (``k=15``); empty for the grid's own settings
-    #: (axis, point) pairs of the cell in tables of axes; the own settings may lie on several axes.
-    places: tuple[tuple[str, str], ...] = ()
+    #: (axis, point) pairs of ablation tables; the grid's own settings may be on several axes.
+    axis_points: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def key(self) -> Key:
         """Identity of the cell in its grid."""
-        bits = self.w_bit, self.a_bit
-        return self.section, self.model, self.scope, self.method, *bits, self.seed, self.point
+        return self.name, self.seed
 
-    @property
+    @cached_property
     def name(self) -> CellName:
         """Identity of the cell without its seed."""
         return CellName(self.section, self.model, self.scope, self.method, self.bits, self.point)
 
     @cached_property
     def bits(self) -> str:
-        """Short name of the bit-widths."""
+        """Short name of the bit-widths: ``fp``, ``w4a4``."""
         return bits_name(self.w_bit, self.a_bit)
 
     @property
     def mark(self) -> str:
-        """End of names that states the scope, such as ``" [vision]"``; empty without scope."""
+        """Scope as a suffix of names, such as ``" [vision]"``; empty without scope."""
         return f" [{self.scope}]" if self.scope else ""
 
     @cached_property
     def subject(self) -> str:
-        """The model with its scope: methods are compared on the same subject."""
+        """Model and scope: methods are compared with each other on the same subject."""
         return f"{self.model}{self.mark}"
 
     @property
@@ -127,24 +128,20 @@ def _run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     return run_cell(request, on_progress)
 
 
-def _nothing(*_: object) -> list[str]:
-    return []
-
-
 @dataclass(frozen=True)
 class Adapter:
-    """Functions of the tasks that the benchmarks call; tests put in their own."""
+    """Functions of the tasks that the benchmarks call; tests replace them."""
 
-    #: Measures a cell and returns the path of its record. Processes import it by its name.
+    #: Measures a cell and returns the path of its record. Other processes import it by its name.
     run_cell: Callable[[CellRequest, OnProgress], Path]
     #: Returns the folder of a cell without running anything.
     planned_folder: Callable[[CellRequest], Path]
     #: Returns missing data and weights of a cell.
     preflight: Callable[[CellRequest], list[Missing]]
-    #: Describes the finished work of an unfinished cell with this folder.
-    cached: Callable[[CellRequest, Path], list[str]] = _nothing
-    #: Heavy modules that a cell imports; a process may import them beforehand.
-    imports: Callable[[CellRequest], Sequence[str]] = _nothing
+    #: Names the results in the folder of an unfinished cell that its next run will reuse.
+    cached: Callable[[CellRequest, Path], list[str]] = lambda request, folder: []
+    #: Slow modules that a cell imports; processes can import them before the cell starts.
+    imports: Callable[[CellRequest], Sequence[str]] = lambda request: []
 
 
 def default_adapter() -> Adapter:
@@ -159,7 +156,7 @@ def default_adapter() -> Adapter:
 
 
 def known_folder(cell: Cell, adapter: Adapter) -> Path | None:
-    """Return the cell's folder; None while data or weights for its identity are missing."""
+    """Return the cell's folder; None if data or weights that decide its name are missing."""
     try:
         return adapter.planned_folder(cell.request)
     except FimaqError:
@@ -168,10 +165,9 @@ def known_folder(cell: Cell, adapter: Adapter) -> Path | None:
 
 def finished(cell: Cell, adapter: Adapter) -> tuple[ResultRecord, Path] | None:
     """Return the cell's record and its folder; None if there is no readable record."""
-    folder = known_folder(cell, adapter)
-    if folder is None or not (folder / "result.json").is_file():
-        return None
     try:
-        return read_record(folder / "result.json"), folder
+        folder = adapter.planned_folder(cell.request)
+        path = folder / "result.json"
+        return (read_record(path), folder) if path.is_file() else None
     except FimaqError:
         return None

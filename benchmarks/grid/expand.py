@@ -1,22 +1,12 @@
-"""Cells of a grid: filters narrow or widen the grid, then it expands to cells."""
+"""Expansion of a grid to its cells, after filters narrowed or widened the grid."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from benchmarks.grid.cell import Cell, Key, RunOptions
-from benchmarks.grid.schema import (  # noqa: F401 names of a grid, for other modules
-    FP,
-    GRIDS,
-    Axes,
-    Grid,
-    GridError,
-    known_method,
-    load_grid,
-    parse_bits,
-    parse_grid,
-)
+from benchmarks.grid.schema import FP, Axes, Extra, Grid, GridError, known_method, parse_bits
 from fimaq_core.errors import suggest
 from fimaq_core.recipe import METHODS, OFF, Recipe, make_recipe
 from tasks.common.cell import identity
@@ -27,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Filters:
-    """Lists that replace those of a grid; None keeps the grid's own list.
+    """Lists that replace the lists of a grid; None keeps the list of the grid.
 
     Example:
         >>> grid = load_grid("demo")
@@ -42,17 +32,12 @@ class Filters:
     seeds: tuple[int, ...] | None = None
     axes: tuple[str, ...] | None = None
 
-    @property
-    def active(self) -> bool:
-        """True if anything is filtered."""
-        return any(value is not None for value in vars(self).values())
-
 
 def parse_filters(grid: Grid, **texts: str) -> Filters:
-    """Turn comma lists into filters; ``texts`` are named as the fields of :class:`Filters`.
+    """Return filters from comma lists, which are named like the fields of :class:`Filters`.
 
     Raises:
-        GridError: a value does not exist; the message has a suggestion.
+        GridError: a value does not exist; the message suggests a known value.
     """
     chosen = Filters(**{name: _split(text) for name, text in texts.items()})  # type: ignore[arg-type]
     kind = "profile" if grid.only is None else "table"
@@ -90,59 +75,45 @@ def _split(text: str) -> tuple[str, ...] | None:
 
 
 def chosen_axes(grid: Grid, filters: Filters) -> Axes:
-    """Return the axes of a grid that a filter leaves."""
+    """Return the axes of a grid that a filter keeps."""
     wanted = grid.axes if filters.axes is None else filters.axes
     return {name: points for name, points in grid.axes.items() if name in wanted}
 
 
 def expand(grid: Grid, filters: Filters, options: RunOptions) -> list[Cell]:
-    """Return the cells of a grid that a filter leaves.
+    """Return the cells of a grid that filters keep, in the order of sections and models.
 
-    Each section and model has full precision first, then cells by bits, seed, scope and method,
-    with axis points. A filter replaces the grid's list, so it may also name values that the grid
-    does not run by default; but a section takes only its own methods, and methods that no other
-    section has. Extra cells run if no filter excludes them. Methods that quantize nothing have
-    one cell per seed and scope, whatever the bits.
+    Each model of a section has full precision first, then its cells by bits, seed, scope and
+    method, each followed by its axis points. A filter replaces the grid's list, so it can add
+    values that the grid does not run by default. Extra cells run if no filter excludes them.
+    Methods that quantize nothing have one cell per seed and scope, and ignore the bits.
     """
     cells: dict[Key, Cell] = {}
-    for product in _products(grid, filters):
-        for cell in _cells(grid, product, options):
-            cells.setdefault(cell.key, cell)
-    return [cell for cell in cells.values() if grid.only is None or cell.name in grid.only]
-
-
-class _Product(NamedTuple):
-    """Lists whose product are cells of one model."""
-
-    section: str
-    model: str
-    methods: Sequence[str]
-    bits: Sequence[str]
-    seeds: Sequence[int]
-    axes: Axes
-
-
-def _products(grid: Grid, filters: Filters) -> Iterator[_Product]:
     wanted, axes = filters.tasks, chosen_axes(grid, filters)
     sections = [s for s in grid.tasks if wanted is None or {s, grid.task_of(s)} & set(wanted)]
     for section in sections:
-        part, methods = grid.tasks[section], _methods(grid, filters, section, sections)
-        bits = filters.bits or part.bits or grid.bits
-        seeds = filters.seeds or part.seeds or grid.seeds
-        known = part.models if filters.models is None else (*part.models, *part.available)
-        for model in _keep(known, filters.models):
-            yield _Product(section, model, methods, bits, seeds, axes)
-            for extra in grid.extra:
+        part = grid.tasks[section]
+        own = Extra(  # the lists of the section, in the form of extra cells
+            task=section,
+            models=part.models if filters.models is None else (*part.models, *part.available),
+            methods=_methods(grid, filters, section, sections),
+            bits=filters.bits or part.bits or grid.bits,
+            seeds=filters.seeds or part.seeds or grid.seeds,
+        )
+        for model in _keep(own.models, filters.models):
+            for extra in (own, *grid.extra):
                 if extra.task == section and model in extra.models:
-                    kept = _keep(extra.methods, filters.methods), _keep(extra.bits, filters.bits)
-                    seeds_kept = _keep(extra.seeds, filters.seeds)
-                    yield _Product(section, model, *kept, seeds_kept, {})
+                    points = axes if extra is own else {}
+                    for cell in _cells(grid, filters, options, model, extra, points):
+                        cells.setdefault(cell.key, cell)
+    return [cell for cell in cells.values() if grid.only is None or cell.name in grid.only]
 
 
 def _methods(grid: Grid, filters: Filters, section: str, sections: list[str]) -> tuple[str, ...]:
-    """Return the methods of a section; of a filter, its own and those that no section has.
+    """Return the methods of a section.
 
-    A section that leaves out a method of another section may have models that cannot run it.
+    A filter may name methods of this section, and methods that no section has. Methods of other
+    sections are left out, because the models of this section may not be able to run them.
     """
     if filters.methods is None:
         return grid.methods_of(section)
@@ -158,17 +129,20 @@ def _keep(values: Iterable[T], wanted: tuple[T, ...] | None) -> tuple[T, ...]:
     return tuple(value for value in values if wanted is None or value in wanted)
 
 
-def _cells(grid: Grid, product: _Product, options: RunOptions) -> Iterator[Cell]:
-    """Yield the cells of a product: full precision, then each quantized cell and its points."""
-    section, model, methods, bits, seeds, axes = product
+def _cells(
+    grid: Grid, filters: Filters, options: RunOptions, model: str, lists: Extra, axes: Axes
+) -> Iterator[Cell]:
+    """Yield the cells of a model: full precision, then each quantized cell and its points."""
+    section, methods = lists.task, _keep(lists.methods, filters.methods)
     if FP in methods:
         yield _make_cell(grid, section, model, None, options)
     overrides, scopes = grid.overrides_of(section), grid.tasks[section].scopes or (None,)
+    bits, seeds = _keep(lists.bits, filters.bits) or ("",), _keep(lists.seeds, filters.seeds)
     quantizing = [method for method in methods if method != FP]
-    for width, seed, scope, method in itertools.product(bits or ("",), seeds, scopes, quantizing):
+    for width, seed, scope, method in itertools.product(bits, seeds, scopes, quantizing):
         settings = METHODS.get(method, {})
         if settings.get("w_bits") == OFF and settings.get("a_bits") == OFF:
-            w_bits, a_bits = OFF, OFF  # the method measures a changed model without quantization
+            w_bits, a_bits = OFF, OFF  # the method changes the model but quantizes nothing
         elif width:
             w_bits, a_bits = parse_bits(width)
         else:
@@ -181,23 +155,23 @@ def _cells(grid: Grid, product: _Product, options: RunOptions) -> Iterator[Cell]
 def _with_points(
     base: Cell, axes: Axes, overrides: Mapping[str, Any], own: Mapping[str, Any]
 ) -> list[Cell]:
-    """Return ``base`` and a cell per point of ``axes`` that differs from it.
+    """Return ``base`` and one cell per point of ``axes`` whose recipe differs from it.
 
-    A point with the recipe of ``base`` is that cell, which takes the point's place in the tables.
+    A point with the recipe of ``base`` adds no cell: the tables show ``base`` in its place.
     """
-    places, cells = [], []
+    own_points, cells = [], []
     for axis, points in axes.items():
         for point, changes in points.items():
             recipe, name = make_recipe(base.method, overrides, changes, own), f"{axis}={point}"
             if recipe == base.request.recipe:
-                places.append((axis, point))
+                own_points.append((axis, point))
                 continue
-            # The scope comes once in the name of a variant, at its end.
+            # The name of a variant ends with the scope, which must not be repeated before it.
             whole = make_recipe(base.method, overrides, own).model_copy(update={"scope": None})
             variant = f"{identity.variant_name(replace(base.request, recipe=whole))} {name}"
             request = replace(base.request, recipe=recipe, variant=variant)
-            cells.append(replace(base, request=request, point=name, places=((axis, point),)))
-    return [replace(base, places=tuple(places)), *cells]
+            cells.append(replace(base, request=request, point=name, axis_points=((axis, point),)))
+    return [replace(base, axis_points=tuple(own_points)), *cells]
 
 
 def _make_cell(

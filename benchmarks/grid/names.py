@@ -1,4 +1,4 @@
-"""Published names and the ids used here: reads ``published/names.yaml``, which maps them."""
+"""Names in publications and the ids used here, which `published/names.yaml` maps."""
 
 from functools import cache
 from pathlib import Path
@@ -10,50 +10,41 @@ from fimaq_core.errors import FimaqError
 from tasks.common import registry
 
 PUBLISHED = Path(__file__).parents[1] / "published"
-#: Stands in published rows and tables where the source does not say.
+#: Value in published rows and tables that the source does not state.
 UNSTATED = "unstated"
 
 
 class DatasetName(Strict):
-    """Facts that a record must state to be compared with numbers of a published data set.
+    """Data set of records that are compared with numbers of a published data set."""
 
-    Attributes:
-        task, name, split, count: of the data set as records state it: the whole split.
-        metrics: published metric to the record's metric; others are never compared.
-        notes: remarks by published method, printed with every verdict.
-    """
-
-    task: str
-    name: str
+    task: str  #: task of the record
+    name: str  #: name in the record
     split: str
-    count: int
-    metrics: dict[str, str]
-    notes: dict[str, str] = {}
+    count: int  #: samples of the whole split
+    metrics: dict[str, str]  #: published metric to the metric of records; others are not compared
+    notes: dict[str, str] = {}  #: remarks by published method, printed with every verdict
 
 
 class ModelName(Strict):
-    """Model here, and the only checkpoint that published numbers are compared with."""
+    """Model here, and the checkpoint of the published numbers: others are not compared."""
 
     id: str
     tag: str
-    #: Quantized part of the model in the source, as recipes name it. None: always the whole model;
-    #: ``unstated``: the source leaves it open.
+    #: Scope of the recipe in the source. None: always the whole model; ``unstated``: the source
+    #: does not state it.
     scope: str | None = None
 
 
 class MethodName(Strict):
-    """Method here, by the name in publications.
-
-    ``comparable`` maps published variants to the id of the method here that has their settings. All
-    other variants are context only.
-    """
+    """Method here that has a name in publications."""
 
     id: str
+    #: Published variant to the method here with the same settings; other variants are context only.
     comparable: dict[str, str] = {}
 
 
 class Names(Strict):
-    """Whole mapping by published names; data sets by published task and name.
+    """Content of `names.yaml`, by published names; data sets by published task and name.
 
     Example:
         >>> load_names().models["vit_small"].tag
@@ -64,7 +55,7 @@ class Names(Strict):
     models: dict[str, ModelName]
     methods: dict[str, MethodName]
     studies: dict[str, str] = {}  #: GPU of each study of run times
-    unmapped_models: dict[str, str] = {}  #: why a published name is not used here
+    unmapped_models: dict[str, str] = {}  #: reason why a published name has no id here
     unmapped_methods: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -77,7 +68,7 @@ class Names(Strict):
         return self
 
     def published_on(self, task: str, dataset: str) -> list[tuple[str, str, DatasetName]]:
-        """Return (published task, published data set, meaning) of ``dataset`` of ``task`` here."""
+        """Return published task, published name and entry of each entry of a data set here."""
         return [
             (theirs, name, entry)
             for theirs, sets in self.datasets.items()
@@ -86,12 +77,12 @@ class Names(Strict):
         ]
 
     def models_for(self, model: str) -> list[ModelName]:
-        """Return the published models of an id or tag here; several differ in their scope."""
+        """Return the entries of a model's id or tag, one per published scope."""
         return [entry for entry in self.models.values() if model in (entry.id, entry.tag)]
 
 
 @cache
 def load_names() -> Names:
-    """Return the mapping."""
+    """Return the content of `names.yaml`."""
     path = PUBLISHED / "names.yaml"
     return validate(Names, read_yaml(path, "mapping", FimaqError), str(path), FimaqError)

@@ -9,7 +9,6 @@ import click
 
 from benchmarks.grid.cell import Adapter, Places, RunOptions, default_adapter
 
-_PROFILE = "quickstart, demo, paper, ablation, paper-ablation, or a .yaml file."
 _FOLDERS = {
     "imagenet": "ImageNet-1k folder with val/ and train/.",
     "coco": "COCO folder with dataset_coco.json, train2014/ and val2014/ (captions), or "
@@ -20,7 +19,8 @@ _FOLDERS = {
 
 _RESULTS: dict[str, Any] = {"default": "results", "show_default": True}
 _RESULTS |= {"type": click.Path(path_type=Path), "help": "Folder of runs and tables."}
-PROFILE: dict[str, Any] = {"default": "quickstart", "show_default": True, "help": _PROFILE}
+PROFILE: dict[str, Any] = {"default": "quickstart", "show_default": True}
+PROFILE["help"] = "quickstart, demo, paper, ablation, paper-ablation, or a .yaml file."
 profile_option = click.option("--profile", **PROFILE)
 results_option = click.option("--results", **_RESULTS)
 
@@ -28,7 +28,9 @@ results_option = click.option("--results", **_RESULTS)
 def collected(
     name: str, make: Callable[..., Any], **options: dict[str, Any]
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that adds click options, whose values the command gets as one argument.
+    """Return a decorator that adds click options and passes their values as one argument.
+
+    The command gets ``make(**values)`` as its argument ``name``.
 
     Example:
         >>> @click.command()
@@ -66,6 +68,6 @@ folder_options = collected(
 
 
 def adapter() -> Adapter:
-    """Return the adapter of the running command; tests put in their own."""
+    """Return the adapter of the running command, which tests can replace."""
     found = click.get_current_context().obj
     return found if isinstance(found, Adapter) else default_adapter()

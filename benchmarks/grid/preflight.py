@@ -1,4 +1,4 @@
-"""Missing data and weights of a grid's cells."""
+"""Checks for missing data and weights of cells."""
 
 import importlib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from tasks.common.request import Missing, describe_missing
 
 
 def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
-    """Return one message per kind of missing data or weights, and per bad request."""
+    """Return one message per missing data set or weights file, and per impossible request."""
     found: list[Missing] = []
     errors: dict[str, None] = {}
     for cell in {(cell.section, cell.model): cell for cell in cells}.values():
@@ -19,7 +19,7 @@ def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
             found += adapter.preflight(cell.request)
         except FimaqError as error:
             errors[str(error)] = None
-    if not found and not errors:  # otherwise a cell's folder may not be known
+    if not found and not errors:  # the folder depends on data and weights
         for cell in {(cell.section, cell.scope): cell for cell in cells}.values():
             try:
                 adapter.planned_folder(cell.request)
@@ -29,16 +29,18 @@ def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
 
 
 def fetch_weights(cell: Cell) -> str | None:
-    """Return the command that fetches the weights from the hub, without asking the network.
+    """Return the command that downloads the weights of a cell; does not use the network.
 
-    None if the weights are on this machine; empty if no hub has them. Raises ModelError for an
-    unknown model.
+    None if the weights are on this machine; empty if no hub has them.
+
+    Raises:
+        ModelError: the model is unknown.
     """
     from tasks.common.models.hub import cached_file
 
     if cell.task not in registry.TASKS:
         return None
-    catalogue, request = _tags(cell).CATALOGUE, cell.request.model
+    catalogue, request = _tags_module(cell).CATALOGUE, cell.request.model
     if request.name in catalogue.demo_names or catalogue.local_weights(request) is not None:
         return None
     place = catalogue.repository(catalogue.model_tag(request))
@@ -48,10 +50,13 @@ def fetch_weights(cell: Cell) -> str | None:
 
 
 def missing_data(cell: Cell) -> Missing | None:
-    """Return the data of a published model's cell if they are missing. Asks no network."""
-    found: Missing | None = _tags(cell).missing_data(cell.request.data, False)
+    """Return the data of a cell if they are missing; does not use the network.
+
+    The model must be a published one: demo models bring their own data.
+    """
+    found: Missing | None = _tags_module(cell).missing_data(cell.request.data, False)
     return found
 
 
-def _tags(cell: Cell) -> Any:
+def _tags_module(cell: Cell) -> Any:
     return importlib.import_module(f"tasks.{cell.task}.tags")

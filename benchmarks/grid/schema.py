@@ -1,4 +1,4 @@
-"""Grids as YAML files: the content of a profile, and how it is read and checked."""
+"""Profiles: YAML files with a grid, how they are read and checked."""
 
 import re
 from pathlib import Path
@@ -13,18 +13,18 @@ from fimaq_core.recipe import METHODS, OFF, make_recipe
 from tasks.common import registry
 
 GRIDS = Path(__file__).parents[1] / "grids"
-#: Name of full precision among the methods.
+#: Method name of full precision.
 FP = "fp"
-#: Recipe fields that the lists of a grid give to each cell; overrides must not change them.
+#: Recipe fields that come from the lists of a grid, so overrides must not change them.
 _NOT_OVERRIDABLE = ("method", "seed", "w_bits", "a_bits", "scope")
 
 
 class GridError(FimaqError):
-    """Grid or filter that does not make sense."""
+    """Grid or filter with a mistake."""
 
 
 def parse_bits(text: str) -> tuple[int, int]:
-    """Return weight and activation bits of a name such as ``w3a3``."""
+    """Return weight and activation bits of a name such as ``w3a3``; raise GridError."""
     match = re.fullmatch(r"w(\d+)a(\d+)", text)
     if match is None:
         raise GridError(f"'{text}' is no bit-width: write such as w3a3 or w4a8.")
@@ -38,7 +38,7 @@ def parse_bits(text: str) -> tuple[int, int]:
 
 
 def known_method(name: str) -> str:
-    """Return the name of a method; raise GridError if there is none of this name."""
+    """Return ``name`` if a method has this name; raise GridError otherwise."""
     if name != FP and name not in METHODS:
         raise GridError(f"Unknown method '{name}'.{suggest(name, [FP, *METHODS])}")
     return name
@@ -46,7 +46,7 @@ def known_method(name: str) -> str:
 
 def _point(name: str) -> str:
     if not re.fullmatch(r"[^\s,|=]+", name):
-        words = "cannot name an axis or point: no blanks and none of , | = please"
+        words = "cannot name an axis or point: leave out blanks and the characters , | ="
         raise ValueError(f"'{name}' {words}")
     return name
 
@@ -71,29 +71,29 @@ Axes = dict[Point, Points]
 
 
 class TaskGrid(Strict):
-    """Section of a grid: a task on a data set. A task may have several sections."""
+    """Section of a grid: one task on one data set. A task may have several sections."""
 
     task: str | None = None  #: name of the task; None: the label of the section
     dataset: str  #: name of the data set in records
     #: Data folder that the user must give; ``own``: the models have their own data.
     data: Literal["own", "imagenet", "coco", "flickr"] = "own"
-    evaluation: str | None = None  #: one of the task's evaluations; None: the usual one
+    evaluation: str | None = None  #: one of the task's evaluations; None: its default
     models: tuple[str, ...] = Field(min_length=1)
     available: tuple[str, ...] = ()  #: models that run when a filter asks for them
-    #: Lists in place of the grid's.
+    #: These lists replace those of the grid.
     methods: tuple[Method, ...] | None = Field(None, min_length=1)
     bits: tuple[Bits, ...] | None = Field(None, min_length=1)
     seeds: tuple[int, ...] | None = Field(None, min_length=1)
-    overrides: Overrides = {}  #: added to the grid's; of a field in both, this one counts
-    scopes: tuple[str, ...] = ()  #: one cell per scope; empty: the usual scope of the task
+    overrides: Overrides = {}  #: added to those of the grid, and stronger
+    scopes: tuple[str, ...] = ()  #: one cell per scope; empty: the default scope of the task
     #: Where block inputs and Fisher information are cached; changes no result.
     placement: Literal["device", "host", "disk"] = "device"
 
 
 class Extra(Strict):
-    """Further cells: the product of these lists and the scopes of the section ``task``."""
+    """Further cells: the product of these lists and the scopes of a section."""
 
-    task: str
+    task: str  #: label of the section
     models: tuple[str, ...]
     methods: tuple[Method, ...]
     bits: tuple[Bits, ...]
@@ -101,27 +101,27 @@ class Extra(Strict):
 
 
 class Grid(Strict):
-    """Profile, whose cells are the product of models, methods, bits, seeds and scopes.
+    """Content of a profile: its cells are all combinations of the lists below and of scopes.
 
     Full precision (``fp``) has neither bits nor seed nor scope. Methods that quantize nothing
-    have no bits.
+    ignore the bits.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")  #: names the table files
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")  #: also the name of the table files
     description: str = ""
-    tasks: dict[str, TaskGrid] = Field(min_length=1)  #: sections by their labels
+    tasks: dict[str, TaskGrid] = Field(min_length=1)  #: sections by label
     methods: tuple[Method, ...] = Field(min_length=1)
     bits: tuple[Bits, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     overrides: Overrides = {}
-    variant: str | None = None  #: name of these settings in tables; None: released settings
+    variant: str | None = None  #: name of the settings in tables; None: the released settings
     device: str = "cpu"  #: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``
     threads: int | None = Field(None, ge=1)  #: CPU threads per cell; None: PyTorch's choice
     jobs: int | None = Field(None, ge=1)  #: cells at a time; None: by cores and threads
     extra: tuple[Extra, ...] = ()  #: further cells, without axis points
     axes: Axes = {}  #: ablations: each point changes the settings above on one axis
-    next: tuple[str, ...] = ()  #: commands that a run prints at its end
-    only: frozenset[CellName] | None = None  #: the cells of a published table
+    next: tuple[str, ...] = ()  #: advice that a run prints at its end
+    only: frozenset[CellName] | None = None  #: cells of a published table; None: all cells
 
     @model_validator(mode="after")
     def _makes_recipes(self) -> "Grid":
@@ -142,7 +142,7 @@ class Grid(Strict):
         return self.tasks[section].task or section
 
     def methods_of(self, section: str) -> tuple[str, ...]:
-        """Return the methods of a section, without those of its extra cells."""
+        """Return the methods of a section, without those of extra cells."""
         return self.tasks[section].methods or self.methods
 
     def overrides_of(self, section: str) -> dict[str, Any]:
@@ -152,10 +152,10 @@ class Grid(Strict):
 
 
 def load_grid(profile: str) -> Grid:
-    """Read a profile: a name (``demo``, ``paper``) or the path of a YAML file.
+    """Read the profile with this name (``demo``, ``paper``), or the profile in a YAML file.
 
     Raises:
-        GridError: there is no such profile, it is not YAML, or something in it does not fit.
+        GridError: there is no such profile, it is not YAML, or a key or value in it is wrong.
     """
     path = Path(profile)
     if path.suffix not in (".yaml", ".yml"):
@@ -168,5 +168,5 @@ def load_grid(profile: str) -> Grid:
 
 
 def parse_grid(content: dict[str, Any], where: str = "the grid") -> Grid:
-    """Return the grid with this content; see :func:`load_grid`."""
+    """Return the grid with this content; raise GridError like :func:`load_grid`."""
     return validate(Grid, content, where, GridError)

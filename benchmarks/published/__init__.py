@@ -1,1 +1,1 @@
-"""Numbers that papers report, and their tables: which cells a table has and how it is laid out."""
+"""Published numbers and tables: their CSV and YAML files, and how these are read."""

@@ -1,4 +1,4 @@
-"""Published tables: reads ``tables/<name>.yaml``, finds the CSV row and grid cell of each cell."""
+"""Published tables: reads `tables/<name>.yaml` and finds the CSV row and grid cell of each cell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.grid.cell import CellName
-from benchmarks.grid.names import PUBLISHED, UNSTATED, ModelName, load_names
+from benchmarks.grid.names import PUBLISHED, UNSTATED, load_names
 from benchmarks.grid.schema import FP, Grid, known_method, load_grid, parse_bits
 from benchmarks.published.schema import Coordinates, Row, TableFile, head_text
 from fimaq_core.documents import read_yaml, validate
@@ -19,24 +19,24 @@ from fimaq_core.recipe import OFF, Recipe, make_recipe
 from tasks.common.record import bits_name
 
 TABLES = PUBLISHED / "tables"
-#: Bits of full precision.
+#: Name of the bits of full precision.
 FULL = bits_name(OFF, OFF)
 
 
 class TableError(FimaqError):
-    """Published table that does not exist or does not make sense."""
+    """Published table that does not exist, or whose file has a mistake."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the layout: a row at certain bits."""
+    """Line of a printed table: a row of the file at one bit-width."""
 
     row: Row
     bits: str
 
     @property
     def measured(self) -> bool:
-        """True if cells of the line are measured here."""
+        """True if cells of the line are measured here; False for context."""
         return self.row.measure is not None
 
 
@@ -45,12 +45,12 @@ class TableCell:
     """Cell of a published table."""
 
     row: int  #: index in :attr:`PublishedTable.lines`
-    column: int
+    column: int  #: index in :attr:`PublishedTable.columns`
     weights: str  #: full name of the model's weights, or ``unstated``
-    published: Mapping[str, str] | None = None  #: row of the CSV file; None: no source has one
-    unpublished: str = ""  #: reason why there is none
+    published: Mapping[str, str] | None = None  #: row of the CSV file; None: no number is published
+    unpublished: str = ""  #: reason why no number is published
     name: CellName | None = None  #: the grid cell that measures it; None: context
-    metric: str | None = None  #: measured metric that compares with the number
+    metric: str | None = None  #: metric of the record that compares with the published number
 
 
 class PublishedTable:
@@ -65,55 +65,60 @@ class PublishedTable:
     """
 
     def __init__(self, name: str, file: TableFile) -> None:
-        """Find the cells of ``file``. Raises FimaqError where a cell cannot be found."""
+        """Find the CSV row and grid cell of each cell; raise FimaqError where there is none."""
         self.name, self.profile, self.columns = name, file.profile, file.columns
         self.title, self.caption, self.paper = file.title, file.caption, file.paper
-        self.footnotes, self._seeds, self._base = (
-            file.footnotes,
-            file.seeds,
-            load_grid(file.profile),
-        )
+        self.footnotes, self._seeds = file.footnotes, file.seeds
+        self._base = load_grid(file.profile)
         rows = [(row, row.bits or file.bits) for row in file.rows]
-        order = _unique([FULL, *file.bits, *(width for _, widths in rows for width in widths)])
-        lines = (Line(row, width) for width in order for row, widths in rows if width in widths)
-        self.lines = tuple(lines)
+        order = dict.fromkeys([FULL, *file.bits, *(width for _, own in rows for width in own)])
+        self.lines = tuple(Line(row, width) for width in order for row, own in rows if width in own)
         self.cells = tuple(self._find_cells(file))
 
     def _find_cells(self, file: TableFile) -> Iterator[TableCell]:
         heads = set().union(*(column.names for column in self.columns))
         for index, line in enumerate(self.lines):
-            where, whys = head_text(line.row.head), line.row.unpublished
-            for name in whys if isinstance(whys, dict) else ():
+            row, bits, where = line.row, line.bits, head_text(line.row.head)
+            by_column = isinstance(row.unpublished, dict)
+            for name in row.unpublished if by_column else ():
                 _among(f"{where}: unknown column", name, heads)
             for number, column in enumerate(self.columns):
+                reason = row.reason(column)
+                measured: tuple[CellName | None, str | None] = (None, None)
                 try:
-                    hole, why = line.row.hole(column), whys if isinstance(whys, str) else ""
-                    stated = _merged(file, line.row, column)
-                    facts = _facts(stated, line.bits, self._base, hole, why or hole)
-                    yield TableCell(index, number, *facts)
+                    stated = _merged(file, row, column)
+                    models = _models(stated)
+                    published = _published(stated, bits, models, reason)
+                    if stated.measure is not None and not (reason and by_column):
+                        measured = _measured(stated, bits, models[0], self._base, reason)
                 except FimaqError as error:
-                    place = f"{where} {line.bits}, {head_text(column.head)}"
+                    place = f"{where} {bits}, {head_text(column.head)}"
                     raise TableError(f"{place}: {error}") from error
+                yield TableCell(index, number, str(stated.model), published, reason, *measured)
 
     @cached_property
     def measured(self) -> tuple[CellName, ...]:
-        """Measured grid cells, each once: box and mask AP of a detector are one cell."""
-        return tuple(_unique(cell.name for cell in self.cells if cell.name is not None))
+        """Measured grid cells, each once: box AP and mask AP of a detector are one grid cell."""
+        return tuple(dict.fromkeys(cell.name for cell in self.cells if cell.name is not None))
 
     def grid(self) -> Grid:
         """Return the grid with exactly the measured cells of the table.
 
-        The cells are those of the table's profile: a run of one finds the other's finished cells.
+        These are cells of the table's profile, so both share finished cells.
         """
-        changes: dict[str, Any]
-        tasks, wanted = {}, {line.row.point for line in self.lines}
-        for section in _unique(name.section for name in self.measured):
+        tasks: dict[str, Any] = {}
+        for section in dict.fromkeys(name.section for name in self.measured):
             names = [name for name in self.measured if name.section == section]
-            lists = {f"{field}s": _values(names, field) for field in ("model", "method")}
-            bits = tuple(width for width in _values(names, "bits") if width != FULL)
-            changes = {**lists, "bits": bits or None, "seeds": self._seeds, "available": ()}
+            models, methods, bits = (
+                tuple(dict.fromkeys(getattr(name, field) for name in names))
+                for field in ("model", "method", "bits")
+            )
+            changes: dict[str, Any] = {"models": models, "methods": methods, "available": ()}
+            changes |= {"bits": tuple(b for b in bits if b != FULL) or None, "seeds": self._seeds}
             tasks[section] = self._base.tasks[section].model_copy(update=changes)
-        # Points that equal the grid's own settings are kept: their cell takes their places.
+        # A point that equals the grid's own settings adds no cell: the cell without point then
+        # also stands at this point of the axis.
+        wanted = {line.row.point for line in self.lines}
         axes = {
             axis: {point: fields for point, fields in points.items() if f"{axis}={point}" in wanted}
             for axis, points in self._base.axes.items()
@@ -130,10 +135,10 @@ def table_names() -> list[str]:
 
 
 def load_table(name: str) -> PublishedTable:
-    """Return a table: a name (``fimaq``) or the path of a YAML file.
+    """Return the table with this name (``fimaq``), or the table in a YAML file.
 
     Raises:
-        TableError: there is none, or a key, name, number or setting in it does not fit.
+        TableError: there is no such table, or a key, name, number or setting in its file is wrong.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -149,28 +154,20 @@ def load_table(name: str) -> PublishedTable:
         raise TableError(f"{where}: {error}") from error
 
 
-def _unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
-
-
-def _values(names: Iterable[CellName], field: str) -> tuple[str, ...]:
-    return tuple(_unique(getattr(name, field) for name in names))
-
-
 @cache
 def _rows(file: str) -> list[dict[str, str]]:
     with (PUBLISHED / f"{file}.csv").open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))
 
 
-def _among(what: str, name: str, known: Iterable[str], where: str = "") -> None:
+def _among(problem: str, name: str, known: Iterable[str], where: str = "") -> None:
     """Raise TableError, with a suggestion, if ``name`` is not among ``known``."""
     if name not in known:
-        raise TableError(f"{what} '{name}'{where}.{suggest(name, known)}")
+        raise TableError(f"{problem} '{name}'{where}.{suggest(name, known)}")
 
 
 def _merged(*parts: Coordinates) -> Coordinates:
-    """Return the statements of all parts; later parts replace those of earlier ones."""
+    """Return the coordinates of all parts; a later part replaces those of earlier parts."""
     stated: dict[str, Any] = {}
     for part in parts:
         stated |= part.model_dump(include=set(Coordinates.model_fields), exclude_none=True)
@@ -182,41 +179,8 @@ def _merged(*parts: Coordinates) -> Coordinates:
     return Coordinates(**stated)
 
 
-def _facts(c: Coordinates, bits: str, grid: Grid, hole: str, why: str) -> tuple[Any, ...]:
-    """Return the fields of :class:`TableCell` from ``weights`` on; raise TableError.
-
-    ``why`` is the reason for a missing number. A ``hole`` of one column is not measured either.
-    """
-    models = _models(c)
-    found = _published(c, bits, models)
-    # The CSV files have no axis points: their numbers are of the method's own settings.
-    if why and found and c.point is None:
-        source = found[0]["source"]
-        raise TableError(f"is said to be unpublished ({why}), but {source} has a number.")
-    if not why and len(found) != 1:
-        fields = ("study", "method", "variant", "metric", "source")
-        given = {name: getattr(c, name) for name in fields if getattr(c, name) is not None}
-        asked = ", ".join(f"{name} '{value}'" for name, value in given.items())
-        if not found:
-            advice = "Correct that, or say why in 'unpublished'."
-            raise TableError(f"no published number for {asked}. {advice}")
-        sources = "; ".join(row["source"] for row in found)
-        text = f"{len(found)} published numbers for {asked}. Name one source of: {sources}."
-        raise TableError(text)
-    name = metric = None
-    if c.measure is not None and not hole:
-        name = _cell_name(c, bits, grid, load_names().models[models[0]])
-        entry = load_names().datasets.get(str(c.task), {}).get(str(c.dataset))
-        metric = None if entry is None else entry.metrics.get(str(c.metric))
-        if metric is None:
-            raise TableError(f"names.yaml does not map the {c.metric} of {c.dataset} ({c.task}).")
-        if name.point and not why:
-            raise TableError(f"its published number is not of {name.point}: add 'unpublished'.")
-    return c.model, None if why else found[0], why, name, metric
-
-
 def _models(c: Coordinates) -> list[str]:
-    """Return published names of the weights; in full precision those of every scope."""
+    """Return published names of the weights; for full precision, the names of all scopes."""
     if c.model == UNSTATED:
         return [UNSTATED]
     models = load_names().models
@@ -232,8 +196,14 @@ def _models(c: Coordinates) -> list[str]:
     return list(known) if c.method == "FP" else chosen
 
 
-def _published(c: Coordinates, bits: str, models: Sequence[str]) -> list[dict[str, str]]:
-    """Return the rows of the CSV files that fit the statements."""
+def _published(
+    c: Coordinates, bits: str, models: Sequence[str], reason: str
+) -> dict[str, str] | None:
+    """Return the only row of the CSV files at these coordinates.
+
+    None if ``reason`` says why no number is published. Raises TableError if no row or several rows
+    fit, and if a row fits in spite of a reason.
+    """
     sources = c.source if isinstance(c.source, tuple) else (str(c.source),)
     rows = _rows("ablation" if c.study else "accuracy")
     for name in sources:
@@ -244,29 +214,59 @@ def _published(c: Coordinates, bits: str, models: Sequence[str]) -> list[dict[st
     widths = ("", "") if bits == UNSTATED else map(str, _widths(bits))
     wanted = {"method": c.method, "metric": c.metric, "variant": c.variant or "", **place}
     wanted |= zip(("w_bit", "a_bit"), widths, strict=True)
-    return [
+    found = [
         row
-        for model in models
         for row in rows
-        if row["model"] == model
+        if row["model"] in models
         and row["source"] in sources
         and all(row[name] == value for name, value in wanted.items())
     ]
+    # The CSV files have no axis points: their numbers are of the method's own settings.
+    if reason and found and c.point is None:
+        source = found[0]["source"]
+        raise TableError(f"is said to be unpublished ({reason}), but {source} has a number.")
+    if reason or len(found) == 1:
+        return None if reason else found[0]
+    fields = ("study", "method", "variant", "metric", "source")
+    given = {name: getattr(c, name) for name in fields if getattr(c, name) is not None}
+    asked = ", ".join(f"{name} '{value}'" for name, value in given.items())
+    if not found:
+        advice = "Correct that, or say why in 'unpublished'."
+        raise TableError(f"no published number for {asked}. {advice}")
+    advice = f"Name one source of: {'; '.join(row['source'] for row in found)}."
+    raise TableError(f"{len(found)} published numbers for {asked}. {advice}")
 
 
 def _widths(bits: str) -> tuple[int, int]:
     return (OFF, OFF) if bits in (FULL, UNSTATED) else parse_bits(bits)
 
 
-def _cell_name(c: Coordinates, bits: str, grid: Grid, model: ModelName) -> CellName:
-    """Return the identity of the grid cell; its settings must be those of the protocol."""
-    section, method, where = str(c.section), str(c.measure), f"profile '{grid.name}' has no"
-    _among(f"{where} section", section, grid.tasks)
+def _measured(
+    c: Coordinates, bits: str, model: str, grid: Grid, reason: str
+) -> tuple[CellName, str]:
+    """Return the grid cell that measures a number, and the metric of its record.
+
+    Raises TableError if the grid has no such cell, or its settings are not those of the protocol.
+    """
+    name = _cell_name(c, bits, model, grid)
+    entry = load_names().datasets.get(str(c.task), {}).get(str(c.dataset))
+    metric = None if entry is None else entry.metrics.get(str(c.metric))
+    if metric is None:
+        raise TableError(f"names.yaml does not map the {c.metric} of {c.dataset} ({c.task}).")
+    if name.point and not reason:
+        raise TableError(f"its published number is not of {name.point}: add 'unpublished'.")
+    return name, metric
+
+
+def _cell_name(c: Coordinates, bits: str, model: str, grid: Grid) -> CellName:
+    names, section, method = load_names(), str(c.section), str(c.measure)
+    entry, lacks = names.models[model], f"profile '{grid.name}' has no"
+    _among(f"{lacks} section", section, grid.tasks)
     part = grid.tasks[section]
-    _among(f"{where} model", model.id, (*part.models, *part.available), f" in {section}")
+    _among(f"{lacks} model", entry.id, (*part.models, *part.available), f" in {section}")
     known_method(method)
-    entry, variant = load_names().methods.get(str(c.method)), c.variant or ""
-    allowed = None if entry is None else entry.comparable.get(variant)
+    theirs, variant = names.methods.get(str(c.method)), c.variant or ""
+    allowed = None if theirs is None else theirs.comparable.get(variant)
     if allowed != method:
         raise TableError(
             f"'{method}' cannot be measured for {c.method} (variant '{variant}'). "
@@ -274,14 +274,14 @@ def _cell_name(c: Coordinates, bits: str, grid: Grid, model: ModelName) -> CellN
             "'measure', or leave it out."
         )
     if method == FP:
-        return CellName(section, model.id, "", FP, FULL, "")
-    scope = str(model.scope) if part.scopes else ""
+        return CellName(section, entry.id, "", FP, FULL, "")
+    scope = str(entry.scope) if part.scopes else ""
     if scope:
-        _among(f"{where} scope", scope, part.scopes, f" in {section}")
+        _among(f"{lacks} scope", scope, part.scopes, f" in {section}")
     changes, (w_bits, a_bits) = {}, _widths(bits)
     if c.point:
         axis, _, name = c.point.rpartition("=")
-        _among(f"{where} axis", axis, grid.axes)
+        _among(f"{lacks} axis", axis, grid.axes)
         _among(f"axis '{axis}' has no point", name, grid.axes[axis])
         changes = grid.axes[axis][name]
     own = {"w_bits": w_bits, "a_bits": a_bits, "seed": grid.seeds[0], "scope": scope or None}
@@ -297,4 +297,4 @@ def _cell_name(c: Coordinates, bits: str, grid: Grid, model: ModelName) -> CellN
                 f"{getattr(recipe, field)}. The source decides which of them is wrong."
             )
     point = "" if recipe == make_recipe(method, overrides, own) else c.point
-    return CellName(section, model.id, scope, method, bits, point or "")
+    return CellName(section, entry.id, scope, method, bits, point or "")

@@ -19,7 +19,7 @@ from benchmarks.grid.options import adapter, folder_options, profile_option
 def report(profile: str, options: RunOptions, output: Path | None) -> None:
     """Write tables, charts and the origin of every number of a grid to one HTML file."""
     from benchmarks.console import size_text
-    from benchmarks.grid.expand import load_grid
+    from benchmarks.grid.schema import load_grid
     from benchmarks.report.page import write_report
 
     path = output or options.results / "report.html"

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.grid.cell import Adapter, Cell, RunOptions, known_folder
-from benchmarks.grid.expand import FP, Filters, expand
-from benchmarks.grid.schema import Grid
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import FP, Grid
 from benchmarks.results.scores import Measured, collect
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF

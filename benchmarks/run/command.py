@@ -1,10 +1,9 @@
-"""The run of a grid, behind the options of its command."""
+"""Run of a grid: measures its cells, writes its tables, lists failed cells."""
 
 from __future__ import annotations
 
 import os
 import platform
-import shlex
 import shutil
 import signal
 import sys
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from benchmarks.console import NotReady
 from benchmarks.grid.cell import Cell, Key, finished
 from benchmarks.grid.preflight import missing
 from benchmarks.run.options import RunRequest, make_executor, settled
+from fimaq_core.errors import FimaqError
 from tasks.common.record import ResultRecord, own_seconds
 
 if TYPE_CHECKING:
@@ -30,7 +29,10 @@ def run_grid(request: RunRequest) -> int:
     """Measure the cells that are not finished, and write tables; see ``run --help``.
 
     Returns:
-        The exit code: 0, or 1 where cells failed or numbers differ from the published table.
+        The exit code: 0, or 1 if cells failed or numbers differ from the published table.
+
+    Raises:
+        FimaqError: data or weights are missing.
     """
     cells, adapter = request.cells(), request.adapter
     found = ((cell.key, finished(cell, adapter)) for cell in cells)
@@ -40,8 +42,8 @@ def run_grid(request: RunRequest) -> int:
     if todo:
         messages = missing(todo, adapter)
         if messages:
-            lines = [f"error: {message}" for message in messages]
-            raise NotReady("\n".join([*lines, *_way_around(request, todo)]))
+            lines = ["\nerror: ".join(messages), *_runnable_sections(request, todo)]
+            raise FimaqError("\n".join(lines))
         request = settled(request)
         failures = _measure(request, {cell.key for cell in todo}, measured)
     else:
@@ -52,15 +54,15 @@ def run_grid(request: RunRequest) -> int:
         for failure in failures:
             log = f" (details: {failure.log})" if failure.log else ""
             print(f"  {failure.cell.label}: {failure.message}{log}", file=sys.stderr)
-        print("Finished cells are kept. To run only the failed ones:", file=sys.stderr)
-        print(f"  {rerun_command(request, [f.cell for f in failures])}", file=sys.stderr)
+        words = "To run the failed cells again, repeat the command without --force"
+        print(f"{words}: it skips finished cells.", file=sys.stderr)
     return 1 if failures else code
 
 
 def _measure(
     request: RunRequest, keys: set[Key], measured: Mapping[Key, ResultRecord]
 ) -> list[Failure]:
-    """Measure the cells with these keys; return those that failed."""
+    """Measure the cells with these keys; return the failures. ``measured`` helps to estimate."""
     from benchmarks.run.runner import Runner
     from benchmarks.watch.live import Watch
     from tasks.common.cell.identity import forget
@@ -71,9 +73,9 @@ def _measure(
     watch = Watch(Console(highlight=False), runs / ".state", options.engine)
     if options.force:
         forget((cell.request for cell in todo), adapter.planned_folder)
-        words = "Without --force the same command goes on where it stopped."
+        words = "Without --force, the same command continues where it stopped."
         print(f"All earlier results of these cells are removed. {words}")
-    # Several runs may share the folder.
+    # Runs of several machines may share the results folder.
     logs = runs / ".logs" / f"{platform.node()}-{os.getpid()}"
     make = partial(make_executor, request, logs)
     with _interrupted_by_sigterm():
@@ -111,13 +113,13 @@ def _write(request: RunRequest, cells: Sequence[Cell]) -> int:
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Handle SIGTERM, which schedulers send before the time is up, as Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+    """Handle SIGTERM like Ctrl-C. Schedulers send SIGTERM shortly before the time limit."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread gets signals
         yield
         return
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end takes a moment: ignore a second one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -127,38 +129,22 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
-def _way_around(request: RunRequest, cells: Sequence[Cell]) -> list[str]:
-    """Return a line that names the sections that cannot run, and how to run the others.
+def _runnable_sections(request: RunRequest, cells: Sequence[Cell]) -> list[str]:
+    """Return a line with the sections that cannot run, and the options to run the others.
 
-    If all sections lack something, the line names those without a folder of data.
+    Empty if no section can run.
     """
-    data = {cell.section: request.grid.tasks[cell.section].data for cell in cells}
-    own = {name: [cell for cell in cells if cell.section == name] for name in data}
-    flags = {
-        name: f" ({place.upper()}=/path or --{place})"
-        for name, place in data.items()
-        if place != "own" and request.options.data.of(place) is None
-    }
-    blocked = [name for name in data if missing(own[name], request.adapter)]
-    blocked = blocked if len(blocked) < len(data) else list(flags)
-    rest = ",".join(name for name in data if name not in blocked)
-    if not blocked or not rest:
+    blocked, ready = [], []
+    for section in dict.fromkeys(cell.section for cell in cells):
+        if missing([cell for cell in cells if cell.section == section], request.adapter):
+            place = request.grid.tasks[section].data
+            is_given = place == "own" or request.options.data.of(place) is not None
+            option = "" if is_given else f" ({place.upper()}=/path or --{place})"
+            blocked.append(f"{section}{option}")
+        else:
+            ready.append(section)
+    if not ready:
         return []
-    names = ", ".join(name + flags.get(name, "") for name in blocked)
+    rest = ",".join(ready)
     advice = f"To run the rest: TASKS={rest} for make, --tasks {rest} for a grid."
-    return [f"Cannot run: {names}. {advice}"]
-
-
-def rerun_command(request: RunRequest, cells: Sequence[Cell]) -> str:
-    """Return the command that runs these cells again. It skips finished cells that it names."""
-    relative = os.path.relpath(sys.executable)
-    python = "python" if relative.startswith("..") else relative
-    words = [python, "-m", "benchmarks", "run", *request.flags]
-    fields = {"tasks": "section", "models": "model", "methods": "method"}
-    for name, field in {**fields, "bits": "bits", "seeds": "seed"}.items():
-        values = dict.fromkeys(str(getattr(cell, field)) for cell in cells)
-        none = {"bits": "fp", "seeds": "None"}.get(name)  # full precision has neither
-        text = ",".join(value for value in values if value != none)
-        words += [f"--{name}", text] if text else []
-    words += ["--axes", ",".join(request.filters.axes)] if request.filters.axes else []
-    return shlex.join(words)
+    return [f"Cannot run: {', '.join(blocked)}. {advice}"]

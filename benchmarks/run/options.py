@@ -1,4 +1,4 @@
-"""The request of a run, its device and its executor."""
+"""Request of a run, and the device and executor that it gets."""
 
 import os
 import re
@@ -17,28 +17,18 @@ from fimaq_core.errors import FimaqError
 
 @dataclass(frozen=True)
 class RunRequest:
-    """Cells that a use of the command ``run`` measures, and its options.
+    """Grid that a command runs, and the options of the command."""
 
-    Attributes:
-        grid: the profile, or the grid of the published table.
-        filters, options: narrow or change the grid.
-        adapter: measures the cells.
-        table: the published table; its layout replaces the tables of a profile.
-        report: also write the HTML report.
-        flags: options of the command line that do not filter, for the command of failed cells.
-    """
-
-    grid: Grid
+    grid: Grid  #: of a profile or of a published table
     filters: Filters = field(default_factory=Filters)
     options: RunOptions = field(default_factory=RunOptions)
     adapter: Adapter = field(default_factory=default_adapter)
-    table: PublishedTable | None = None
-    report: bool = False
-    flags: tuple[str, ...] = ()
+    table: PublishedTable | None = None  #: its layout replaces the tables of a profile
+    report: bool = False  #: also write the HTML report
 
     @property
     def device(self) -> str:
-        """Device of the user, or of the grid."""
+        """Device of the command line, or else of the grid."""
         return self.options.device or self.grid.device
 
     @property
@@ -49,19 +39,21 @@ class RunRequest:
     @property
     def jobs(self) -> int:
         """Cells at a time on this machine."""
-        usual = default_jobs(self.threads, self.device)
-        return self.options.jobs or self.grid.jobs or usual
+        jobs = self.options.jobs or self.grid.jobs
+        return jobs or default_jobs(self.threads, self.device)
 
     def cells(self) -> list[Cell]:
-        """Return the cells that the filters leave. Raises FimaqError where there is none."""
+        """Return the cells that the filters keep; raise FimaqError if there is none."""
         cells = expand(self.grid, self.filters, self.options)
         if not cells:
-            raise FimaqError("The filters leave no cell.")
+            raise FimaqError("The filters leave no cell: use fewer filters or other values.")
         return cells
 
 
 def settled(request: RunRequest) -> RunRequest:
-    """Return the request with the device that its cells run on. Starts Ray, or connects to it.
+    """Return the request with the device of its cells; ``auto`` becomes ``cuda`` or ``cpu``.
+
+    Starts Ray, or connects to Ray, if the cells run there.
 
     Raises:
         FimaqError: there is no such device, or no such cluster.
@@ -71,8 +63,7 @@ def settled(request: RunRequest) -> RunRequest:
         raise FimaqError(f"Unknown device '{device}': use cpu, cuda, cuda:N or auto.")
     if options.engine == "local":
         if options.ray_address:
-            advice = "add --engine ray (ENGINE=ray)."
-            raise FimaqError(f"A Ray address is of use to the Ray engine only: {advice}")
+            raise FimaqError("A Ray address needs the Ray engine: add --engine ray (ENGINE=ray).")
         device = _device(device)
     else:
         device = _ray_device(request, device)
@@ -84,7 +75,7 @@ def _ray_device(request: RunRequest, device: str) -> str:
 
     options = request.options
     if device == "mps" or ":" in device:
-        advice = "Ray gives each cell a GPU of its own, so say cuda, cpu or auto."
+        advice = "Ray gives each cell a GPU of its own, so use cuda, cpu or auto."
         raise FimaqError(f"Device '{device}': {advice}")
     gpus = None
     if not options.ray_address:
@@ -93,9 +84,9 @@ def _ray_device(request: RunRequest, device: str) -> str:
         if device == "cuda":
             import torch
 
-            # CUDA_VISIBLE_DEVICES may hide all GPUs by -1, which Ray would count as one.
+            # Ray itself would count CUDA_VISIBLE_DEVICES=-1, which hides all GPUs, as one GPU.
             gpus = torch.cuda.device_count()
-    # A cluster on this machine gets as many cores as the run asks for, even if there are fewer.
+    # A cluster on this machine gets the cores that the run asks for, even if there are fewer.
     connect(options.ray_address, options.jobs and options.jobs * (request.threads or 1), gpus)
     if device == "auto":
         device = "cuda" if any(node.gpus for node in nodes()) else "cpu"
@@ -104,7 +95,11 @@ def _ray_device(request: RunRequest, device: str) -> str:
 
 
 def make_executor(request: RunRequest, logs: Path, cells: int, imports: Sequence[str]) -> Executor:
-    """Return the executor of a settled request, for so many cells that need these modules."""
+    """Return the executor of a settled request for a number of cells.
+
+    ``logs`` is the folder of its log files. ``imports`` are modules that local processes import
+    before the cells start.
+    """
     options, device = request.options, request.device
     if options.engine == "ray":
         from benchmarks.run.ray import RayExecutor
@@ -118,7 +113,7 @@ def make_executor(request: RunRequest, logs: Path, cells: int, imports: Sequence
 
 
 def _device(device: str) -> str:
-    """Return the device in place of ``auto``; refuse a GPU that is not there. Imports torch."""
+    """Return the device, with ``auto`` resolved; raise FimaqError if PyTorch has no such GPU."""
     if device == "cpu":
         return device
     import torch

@@ -1,4 +1,4 @@
-"""The plan of a run: its cells, their settings and costs, and what is finished. Runs nothing."""
+"""Plan of a run: its cells with their settings and costs, and the finished cells."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +13,16 @@ from benchmarks.grid.expand import Filters, expand
 from benchmarks.run.options import RunRequest
 from benchmarks.run.order import make_chains
 
-#: Columns that stand in one line before the table if all cells have the same value.
+_COLUMNS = (
+    "#", "task", "model", "scope", "method", "bits", "s bits", "point", "seed", "steps",
+    "MLP steps", "loss", "images", "batch", "transform", "done", "time", "memory", "cached",
+)  # fmt: skip
+#: Columns that become one line before the table if all cells have the same value.
 _COMMON = (
     "task", "scope", "s bits", "point", "seed", "steps", "MLP steps", "loss", "images", "batch",
     "transform",
 )  # fmt: skip
-#: Columns that are left out, in this order, if the table is wider than the terminal.
+#: Columns that a table wider than the terminal leaves out, in this order.
 _LEAST = (
     "transform", "batch", "s bits", "images", "MLP steps", "loss", "steps", "done", "memory",
     "task", "seed", "cached",
@@ -26,17 +30,17 @@ _LEAST = (
 
 
 def plan_text(request: RunRequest, width: int | None = None, reference: Path = REFERENCE) -> str:
-    """Return the table of a run's cells, and lines with their number, time, memory and sources.
+    """Return the table of a run's cells, then their number, total time, memory and cost sources.
 
-    ``#`` is the order in which the cells start. ``s bits`` are the bits of attention probabilities
-    if they differ from those of other activations. ``~`` marks an estimate, with the kind of
-    device if it is another one. ``cached`` is finished work that an unfinished cell will use. A
-    table wider than ``width`` leaves columns out and says so.
+    ``#`` is the order in which cells start. ``s bits`` are the bits of attention probabilities if
+    they differ from the bits of other activations. ``~`` marks an estimate; CPU or GPU follows if
+    it is of the other kind of device. ``cached`` names results that an unfinished cell will reuse.
+    A table wider than ``width`` characters leaves columns out and says so.
     """
     grid, options, adapter = request.grid, request.options, request.adapter
     cells = request.cells()
-    known = expand(grid, Filters(), options) if request.filters.active else ()
-    every = list({cell.key: cell for cell in (*cells, *known)}.values())
+    others = expand(grid, Filters(), options) if request.filters != Filters() else ()
+    every = list({cell.key: cell for cell in (*cells, *others)}.values())
     costs, warnings = gather(every, adapter, [grid.name], options.results, reference)
     each = {cell.key: costs.of(cell) for cell in cells}
     done = {key for key, cost in each.items() if cost is not None and cost.source == MEASURED}
@@ -47,19 +51,19 @@ def plan_text(request: RunRequest, width: int | None = None, reference: Path = R
     for cell in cells:
         is_done, folder = cell.key in done, known_folder(cell, adapter)
         cached = [] if is_done or folder is None else adapter.cached(cell.request, folder)
-        row = {"#": order.get(cell.key), **_settings(cell), "done": "yes" if is_done else "no"}
-        row |= {**_cost(cell, each[cell.key]), "cached": ", ".join(cached)}
-        rows.append({name: str(value or "-") for name, value in row.items()})
-    lines = [f"{len(rows)} cells, {len(done)} done, {len(todo)} to run."]
-    return "\n".join([*_table(rows, width), "", *lines, *_totals(chains, each, request), *warnings])
+        row = _settings(cell) | _cost(cell, each[cell.key]) | {"cached": ", ".join(cached)}
+        row |= {"#": order.get(cell.key), "done": "yes" if is_done else "no"}
+        rows.append({name: str(row.get(name) or "-") for name in _COLUMNS})
+    counts = f"{len(rows)} cells, {len(done)} done, {len(todo)} to run."
+    totals = _totals(chains, each, request)
+    return "\n".join([*_table(rows, width), "", counts, *totals, *warnings])
 
 
 def _settings(cell: Cell) -> dict[str, object]:
     recipe = cell.request.recipe
     settings: dict[str, object] = {
         "task": cell.section, "model": cell.model, "scope": cell.scope, "method": cell.method,
-        "bits": cell.bits, "s bits": "", "point": cell.point, "seed": "",
-        **dict.fromkeys(("steps", "MLP steps", "loss", "images", "batch", "transform"), ""),
+        "bits": cell.bits, "point": cell.point,
     }  # fmt: skip
     if recipe is not None:
         settings |= {"seed": str(recipe.seed), "images": recipe.calibration_images}
@@ -75,7 +79,7 @@ def _settings(cell: Cell) -> dict[str, object]:
 
 def _cost(cell: Cell, cost: Cost | None) -> dict[str, str]:
     if cost is None:
-        return {"time": "", "memory": ""}
+        return {}
     about = "" if cost.source == MEASURED else "~"
     other = f" ({cost.device.upper()})" if about and cost.device != device_kind(cell) else ""
     memory = "" if cost.memory is None else f"{about}{size_text(cost.memory)}"
@@ -83,13 +87,13 @@ def _cost(cell: Cell, cost: Cost | None) -> dict[str, str]:
 
 
 def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
-    """Return the table in as many columns as fit into ``width``, without empty columns."""
-    values = {name: {row[name] for row in rows} for name in rows[0]}
-    shown = [name for name in rows[0] if values[name] != {"-"}]
-    common = [name for name in shown if name in _COMMON and len(values[name]) == 1]
-    common = common if len(rows) > 1 else []
+    """Return the table with the columns that fit into ``width`` and are not empty."""
+    values = {name: {row[name] for row in rows} for name in _COLUMNS}
+    shown = [name for name in _COLUMNS if values[name] != {"-"}]
+    several = len(rows) > 1
+    common = [name for name in shown if several and name in _COMMON and len(values[name]) == 1]
     shown = [name for name in shown if name not in common]
-    # tabulate puts two blanks beside a heading and between columns.
+    # tabulate adds two blanks to a heading, and two between columns.
     widths = {name: max(len(name) + 2, *map(len, values[name])) + 2 for name in shown}
     left_out: list[str] = []
     for name in _LEAST:
@@ -103,20 +107,21 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
     lines.append(tabulate(cut, headers=shown, disable_numparse=True))
     if left_out:
         names = ", ".join(left_out)
-        lines += ["", f"Not shown for lack of width: {names}. A wider terminal or a file has them."]
+        words = "A wider terminal or a file shows them."
+        lines += ["", f"Not shown for lack of width: {names}. {words}"]
     return lines
 
 
 def _totals(
     chains: Sequence[Sequence[Cell]], each: Mapping[Key, Cost | None], request: RunRequest
 ) -> Iterator[str]:
-    """Yield time, memory and sources of the cells to run, by kind of device."""
+    """Yield the time and memory of the cells to run, by kind of device, and the cost sources."""
     found = [[each[cell.key] for cell in chain] for chain in chains]
     costs = [cost for chain in found for cost in chain if cost is not None]
     for device in ("gpu", "cpu"):
         own = [cost for cost in costs if cost.device == device]
         if own:
-            # A chain runs in one process, as long as others have enough to do.
+            # The cells of a chain run one after another while other processes have work.
             parts = [[c.seconds for c in chain if c and c.device == device] for chain in found]
             longest = max(map(sum, parts))
             work, jobs = sum(cost.seconds for cost in own), request.jobs

@@ -1,4 +1,4 @@
-"""``python -m benchmarks published``: published tables, what they need, what they will cost."""
+"""``python -m benchmarks published``: published tables with their data, weights and costs."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from benchmarks.run.plan import plan_text
 from tasks.common import registry
 from tasks.common.request import Missing, describe_missing
 
-#: Width of the listing where the output is no terminal.
+#: Width of the listing in characters if the output is no terminal.
 _WIDE = 200
 _COLUMNS = (
     "table", "title", "cells", "done", "data here", "weights here", "GPU time", "CPU time",
@@ -30,7 +30,7 @@ _COLUMNS = (
 
 @click.command()
 @click.option("--table", default="", help="Only this table, with all its cells; or a .yaml file.")
-@click.option("--device", help="As for run.")
+@click.option("--device", help="Device of the cells, as in the command run.")
 @folder_options
 def published(table: str, device: str | None, options: RunOptions) -> None:
     """List the published tables that can be reproduced: cells, data, weights, time, memory, disk.
@@ -41,7 +41,7 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
     tables = [load_table(name) for name in ([table] if table else table_names())]
     requests = [RunRequest(t.grid(), options=options, adapter=adapter(), table=t) for t in tables]
     cells = [request.cells() for request in requests]
-    # Tables share cells.
+    # Several tables may have the same cell.
     every = list({cell.key: cell for own in cells for cell in own}.values())
     if table:
         plan = plan_text(requests[0], console.width if console.is_terminal else None)
@@ -57,7 +57,7 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
             console = Console(highlight=False, width=_WIDE)
         console.print(listing)
         lines += [
-            "Times are of the cells that are not done, one at a time; memory is the largest.",
+            "Times are of the cells that are not done, one after another. Memory is the maximum.",
             "make tables TABLE=NAME shows the cells, make reproduce-table TABLE=NAME runs them.",
         ]
     for line in (*lines, *_missing(requests, every)):
@@ -65,7 +65,7 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
 
 
 def _data(request: RunRequest, cells: Sequence[Cell]) -> dict[str, Missing | None]:
-    """Return the data of cells by name, with None for data that are here."""
+    """Return the missing part of each data set that cells need; None: nothing is missing."""
     found: dict[str, Missing | None] = {}
     for section, cell in {cell.section: cell for cell in cells}.items():
         place = request.grid.tasks[section].data.upper()
@@ -74,18 +74,18 @@ def _data(request: RunRequest, cells: Sequence[Cell]) -> dict[str, Missing | Non
 
 
 def _weights(cells: Sequence[Cell]) -> Mapping[str, str | None]:
-    """Return commands that fetch the weights, by ``model.tag``; see `fetch_weights`."""
+    """Return the download command of the weights of each ``model.tag``; see `fetch_weights`."""
     models = {cell.model: cell for cell in cells}.values()
     return {registry.model_tag(c.task, c.request.model): fetch_weights(c) for c in models}
 
 
 def _row(request: RunRequest, cells: Sequence[Cell], costs: Sequence[Cost | None]) -> list[str]:
-    """Return the row of a table; times, memory, disk and sources are of the cells to run."""
+    """Return the row of a table. Times, memory, disk and sources are of the cells to run."""
     table, weights = request.table, _weights(cells)
     assert table is not None
     todo = [cost for cost in costs if cost is None or cost.source != MEASURED]
     known = [cost for cost in todo if cost is not None]
-    data = [f"{name}: {'no' if it else 'yes'}" for name, it in _data(request, cells).items()]
+    data = [f"{name}: {'no' if gap else 'yes'}" for name, gap in _data(request, cells).items()]
     here = f"{list(weights.values()).count(None)} of {len(weights)}"
     row = [table.name, table.title, str(len(cells)), str(len(cells) - len(todo))]
     row += [", ".join(data), here]
@@ -101,7 +101,7 @@ def _row(request: RunRequest, cells: Sequence[Cell], costs: Sequence[Cost | None
 
 
 def _missing(requests: Sequence[RunRequest], cells: Sequence[Cell]) -> Iterator[str]:
-    """Yield lines on missing data and weights, and how to get them."""
+    """Yield lines about missing data and weights, with the commands that get them."""
     data = [item for request in requests for item in _data(request, request.cells()).values()]
     yield from (describe_missing(item for item in data if item) or "").splitlines()
     lines = [
@@ -110,5 +110,5 @@ def _missing(requests: Sequence[RunRequest], cells: Sequence[Cell]) -> Iterator[
         if command is not None
     ]
     if lines:
-        yield "Missing weights (the first run that needs weights of a hub fetches them):"
+        yield "Missing weights (the first run that needs them downloads weights of a hub):"
         yield from lines

@@ -29,8 +29,10 @@ def axis_tables(axes: Axes, metric: str, measured: Items, cells: Cells) -> dict[
 
 
 def methods_on(axis: str, cells: Cells) -> list[str]:
-    """Return the methods that have cells on an axis."""
-    return unique(cell.method for cell in cells if any(name == axis for name, _ in cell.places))
+    """Return the methods with cells on an axis."""
+    return unique(
+        cell.method for cell in cells if any(name == axis for name, _ in cell.axis_points)
+    )
 
 
 def axis_table(
@@ -51,9 +53,9 @@ def axis_table(
     table = table[table["metric"] == metric]
     base, rows = table[table["point"] == ""], []
     for point in points:
-        on = [cell for cell in cells if (axis, point) in cell.places]
+        on = [cell for cell in cells if (axis, point) in cell.axis_points]
         is_base = bool(on) and not any(cell.point for cell in on)
-        here = [index for index, item in enumerate(items) if (axis, point) in item.cell.places]
+        here = [index for index, item in enumerate(items) if (axis, point) in item.cell.axis_points]
         mine = table[table["item"].isin(here)]
         row = {f"{column.subject} {column.bits}": "-" for column in scores.columns_of(cells)}
         for score in scores.over_seeds(mine, ["subject", "bits"]).itertuples():

@@ -76,9 +76,9 @@ def write_tables(
     """
     full = expand(grid, Filters(), options)
     known = {cell.key for cell in full}
-    # The cells of the grid come first: those of filtered axes have fewer places.
+    # The cells of the grid come first: those of filtered axes lie on fewer axes.
     everything = [*full, *(cell for cell in cells if cell.key not in known)]
-    if filters.active:  # restore the order of the grid: sections, then models
+    if filters != Filters():  # restore the order of the grid: sections, then models
         sections = list(grid.tasks)
         models = list(dict.fromkeys(cell.model for cell in everything))
         everything.sort(key=lambda cell: (sections.index(cell.section), models.index(cell.model)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from benchmarks.grid.cell import Adapter, Cell
-from benchmarks.grid.expand import Grid, load_grid
+from benchmarks.grid.schema import Grid, load_grid
 from fimaq_core.errors import ModelError
 from fimaq_core.progress import OnProgress, Progress
 from fimaq_core.recipe import OFF

@@ -6,7 +6,8 @@ from typing import Any
 import yaml
 
 from benchmarks.grid.cell import Cell, Places, RunOptions
-from benchmarks.grid.expand import expand, parse_filters, parse_grid
+from benchmarks.grid.expand import expand, parse_filters
+from benchmarks.grid.schema import parse_grid
 
 AXES = {
     "loss": {"mse": {"loss": "mse"}, "dplr": {}},

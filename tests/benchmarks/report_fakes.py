@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import benchmark_fakes as fakes
 
 from benchmarks.grid.cell import Cell, RunOptions
-from benchmarks.grid.expand import Filters, Grid, expand, load_grid
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import Grid, load_grid
 from tasks.common.record import (
     BlockFigures,
     Calibration,

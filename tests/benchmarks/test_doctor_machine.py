@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import doctor
-from benchmarks.doctor import Check, guarded, package_findings
+from benchmarks.doctor import Finding, guarded, package_findings
 from tasks.common.cell.machine import container_limits
 
 
@@ -32,7 +32,7 @@ def test_packages_are_compared_with_what_is_wanted(
 
 def test_a_check_that_fails_keeps_what_it_found_before():
     def examine():
-        yield Check("ok", "fine")
+        yield Finding("ok", "fine")
         raise OSError("gone")
 
     found = guarded("disk", examine)

@@ -13,9 +13,10 @@ from click.testing import CliRunner
 
 from benchmarks.cli import cli
 from benchmarks.costs.sources import REFERENCE
-from benchmarks.doctor import Check, examine, guarded, profile_findings
+from benchmarks.doctor import Finding, examine, guarded, profile_findings
 from benchmarks.grid.cell import Adapter, Places, RunOptions, default_adapter
-from benchmarks.grid.expand import GRIDS, Filters, expand, load_grid
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import GRIDS, load_grid
 from fimaq_core.errors import ModelError
 from tasks.common.record import write_record
 
@@ -57,7 +58,7 @@ def findings(
     adapter: Adapter = fakes.ADAPTER,
     cuda: bool = False,
     memory: float = 1e12,
-) -> list[Check]:
+) -> list[Finding]:
     return guarded(name, profile_findings, name, options, adapter, cuda, memory)
 
 

@@ -14,7 +14,8 @@ from scipy import stats
 from benchmarks.compare import known_answers, reference
 from benchmarks.compare.agreement import ALPHA, compared, observations
 from benchmarks.grid.cell import RunOptions
-from benchmarks.grid.expand import Filters, expand, load_grid
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import load_grid
 from benchmarks.results import scores
 from fimaq_core.errors import FimaqError
 from fimaq_core.fisher.passes import mean_gradient_and_error

@@ -20,8 +20,9 @@ from benchmarks.costs.sources import (
     published_minutes,
 )
 from benchmarks.grid.cell import Cell, RunOptions
-from benchmarks.grid.expand import Filters, expand, load_grid
+from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.names import PUBLISHED, load_names
+from benchmarks.grid.schema import load_grid
 from fimaq_core.recipe import make_recipe
 
 GPU, CPU = "NVIDIA H200", "cpu Intel"

@@ -8,7 +8,8 @@ import benchmark_fakes as fakes
 import pytest
 
 from benchmarks.grid.cell import Places, RunOptions
-from benchmarks.grid.expand import Filters, Grid, expand
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import Grid
 from benchmarks.results import scores
 from benchmarks.run.options import RunRequest
 from benchmarks.run.plan import plan_text

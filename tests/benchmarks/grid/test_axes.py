@@ -14,7 +14,8 @@ from benchmarks.cli import cli
 from benchmarks.compare import reference
 from benchmarks.costs.estimate import expected_cost
 from benchmarks.grid.cell import Places, RunOptions, default_adapter
-from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_filters, parse_grid
+from benchmarks.grid.expand import Filters, expand, parse_filters
+from benchmarks.grid.schema import GridError, load_grid, parse_grid
 from benchmarks.results import scores
 from benchmarks.run.order import make_chains
 from benchmarks.tables import summary
@@ -40,8 +41,8 @@ def test_one_axis_at_a_time_varies_around_the_grids_settings():
     ]
     full, base, mse, one, many = cells
     assert [cell.point for cell in cells] == ["", *POINTS]
-    assert base.places == (("loss", "dplr"), ("k", "5"))
-    assert (mse.places, full.places) == ((("loss", "mse"),), ())
+    assert base.axis_points == (("loss", "dplr"), ("k", "5"))
+    assert (mse.axis_points, full.axis_points) == ((("loss", "mse"),), ())
     settings = [
         (cell.request.recipe.loss, cell.request.recipe.fisher_k, cell.request.recipe.steps)
         for cell in cells[1:]
@@ -67,7 +68,7 @@ def test_what_equals_the_base_depends_on_the_method():
     cells = cells_of({**GRID, "methods": ["qdrop"]}, models="demo_vit", seeds="1", axes="loss")
     # QDrop's own loss is the squared error; the point without changes is its base too.
     assert [cell.point for cell in cells] == [""]
-    assert cells[0].places == (("loss", "mse"), ("loss", "dplr"))
+    assert cells[0].axis_points == (("loss", "mse"), ("loss", "dplr"))
 
 
 def test_points_around_released_settings_are_named_after_them():
@@ -85,7 +86,7 @@ def test_points_around_released_settings_are_named_after_them():
 def test_filters_choose_axes():
     assert {cell.point for cell in cells_of(axes="k")} == {"", "k=1", "k=15"}
     assert {cell.point for cell in cells_of(axes="loss")} == {"", "loss=mse"}
-    assert parse_filters(parse_grid(GRID), axes="k").active
+    assert parse_filters(parse_grid(GRID), axes="k") != Filters()
     with pytest.raises(
         GridError, match=r"Unknown axis 'los' in profile 'ab'. Did you mean 'loss'\?"
     ):
@@ -127,7 +128,7 @@ def test_extra_cells_have_no_points():
         "seeds": [1],
     }
     cells = cells_of({**GRID, "extra": [extra]})
-    assert [(cell.point, cell.places) for cell in cells if cell.bits == "w8a8"] == [("", ())]
+    assert [(cell.point, cell.axis_points) for cell in cells if cell.bits == "w8a8"] == [("", ())]
 
 
 def test_points_are_chains_of_their_own_with_the_dearest_first():
@@ -296,7 +297,7 @@ def test_the_commands_run_plan_and_filter_axes(tmp_path):
     failed = run("--axes", "k", "--force", "--models", "demo_vit", "--jobs", "1")
     assert failed.exit_code == 1
     assert "demo_vit fimaq w3a3 k=15 seed 1: ValueError" in failed.output
-    assert "--seeds 1 --axes k" in failed.output
+    assert "To run the failed cells again, repeat the command" in failed.output
 
 
 def test_the_ablation_profile_shares_the_demos_settings_cells_and_time():

@@ -14,8 +14,9 @@ from grid_fakes import ONE_FOLDER
 from benchmarks.cli import cli
 from benchmarks.compare import reference
 from benchmarks.grid.cell import Adapter, Cell, Places, RunOptions
-from benchmarks.grid.expand import Filters, expand, load_grid, parse_filters, parse_grid
+from benchmarks.grid.expand import Filters, expand, parse_filters
 from benchmarks.grid.preflight import missing
+from benchmarks.grid.schema import load_grid, parse_grid
 from benchmarks.results import scores
 from benchmarks.results.outcomes import compare, read_outcomes
 from benchmarks.run.order import make_chains

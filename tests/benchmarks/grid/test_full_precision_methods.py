@@ -10,9 +10,9 @@ from benchmarks.compare import diff, reference
 from benchmarks.compare.agreement import compared, observations
 from benchmarks.costs.estimate import expected_cost, kind
 from benchmarks.grid.cell import RunOptions
-from benchmarks.grid.expand import Filters, expand, parse_filters, parse_grid
+from benchmarks.grid.expand import Filters, expand, parse_filters
+from benchmarks.grid.schema import parse_grid
 from benchmarks.results import scores
-from benchmarks.run.command import rerun_command
 from benchmarks.run.options import RunRequest
 from benchmarks.run.order import make_chains
 from benchmarks.run.plan import plan_text
@@ -199,17 +199,6 @@ def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
         "refit": True,
         "range_search": "percentile",
     }
-
-
-def test_the_command_for_failed_cells_names_no_bits_for_them():
-    grid = parse_grid(GRID)
-    request = RunRequest(grid)
-    cells = expand(grid, parse_filters(grid, models="a", seeds="1"), RunOptions())
-    mine = [cell for cell in cells if cell.method == "relu-fp"]
-    assert "--bits" not in rerun_command(request, mine)
-    assert "--methods relu-fp --seeds 1" in rerun_command(request, mine)
-    both = rerun_command(request, [c for c in cells if c in mine or c.label == "a rtn w3a3 seed 1"])
-    assert "--methods relu-fp,rtn --bits w3a3 --seeds 1" in both
 
 
 def test_the_plan_lists_steps_of_mlps(tmp_path):

@@ -6,15 +6,8 @@ import pytest
 import yaml
 
 from benchmarks.grid.cell import Places, RunOptions
-from benchmarks.grid.expand import (
-    Filters,
-    GridError,
-    expand,
-    load_grid,
-    parse_bits,
-    parse_filters,
-    parse_grid,
-)
+from benchmarks.grid.expand import Filters, expand, parse_filters
+from benchmarks.grid.schema import GridError, load_grid, parse_bits, parse_grid
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS
 
@@ -91,8 +84,8 @@ def test_filters_narrow_and_widen():
         "vit_large fimaq w2a4 seed 6",
     ]
     assert {cell.model for cell in cells} == {"vit_large", "deit_tiny"}
-    assert not parse_filters(grid).active
-    assert filters.active
+    assert parse_filters(grid) == Filters()
+    assert filters != Filters()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sections of a grid: several of one task, each with its own lists, settings, data and scopes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import benchmark_fakes as fakes
@@ -11,12 +12,14 @@ from grid_fakes import SECTIONS_GRID
 
 from benchmarks.cli import cli
 from benchmarks.grid.cell import Adapter, Cell, Places, RunOptions, default_adapter
-from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_filters, parse_grid
+from benchmarks.grid.expand import Filters, expand, parse_filters
 from benchmarks.grid.preflight import missing
+from benchmarks.grid.schema import GridError, load_grid, parse_grid
 from benchmarks.run.options import RunRequest
 from benchmarks.run.order import CellQueue, make_chains
 from benchmarks.run.plan import plan_text
 from fimaq_core.errors import RecipeError
+from tasks.common.request import CellRequest, Missing
 
 GRID = SECTIONS_GRID
 
@@ -219,11 +222,9 @@ def grid_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def invoke(tmp_path: Path, *args: str) -> Result:
+def invoke(tmp_path: Path, *args: str, adapter: Adapter = fakes.ADAPTER) -> Result:
     return CliRunner().invoke(
-        cli,
-        [*args, "--profile", grid_file(tmp_path), "--results", str(tmp_path)],
-        obj=fakes.ADAPTER,
+        cli, [*args, "--profile", grid_file(tmp_path), "--results", str(tmp_path)], obj=adapter
     )
 
 
@@ -247,20 +248,6 @@ def test_the_command_line_has_a_place_for_each_data_set(
         None,
         *map(Path, ("/i", places.coco, "/f")),
     ]
-
-
-def test_the_command_for_failed_cells_names_sections_and_options(tmp_path: Path):
-    (tmp_path / "my coco").mkdir()
-    (tmp_path / "faults.json").write_text('{"fimaq": "user error"}')
-    options = ["--coco", str(tmp_path / "my coco"), "--jobs", "2", "--force"]
-    result = invoke(tmp_path, "run", "--tasks", "coco", "--seeds", "1", *options)
-    assert result.exit_code == 1
-    again = result.stderr.splitlines()[-1]
-    assert again.endswith("--tasks coco --models clip_b --methods fimaq --bits w4a4 --seeds 1")
-    assert f" --profile {grid_file(tmp_path)} --coco '{tmp_path}/my coco'" in again
-    assert f" --results {tmp_path} --jobs 2 --tasks" in again
-    assert "--imagenet" not in again
-    assert "--force" not in again
 
 
 def test_sections_are_measured_and_tabled_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -292,15 +279,20 @@ def test_sections_are_measured_and_tabled_apart(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_is_not_given_is_named_with_a_way_around_it(tmp_path: Path):
-    (tmp_path / "no-data").touch()
-    result = invoke(tmp_path, "run", "--imagenet", "/i")
+    def preflight(request: CellRequest) -> list[Missing]:
+        lacks = request.task == "retrieval" and request.data.path is None
+        return [Missing("the data", "Fetch it.")] if lacks else []
+
+    adapter = replace(fakes.ADAPTER, preflight=preflight)
+    result = invoke(tmp_path, "run", "--imagenet", "/i", adapter=adapter)
     assert result.exit_code == 2
     assert "error: Missing: the data. Fetch it." in result.output
     assert result.output.splitlines()[-1] == (
         "Cannot run: coco (COCO=/path or --coco). To run the rest: "
         "TASKS=classification,zero-shot for make, --tasks classification,zero-shot for a grid."
     )
-    assert "Cannot run" not in invoke(tmp_path, "run", "--tasks", "coco").output
+    alone = invoke(tmp_path, "run", "--tasks", "coco", adapter=adapter)
+    assert "Cannot run" not in alone.output
 
 
 def test_a_scope_that_the_task_does_not_have_is_refused_before_anything_runs():

@@ -9,8 +9,9 @@ import yaml
 from published_fakes import row, written
 
 from benchmarks.grid.cell import Cell, Places, RunOptions
-from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_filters
+from benchmarks.grid.expand import Filters, expand, parse_filters
 from benchmarks.grid.names import PUBLISHED
+from benchmarks.grid.schema import GridError, load_grid
 from benchmarks.published.table import TABLES, TableError, load_table, table_names
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS
@@ -127,7 +128,7 @@ def test_measured_cells_are_the_profile_s_own(name: str, tmp_path: Path):
     by_key = {cell.key: cell for cell in theirs}
     for cell in mine:
         assert by_key[cell.key].request == cell.request
-        assert set(cell.places) <= set(by_key[cell.key].places)
+        assert set(cell.axis_points) <= set(by_key[cell.key].axis_points)
 
 
 @pytest.mark.parametrize("name", ["fimaq", "fimaq-ablation", "aphq-coco", "clip-retrieval"])
@@ -142,7 +143,7 @@ def test_folders_are_those_of_the_profile(name: str, tmp_path: Path):
 
 def test_released_settings_on_an_axis_are_one_cell(tmp_path: Path):
     cells = [cell for cell in cells_of("fimaq-ablation", tmp_path) if not cell.point]
-    places = [cell.places for cell in cells if cell.method == "fimaq"]
+    places = [cell.axis_points for cell in cells if cell.method == "fimaq"]
     assert places == [(("loss", "fisher_dplr"), ("k", "5"))] * 3
 
 

@@ -13,7 +13,8 @@ import report_fakes
 from click.testing import CliRunner, Result
 
 from benchmarks.grid.cell import Cell, RunOptions
-from benchmarks.grid.expand import Filters, Grid, expand
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import Grid
 from benchmarks.results import scores
 from tasks.common.record import Metric, ResultRecord, read_record, write_record
 
@@ -339,7 +340,7 @@ def test_the_command_writes_the_page_beside_the_results(tmp_path: Path):
     missing = invoke(tmp_path, "--profile", str(grid))
     assert missing.exit_code == 2
     assert "Nothing of profile 'small' is measured" in missing.output
-    from benchmarks.grid.expand import load_grid
+    from benchmarks.grid.schema import load_grid
 
     cells = report_fakes.write_results(tmp_path, load_grid(str(grid)), examples=None)
     (tmp_path / "runs" / "x").mkdir()

@@ -19,7 +19,7 @@ import pytest
 import report_fakes
 
 from benchmarks.grid.cell import Cell
-from benchmarks.grid.expand import Grid
+from benchmarks.grid.schema import Grid
 from benchmarks.report.charts import block_chart
 from benchmarks.report.figures import kind_of, pareto
 from benchmarks.report.groups import make_groups

@@ -12,8 +12,8 @@ from benchmarks.console import duration
 from benchmarks.costs.estimate import expected_cost
 from benchmarks.costs.sources import cost_row, costs_path, costs_text, read_costs
 from benchmarks.grid.cell import Cell, RunOptions
-from benchmarks.grid.expand import Filters, expand, load_grid
-from benchmarks.grid.schema import Grid
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import Grid, load_grid
 from benchmarks.published.table import load_table
 from benchmarks.run.options import RunRequest
 from benchmarks.run.order import make_chains

@@ -154,7 +154,7 @@ def test_one_machine_that_is_not_set_up_is_left_out(
         (
             "127.0.0.1:1",
             ["--engine", "local"],
-            "error: A Ray address is of use to the Ray engine only",
+            "error: A Ray address needs the Ray engine: add --engine ray",
         ),
     ],
 )

@@ -63,7 +63,6 @@ def test_without_retries_nothing_is_tried_again(tmp_path: Path):
     result = run(tmp_path, plan, "--retries", "0")
     assert "2 of 6 cells failed" in result.output
     assert [engine_fakes.tries(tmp_path, name) for name in plan] == [1, 1]
-    assert "--retries 0" in result.output.splitlines()[-1]
 
 
 def test_cells_without_memory_are_tried_again_with_smaller_batches(tmp_path: Path):
@@ -95,7 +94,7 @@ def test_a_damaged_record_fails_at_once_and_stays(tmp_path: Path):
 
 
 def expand_small(tmp_path: Path) -> list[Cell]:
-    from benchmarks.grid.expand import load_grid
+    from benchmarks.grid.schema import load_grid
 
     return expand(load_grid(small_grid(tmp_path)), Filters(), RunOptions(tmp_path))
 

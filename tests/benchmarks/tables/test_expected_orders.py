@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from benchmarks.grid.cell import RunOptions
-from benchmarks.grid.expand import Filters, expand, parse_grid
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import parse_grid
 from benchmarks.results.scores import Measured, scores
 from benchmarks.tables.expected_orders import order_lines
 from fimaq_core.recipe import METHODS

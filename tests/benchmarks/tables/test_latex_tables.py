@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from benchmarks.cli import cli
 from benchmarks.grid.cell import Cell, RunOptions
-from benchmarks.grid.expand import Filters, expand, load_grid, parse_grid
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import load_grid, parse_grid
 from benchmarks.results import scores
 from benchmarks.tables import layout, summary
 from benchmarks.tables.write import title, write_tables

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -317,15 +316,6 @@ def test_a_run_prints_and_writes_the_table(tmp_path: Path):
     same = ("--tasks", "classification", "--methods", "fp,fimaq", *chosen)
     again = invoke(tmp_path, "run", "--profile", "paper", *same)
     assert "All 2 cells are done already." in again.output
-
-
-def test_failed_cells_are_run_again_by_the_table_s_name(tmp_path: Path):
-    (tmp_path / "faults.json").write_text(json.dumps({"fimaq": "user error"}))
-    chosen = ("--models", "deit_tiny", "--bits", "w3a3", "--jobs", "1")
-    found = invoke(tmp_path, "run", "--table", "fimaq", *chosen)
-    assert found.exit_code == 1
-    assert "benchmarks run --table fimaq " in found.output
-    assert "--tasks classification --models deit_tiny --methods fimaq" in found.output
 
 
 def test_a_table_takes_no_profile(tmp_path: Path):

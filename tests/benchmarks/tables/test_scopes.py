@@ -12,7 +12,8 @@ import pytest
 from benchmarks.compare import reference
 from benchmarks.compare.agreement import compared, observations
 from benchmarks.grid.cell import RunOptions
-from benchmarks.grid.expand import Filters, expand, parse_grid
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import parse_grid
 from benchmarks.results import scores
 from benchmarks.tables import summary
 from benchmarks.tables.ablation import axis_table

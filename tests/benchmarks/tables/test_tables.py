@@ -14,7 +14,8 @@ import pytest
 
 from benchmarks.compare import reference
 from benchmarks.grid.cell import Cell, RunOptions
-from benchmarks.grid.expand import Filters, Grid, expand
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import Grid
 from benchmarks.results import scores
 from benchmarks.tables import summary
 from tasks.common.record import write_record
