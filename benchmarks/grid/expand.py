@@ -39,7 +39,7 @@ def parse_filters(grid: Grid, **texts: str) -> Filters:
     Raises:
         GridError: a value does not exist; the message suggests a known value.
     """
-    chosen = Filters(**{name: _split(text) for name, text in texts.items()})  # type: ignore[arg-type]
+    chosen = Filters(**{name: _split(text) for name, text in texts.items()})
     kind = "profile" if grid.only is None else "table"
     if chosen.axes and not grid.axes:
         filtered = ",".join(chosen.axes)

@@ -116,7 +116,9 @@ def learned_fake_quantize(
     ``round`` has a straight-through gradient. ``keep`` is a float mask of x's shape; values stay in
     full precision where it is 0.
     """
-    out: Tensor = _LearnedScale.apply(x, scale, zero_point, levels, keep)  # type: ignore[no-untyped-call]
+    out: Tensor = _LearnedScale.apply(  # type: ignore[no-untyped-call]
+        x, scale, zero_point, levels, keep
+    )
     return out
 
 
@@ -166,7 +168,9 @@ class AffineQuantizer(ActivationQuantizer):
             return fake_quantize(x, scale, zero, self.levels)
         if self.learning == "traced":
             threshold = threshold_of(self.keep_probability)
-            out: Tensor = _TracedScale.apply(x, scale, zero, self.top, self.key, threshold)  # type: ignore[no-untyped-call]
+            out: Tensor = _TracedScale.apply(  # type: ignore[no-untyped-call]
+                x, scale, zero, self.top, self.key, threshold
+            )
             return out
         learned = textbook_fake_quantize if self.learning == "textbook" else learned_fake_quantize
         return learned(x, scale, zero, self.levels, self._kept(x))

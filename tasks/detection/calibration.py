@@ -43,7 +43,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     def read(index: int) -> np.ndarray:
         return source.read(order[index])
 
-    images = Images(ids, [0] * len(ids), read, loaded.eval_transform, data.skip_corrupt)  # type: ignore[arg-type]
+    images = Images(ids, [0] * len(ids), read, loaded.eval_transform, data.skip_corrupt)
     drawn, positions, skipped = take(images, range(len(ids)), count, recipe.seed)
     chosen = [ids[position] for position in positions]
     indices = [order[position] for position in positions]

@@ -59,7 +59,7 @@ def detect(
         NumericsError: NaN or infinity in the output.
     """
     labels = [0] * len(source.image_ids)
-    images: Any = Images(source.image_ids, labels, source.read, prepare, skip_corrupt)  # type: ignore[arg-type]
+    images: Any = Images(source.image_ids, labels, source.read, prepare, skip_corrupt)
     loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=_unchanged)
     results: list[Entry] = []
     kept: list[int] = []

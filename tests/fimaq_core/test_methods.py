@@ -99,7 +99,7 @@ def expected_bits(chain: BlockChain, recipe: Recipe) -> dict[str, int]:
     for name, layer in quant_layers(chain):
         if isinstance(layer, QuantMatMul):
             softmax = name.endswith("attention_value") and recipe.s_bits is not None
-            found[f"{name}.a_quantizer"] = recipe.s_bits if softmax else recipe.a_bits  # type: ignore[assignment]
+            found[f"{name}.a_quantizer"] = recipe.s_bits if softmax else recipe.a_bits
             found[f"{name}.b_quantizer"] = recipe.a_bits
             continue
         found[f"{name}.weight_quantizer"] = recipe.w_bits

@@ -118,7 +118,7 @@ def test_the_tape_carries_the_side(placement: str) -> None:
     calibrate(chain, ids, recipe, batch_size=4)
     set_quantized(chain, False)
     full = chain(ids)
-    tape = Tape(chain, ids, Storage(placement, CPU), with_prefix=True, batch_size=4)  # type: ignore[arg-type]
+    tape = Tape(chain, ids, Storage(placement, CPU), with_prefix=True, batch_size=4)
     assert tape.beside.side is not None
     assert torch.equal(tape.beside.side.whole, ids.argmax(1))
     tape.advance()

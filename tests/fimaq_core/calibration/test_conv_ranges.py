@@ -135,7 +135,7 @@ def test_quantizers_that_are_off_get_no_range(build: Callable[[int, int], Layer]
     for method in ("fimaq", "rtn", "repq"):
         for bits in ((4, 32), (32, 4)):
             layer = build(*bits)
-            (conv_percentiles if method == "repq" else calibrate_conv_by_own_error)(  # type: ignore[operator]
+            (conv_percentiles if method == "repq" else calibrate_conv_by_own_error)(
                 layer, levels_of_a_pyramid(), *([] if method == "repq" else [recipe(method)])
             )
             assert (layer.weight_quantizer.scale.numel() > 0) == (bits[0] == 4)

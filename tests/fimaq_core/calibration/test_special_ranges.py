@@ -1,7 +1,6 @@
 """Percentile, logarithmic and twin ranges against loops over candidates with direct errors."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -253,7 +252,10 @@ def test_twin_gelu_equals_the_loop(levels: int, rows: int) -> None:
 
 def test_searches_take_operands_that_are_not_contiguous() -> None:
     a, b_hat, b = attention(0)
-    turned: Callable[[Tensor], Tensor] = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)  # noqa: E731
+
+    def turned(t: Tensor) -> Tensor:
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
     assert search_adalog_softmax(
         turned(a), turned(b_hat), turned(b), 8, 16
     ) == search_adalog_softmax(a, b_hat, b, 8, 16)

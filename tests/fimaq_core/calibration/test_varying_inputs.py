@@ -202,7 +202,7 @@ class Upward(nn.Module):
 def upward(recipe: Recipe) -> BlockChain:
     torch.manual_seed(0)
     block = swap(Upward(), recipe)
-    block.up = QuantConvTranspose2d.from_float(block.up, recipe.w_bits, recipe.a_bits)  # type: ignore[arg-type]
+    block.up = QuantConvTranspose2d.from_float(block.up, recipe.w_bits, recipe.a_bits)
     return BlockChain([Segment("head", "predictor", block)])
 
 
@@ -224,7 +224,7 @@ def test_every_recipe_calibrates_heads_on_images_with_any_number_of_regions(meth
     finish(chain)
     out = torch.cat([chain(part) for part in x])
     assert 0 < float((out - full).norm() / full.norm()) < 0.4
-    assert all(layer.weight_quantizer.codes.numel() for _, layer in quant_layers(chain))  # type: ignore[union-attr]
+    assert all(layer.weight_quantizer.codes.numel() for _, layer in quant_layers(chain))
     # An image without regions counts for nothing.
     again = upward(recipe)
     calibrate(again, Samples([x[0], x[2], x[3]]), recipe)

@@ -191,7 +191,7 @@ def test_nothing_else_is_folded(kind: Kind) -> None:
     layer, x = linear("twin")
     if kind == "uniform":
         layer = QuantLinear.from_float(nn.Linear(12, 7), OFF, 4)
-        layer.input_quantizer.set_range(torch.tensor([0.3]), torch.tensor([3.0]))  # type: ignore[operator]
+        layer.input_quantizer.set_range(torch.tensor([0.3]), torch.tensor([3.0]))
     layer.quantized = True
     before = layer(x)
     fold_shift(layer)
@@ -333,7 +333,7 @@ def test_a_dropped_input_is_left_in_full_precision(
 ) -> None:
     """During learning, an element is quantized with the given probability."""
     layer, x = make(kind)[:2]
-    quantizer = layer.input_quantizer if isinstance(layer, QuantLinear) else layer.a_quantizer  # type: ignore[union-attr]
+    quantizer = layer.input_quantizer if isinstance(layer, QuantLinear) else layer.a_quantizer
     assert isinstance(quantizer, LogQuantizer | TwinQuantizer)
     whole = quantizer(x)
     quantizer.learning = "fused"

@@ -176,7 +176,7 @@ def test_a_block_with_transposed_convolutions_is_reconstructed() -> None:
     log = quantize_chain(learned, x, recipe, Measured(lambda a, b: (a - b).square().mean()))
     assert (learned(x) - target).square().sum() < 0.7 * (nearest(x) - target).square().sum()
     assert log.last_loss["up"] < 0.7
-    codes = [layer.weight_quantizer.codes for _, layer in quant_layers(learned)]  # type: ignore[union-attr]
+    codes = [layer.weight_quantizer.codes for _, layer in quant_layers(learned)]
     assert [tuple(code.shape) for code in codes] == [(8, 24), (3, 72)]
     assert any(
         (a != b.weight_quantizer.codes).any()

@@ -142,7 +142,7 @@ def test_every_image_has_its_own_fisher_information(loss: str) -> None:
             for i in range(5)
         ]
         outputs.append(rows)
-        objective.update(lambda x, rows=rows: rows[next(i for i in range(5) if tape.full[i] is x)])  # type: ignore[misc]
+        objective.update(lambda x, rows=rows: rows[next(i for i in range(5) if tape.full[i] is x)])
     for index, image in enumerate(images):
         g, d = [], []
         for rows in outputs:
@@ -420,7 +420,7 @@ def test_mlps_are_trained_image_by_image_with_their_own_hessians() -> None:
     for number in range(7):
         index = number % 5
         optimizer.zero_grad()
-        mlp_loss(student, part, inputs[index], targets[index], hessians[index], limit).backward()  # type: ignore[no-untyped-call]
+        mlp_loss(student, part, inputs[index], targets[index], hessians[index], limit).backward()
         optimizer.step()
         schedule.step()
     found = chain.segment(1).block.get_submodule("mlp")

@@ -41,7 +41,7 @@ def measure(
     ids = [f"s{index}" for index in range(len(logits))]
     classes, image = logits.shape[1], Image.new("L", (1, 1))
     source = Source("table", "val", ids, targets, classes, lambda _: image, names)
-    images = Images(ids, targets, read, lambda index: logits[index].view(1, 1, -1), True)  # type: ignore[arg-type, return-value]
+    images = Images(ids, targets, read, lambda index: logits[index].view(1, 1, -1), True)
     return evaluate(nn.Flatten(1), images, source, CPU, 7, 0, silent)
 
 

@@ -110,7 +110,7 @@ def test_progress_counts_images() -> None:
     source = Source(
         "table", "val", [f"s{i}" for i in range(10)], [0] * 10, 6, lambda _: Image.new("L", (1, 1))
     )
-    images = Images(source.ids, [0] * 10, lambda i: i, lambda i: logits[i].view(1, 1, -1), False)  # type: ignore[arg-type, return-value]
+    images = Images(source.ids, [0] * 10, lambda i: i, lambda i: logits[i].view(1, 1, -1), False)
     evaluate(Table(6), images, source, CPU, 4, 0, seen.append)
     assert [event.done for event in seen] == [4, 8, 10]
     assert {event.total for event in seen} == {10}

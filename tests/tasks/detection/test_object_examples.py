@@ -209,7 +209,7 @@ def test_every_cell_of_the_demo_shows_the_same_samples(cells: dict[str, Any]) ->
     ids = list(open_demo("val").image_ids[:8])
     assert all([entry.sample for entry in file.samples] == ids for file in files.values())
     assert len({file.model_dump_json() for file in files.values()}) == 3
-    assert all(file.samples[0].truth == files["fp"].samples[0].truth for file in files.values())  # type: ignore[union-attr]
+    assert all(file.samples[0].truth == files["fp"].samples[0].truth for file in files.values())
 
 
 def test_found_is_what_the_detector_predicts(cells: dict[str, Any]) -> None:

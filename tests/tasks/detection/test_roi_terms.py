@@ -104,8 +104,8 @@ def test_quantized_features_are_looked_at_on_the_same_proposals(
     image = images.images[0]
     set_quantized(chain, True)
     found = chain(image)
-    assert torch.equal(chain.side_of(image)[0], proposals_of(loaded.model, image))  # type: ignore[index]
-    features = TASK.assemble(copy.deepcopy(loaded), {DETECTOR: chain}).extract_feat(image)  # type: ignore[operator]
+    assert torch.equal(chain.side_of(image)[0], proposals_of(loaded.model, image))
+    features = TASK.assemble(copy.deepcopy(loaded), {DETECTOR: chain}).extract_feat(image)
     logits = logits_of(loaded.model, features, proposals_of(loaded.model, image))
     assert torch.allclose(found[:, -logits.numel() :], logits.reshape(1, -1), rtol=1e-5, atol=1e-5)
     set_quantized(chain, False)
@@ -142,7 +142,7 @@ def test_fisher_passes_have_the_gradient_of_mmdets_own_modules(
     def disturbed(batch: Tensor) -> Tensor:
         return chain.segment(index).block(batch) + noise  # type: ignore[no-any-return]
 
-    beside = Beside(Samples([chain.side_of(image)]), tuple(Samples([own]) for own in kept))  # type: ignore[list-item]
+    beside = Beside(Samples([chain.side_of(image)]), tuple(Samples([own]) for own in kept))
     sweep = Sweep(chain, index, Samples([reference]), divergence, CPU, beside=beside)
     ((_, output, gradient),) = sweep.gradients(Samples([entered]), disturbed)
 

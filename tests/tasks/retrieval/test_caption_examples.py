@@ -36,7 +36,7 @@ def source_of(counts: list[int], texts: list[str] | None = None) -> PairSource:
     for image, count in enumerate(counts):
         own = [next(numbers) for _ in range(count)]
         listed.append((f"i{image}.jpg", [texts[n] if texts else f"text {n}" for n in own]))
-    return PairSource("table", "test", listed, lambda index: index)  # type: ignore[arg-type, return-value]
+    return PairSource("table", "test", listed, lambda index: index)
 
 
 def measure(source: PairSource, x: Tensor, y: Tensor, broken: tuple[int, ...] = ()) -> Evaluation:

@@ -28,7 +28,7 @@ def pairs(captions: Sequence[str], image_of: np.ndarray, ids: Sequence[str] = ()
         (name, [text for text, owner in zip(captions, image_of, strict=True) if owner == place])
         for place, name in enumerate(names)
     ]
-    return PairSource("table", "test", listed, lambda index: index)  # type: ignore[arg-type, return-value]
+    return PairSource("table", "test", listed, lambda index: index)
 
 
 class Book:
@@ -92,7 +92,7 @@ def measure(
     def transform(index: int) -> Tensor:
         return book.images[index].view(1, 1, -1)
 
-    images = Images(source.image_ids, [0] * len(source.image_ids), read, transform, bool(broken))  # type: ignore[arg-type]
+    images = Images(source.image_ids, [0] * len(source.image_ids), read, transform, bool(broken))
     return evaluate_pairs(book.encoders(), images, source, batch, 0, on_progress)
 
 

@@ -108,7 +108,7 @@ def test_top_1_by_brute_force() -> None:
     source = Source(
         "table", "val", [f"s{i}" for i in range(50)], targets, 9, lambda _: Image.new("L", (1, 1))
     )
-    images = Images(source.ids, targets, lambda i: i, lambda i: pixels[i].view(1, 1, -1), False)  # type: ignore[arg-type, return-value]
+    images = Images(source.ids, targets, lambda i: i, lambda i: pixels[i].view(1, 1, -1), False)
     result = evaluate(classifier, images, source, CPU, 7, 0, silent)
     right = five = 0
     for image, target in zip(pixels.tolist(), targets, strict=True):

@@ -46,7 +46,7 @@ def example_file(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {"task": task, "samples": samples}
 
 
-def chosen(count: int, broken: set[int] = frozenset(), batch: int = 7) -> list[int]:  # type: ignore[assignment]
+def chosen(count: int, broken: set[int] = frozenset(), batch: int = 7) -> list[int]:
     """Positions chosen of a set that comes in batches, without its damaged samples."""
     spread, found = Spread(count), []
     for start in range(0, count, batch):

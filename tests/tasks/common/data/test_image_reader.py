@@ -106,7 +106,7 @@ def test_values_without_a_range_are_refused_by_name(tmp_path: Path, mode: str) -
         image.save(tmp_path / name)
     paths = [tmp_path / "a.tif", tmp_path / "b.png"]
     for read in (file_reader(paths), coco.ImageFiles(paths, [(8, 8)] * 2, Path("x.json")).read):
-        images = Images(["a.tif", "b.png"], [0, 1], read, torch.tensor, False)  # type: ignore[arg-type]
+        images = Images(["a.tif", "b.png"], [0, 1], read, torch.tensor, False)
         problem = images[0]
         assert isinstance(problem, DataError)
         assert f"The image a.tif has {'float' if mode == 'F' else 'integer'} values" in str(problem)

@@ -407,7 +407,7 @@ def test_names_of_real_wrappers(tmp_path: Path) -> None:
     compiled.load_state_dict(state())
     compiled.first = torch.compile(compiled.first)  # type: ignore[assignment]
     for wrapped in (nn.DataParallel(model), torch.compile(model), AveragedModel(model), compiled):
-        path = saved({"model": wrapped.state_dict()}, tmp_path / "a.pth")  # type: ignore[attr-defined]
+        path = saved({"model": wrapped.state_dict()}, tmp_path / "a.pth")
         assert equal(read_state(path), state())
 
 
