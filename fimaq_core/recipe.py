@@ -272,7 +272,7 @@ METHODS: dict[str, _Changes] = {
     # Wu et al., CVPR 2025 (arXiv:2504.02508).
     "aphq": {**_PER_TENSOR, "loss": "perturb_mean", "reconstruct_mlp": True},
     # Wu et al., CVPR 2025 (arXiv:2506.11543); alone, and after APHQ-ViT's MLP reconstruction.
-    "fimaq": {},
+    "fimaq": {},  # the defaults of all fields, which other methods share unless they change them
     "fimaq-mlp": {"reconstruct_mlp": True},
     # LS-ViT, CVPR 2026: its least-squares Hessian, otherwise FIMA-Q's settings.
     "lsvit": {"loss": "least_squares"},

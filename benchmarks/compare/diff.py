@@ -177,13 +177,13 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
 def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> pd.DataFrame:
     """Compare records with published numbers (``rows``; None: all of them).
 
-    The tolerance is 0.3 points or two standard errors of the measured mean (from samples and
+    The tolerance is :data:`TOLERANCE` or two standard errors of the measured mean (from samples and
     seeds), whichever is larger. It is rather wide, because published numbers come from the same
     images. Verdicts:
 
     - ``reproduced``: the difference is within the tolerance;
     - ``above``, ``below``: the difference is beyond the tolerance;
-    - ``too uncertain``: within a tolerance of more than one point;
+    - ``too uncertain``: within a tolerance wider than :data:`WIDEST`;
     - ``not comparable``: other data, settings, weights or framework; a source that does not name
       the quantized parts; weak evidence.
 
@@ -254,7 +254,7 @@ def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Jud
         return Judgement(NOT_COMPARABLE, gap, f"context only: {'; '.join(weak)}")
     tolerance = max(TOLERANCE, 2 * item.se)
     within = abs(gap) <= tolerance + 1e-9
-    basis = "0.3 points" if tolerance == TOLERANCE else "2 standard errors"
+    basis = f"{TOLERANCE:g} points" if tolerance == TOLERANCE else "2 standard errors"
     rule = f"{'within' if within else 'beyond'} ±{tolerance:.2f} ({basis})"
     verdict = REPRODUCED if within else ABOVE if gap > 0 else BELOW
     if within and tolerance > WIDEST:

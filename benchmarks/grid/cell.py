@@ -59,7 +59,8 @@ class RunOptions:
     jobs: int | None = None  #: cells at a time
     ray_address: str = ""  #: ``host:port`` of a running Ray cluster; empty: a cluster of this run
     gpus_per_cell: float = 1.0  #: GPUs that Ray gives to a cell; 0.5: two cells share one
-    retries: int = 3  #: attempts in a row in which a cell's process may die without progress
+    #: Attempts in a row in which a cell's process may die without progress; 0: one attempt only.
+    retries: int = 3
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from benchmarks.report import charts, examples, figures
 from benchmarks.report.figures import Looks
 from benchmarks.report.gather import Gathered, gather
 from benchmarks.report.groups import Group, make_groups, rows_of
-from benchmarks.report.provenance import module_maps, origin
+from benchmarks.report.provenance import module_maps, provenance
 from benchmarks.report.tables import diff_table, paper_table, score_table
 from benchmarks.results.scores import (
     FULL,
@@ -143,7 +143,7 @@ def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stag
         "times": list(figures.stage_figures(own, stages)),
         "memory": list(figures.stage_figures(own, stages, memory=True)),
         "modules": module_maps(groups),
-        "origins": [origin(group, metric, gathered) for group in groups],
+        "origins": [provenance(group, metric, gathered) for group in groups],
         "axes": axes,
     }
 

@@ -20,7 +20,7 @@ Dict = dict[str, Any]
 _LAYER = ["layer", "kind", "weights", "input", "second input"]
 
 
-def origin(group: Group, metric: str, gathered: Gathered) -> Dict:
+def provenance(group: Group, metric: str, gathered: Gathered) -> Dict:
     """Return the provenance of ``group``; ``metric`` is the metric of the main table."""
     cell, records = group.cell, [item.record for item in group.items]
     facts = [_facts(item, gathered) for item in group.items]

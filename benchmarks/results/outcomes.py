@@ -13,7 +13,7 @@ from benchmarks.grid.cell import MAIN_METRIC
 from benchmarks.results.scores import Items, Measured
 from fimaq_core.errors import FimaqError
 from tasks.common.record import ResultRecord, outcome_arrays
-from tasks.retrieval.bootstrap import CUTS
+from tasks.retrieval.metrics import CUTS
 
 logger = logging.getLogger(__name__)
 

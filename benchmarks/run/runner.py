@@ -45,7 +45,8 @@ class Attempts:
     """All attempts at one cell, and the decision whether it is tried again."""
 
     cell: Cell
-    #: Limit of attempts in a row whose process dies without progress; 0: no second attempt.
+    #: Limit of attempts in a row whose process dies without progress; 0: no second attempt. The
+    #: default stands in :class:`benchmarks.grid.cell.RunOptions`.
     retries: int
     request: CellRequest  #: request of the next attempt; the results do not depend on the attempt
     since: float = 0.0  #: start of the present attempt, by `time.monotonic`

@@ -14,7 +14,7 @@ from benchmarks.grid.names import UNSTATED, load_names
 from benchmarks.published.schema import head_pair, head_text
 from benchmarks.published.table import FULL, Line, PublishedTable, TableCell
 from benchmarks.results.scores import Measured, count, csv_text, seeds_of, unique
-from benchmarks.tables import layout
+from benchmarks.tables import formats
 from benchmarks.tables.summary import data_lines
 
 NOT_MEASURED = "not measured"
@@ -22,10 +22,13 @@ NOT_MEASURED = "not measured"
 NOTHING = "–"
 #: Marks after numbers, with their meaning, by verdict.
 _LEGEND = {
-    diff.REPRODUCED: ("=", "reproduced, within 0.3 points or two standard errors"),
+    diff.REPRODUCED: ("=", f"reproduced, within {diff.TOLERANCE:g} points or two standard errors"),
     diff.ABOVE: ("↑", "above the published number"),
     diff.BELOW: ("↓", "below the published number"),
-    diff.UNCERTAIN: ("?", "too uncertain, since two standard errors are more than one point"),
+    diff.UNCERTAIN: (
+        "?",
+        f"too uncertain: two standard errors are more than {diff.WIDEST:g} points",
+    ),
     NOT_COMPARABLE: ("×", "not comparable, for the reason below"),
     NOT_MEASURED: ("°", "published number, not measured yet"),
     "": (NOTHING, "no number"),
@@ -174,7 +177,7 @@ class Reproduction:
         parts = [
             f"# {table.title}",
             f"{table.caption} Source: {table.paper}.",
-            *layout.markdown(body, width),
+            *formats.markdown(body, width),
             "\n".join(f"- {line}" for line in [*lines, *self.notes]),
         ]
         return "\n\n".join(parts) + "\n"
@@ -198,8 +201,8 @@ class Reproduction:
             columns=[head_pair(table.columns[column].head) for column in self.columns],
         )
         caption = f"{table.title}. {table.caption} Source: {table.paper}."
-        text = layout.latex(body, caption, table.name, " ".join([self.legend, *self.notes]))
-        return f"{layout.PREAMBLE}\n\n{text}\n"
+        text = formats.latex(body, caption, table.name, " ".join([self.legend, *self.notes]))
+        return f"{formats.PREAMBLE}\n\n{text}\n"
 
 
 def _cell(table: PublishedTable, cell: TableCell, item: Measurement | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from benchmarks.results import scores
 from benchmarks.results.scores import FULL, METRIC_PAIRS, Cells, Items, in_order, over_seeds, unique
 from benchmarks.tables.ablation import NOTE, axis_tables
 from benchmarks.tables.expected_orders import order_lines
-from benchmarks.tables.layout import PREAMBLE, latex, markdown
+from benchmarks.tables.formats import PREAMBLE, latex, markdown
 from benchmarks.tables.settings import MARKS, marks, settings_lines
 
 

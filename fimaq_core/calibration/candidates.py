@@ -1,4 +1,4 @@
-"""Candidate ranges, as in FIMA-Q's released code, after RepQ-ViT (Li et al., ICCV 2023)."""
+"""Candidate ranges of all searches: FIMA-Q's, after RepQ-ViT (Li et al., ICCV 2023), AdaLog's."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: Largest number of zero points of a grid, in the searches by output error and progressive ones.
+ZERO_POINTS = 16
 #: Elements of a temporary on a CPU and on other devices. On a CPU a few temporaries must fit into
 #: the last cache (2**18 took 1.3 times as long, 2**23 as long). GPUs need larger ones.
 _CPU, _OTHER = 2**21, 2**25
@@ -78,12 +80,12 @@ def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
 def grid_candidates(
     sorted_rows: Tensor, levels: int, count: int, min_scale: float = MIN_SCALE
 ) -> Candidates:
-    """Return a grid of ``count`` candidates: ``min(16, L)`` zero points around L/2, times scales.
+    """Return a grid of ``count`` candidates: zero points around L/2, times scales.
 
-    ``sorted_rows`` (groups, n) are ascending. Scales run evenly from the span between the 0.1 and
-    0.9 quantiles to the full span.
+    There are :data:`ZERO_POINTS` zero points, but at most L. ``sorted_rows`` (groups, n) are
+    ascending. Scales run evenly from the span between the 0.1 and 0.9 quantiles to the full span.
     """
-    zeros = min(16, levels)
+    zeros = min(ZERO_POINTS, levels)
     scales = max(count // zeros, 1)
     upper_in, upper, lower_in, lower = quantiles(sorted_rows, [0.9, 1.0, 0.1, 0.0])
     narrow, wide = upper_in - lower_in, upper - lower

@@ -1,8 +1,9 @@
 """Search of scale and zero point together, first coarse, then finer and finer (AdaLog).
 
 Fast progressive combining search: Wu et al., ECCV 2024, arXiv:2407.12951. The first step evaluates
-a grid of scales and zero points. Each further step tries scales at smaller distances around the
-best candidates. With 128 candidates per step, 16 of them kept, 6 steps evaluate 768 candidates.
+the grid of :func:`~fimaq_core.calibration.candidates.grid_candidates`. Each further step tries
+scales at smaller distances around the best candidates. With 128 candidates per step, 16 of them
+kept, 6 steps evaluate 768 candidates.
 """
 
 from collections.abc import Callable

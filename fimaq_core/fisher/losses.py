@@ -14,7 +14,8 @@ from torch import Tensor
 from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import LOSSES
 
-#: Least eigenvalue of D Dᵀ, as share of the largest; smaller ones are raised to it.
+#: Least eigenvalue of D Dᵀ, as share of the largest; smaller ones are raised to it. So the
+#: condition of D Dᵀ is at most 1e8.
 DAMPING = 1e-8
 
 

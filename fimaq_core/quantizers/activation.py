@@ -26,7 +26,8 @@ def take_shapes(
 class ActivationQuantizer(nn.Module):
     """Quantizer with a scale, which is learned during reconstruction, with random dropping.
 
-    Dropping leaves single elements in full precision (QDrop, Wei et al., ICLR 2022).
+    Dropping leaves single elements in full precision (QDrop, Wei et al., ICLR 2022). The lower
+    bound of a learned scale is `SCALE_FLOOR` in fimaq_core/reconstruction/state.py.
     """
 
     shaped: ClassVar[tuple[str, ...]] = ("scale",)  # tensors whose shapes calibration decides

@@ -80,7 +80,7 @@ class Variables(NamedTuple):
     gain: Tensor | None
     soft: Tensor  # (n,) soft weights
     scales: Tensor  # (m,) activation scales
-    floor: Tensor  # (m,) their lower bounds
+    floor: Tensor  # (m,) their lower bounds, from SCALE_FLOOR in state.py
     moments: list[Tensor]  # Adam's first and second moments of α, then of the scales
 
 

@@ -1,9 +1,11 @@
-"""Calibration images of a detector: from the training part, each with its own size."""
+"""Calibration images of a detector, each with its own size, and regions of its RoI heads."""
 
 import hashlib
 import json
 
 import numpy as np
+import torch
+from torch import nn
 
 from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import Recipe
@@ -15,6 +17,10 @@ from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
 from tasks.detection.coco import open_source
 from tasks.detection.detector import DETECTOR
+from tasks.detection.roi import roi_inputs
+
+#: Largest number of regions on which an RoI head is calibrated, over all images.
+REGIONS = 4096
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
@@ -63,3 +69,14 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         metas=[meta for _, meta in drawn],
         notes=[*notes, *images.notes()],
     )
+
+
+def region_inputs(
+    model: nn.Module, images: CalibrationSet, count: int, device: torch.device
+) -> dict[str, Samples]:
+    """Return the inputs of the RoI heads in the first ``count`` images.
+
+    Each image gives at most ``REGIONS // count`` regions, and at least one.
+    """
+    limit = max(REGIONS // count, 1)
+    return roi_inputs(model, images.images.first(count), images.metas[:count], device, limit)

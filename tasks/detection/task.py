@@ -12,7 +12,7 @@ from fimaq_core.samples import Samples
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
 from tasks.detection import models, roi, tags
-from tasks.detection.calibration import calibration_set
+from tasks.detection.calibration import calibration_set, region_inputs
 from tasks.detection.coco import open_source
 from tasks.detection.detector import DETECTOR, QuantizedDetector, detector_segments
 from tasks.detection.divergence import ProposalDivergence
@@ -28,9 +28,6 @@ _OFF = {
     "patch_input_bits": OFF,
     "reconstruct_mlp": False,
 }
-
-#: Number of regions, in all images together, on which RoI heads are calibrated.
-_REGIONS = 4096
 
 
 def _check(recipe: Recipe) -> None:
@@ -115,11 +112,7 @@ class DetectionTask(Task):
         """Return the images, and for RoI heads the regions of the first ``range_images``."""
         found: dict[str, Samples] = {DETECTOR: images.images}
         if "roi" in pieces_of(recipe):
-            count = recipe.range_images
-            chosen = images.images.first(count), images.metas[:count]
-            # The search for a range reads at most this many rows.
-            limit = max(_REGIONS // count, 1)
-            found |= roi.roi_inputs(loaded.model, *chosen, device, limit)
+            found |= region_inputs(loaded.model, images, recipe.range_images, device)
         return found
 
     def divergences(

@@ -14,8 +14,8 @@ from tasks.common.cell.prediction_samples import CAPTIONS, Spread, shortened
 from tasks.common.data.images import Images, image_outputs
 from tasks.common.record import Metric
 from tasks.common.task import Evaluation
-from tasks.retrieval.bootstrap import measures, standard_errors
 from tasks.retrieval.captions import PairSource
+from tasks.retrieval.metrics import measures, standard_errors
 from tasks.retrieval.ranks import Ranks, pair_ranks
 
 #: Images (n, C, H, W) or token ids (n, L) to embeddings (n, d) of any length.

@@ -24,8 +24,10 @@ from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 from fimaq_core.errors import CheckpointError, FimaqError
 from fimaq_core.progress import OnProgress, Progress, silent
 
-#: Seconds between two touches, and seconds without a touch until a holder counts as dead.
-BEAT, EXPIRY = 10.0, 90.0
+#: Seconds between two touches of a lease.
+BEAT = 10.0
+#: Seconds without a touch until a holder on another machine counts as dead.
+EXPIRY = 90.0
 
 
 class Busy(FimaqError):

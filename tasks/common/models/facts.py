@@ -32,7 +32,10 @@ from tasks.common.record import LayerEntry
 
 
 class LayerFacts(LayerEntry):
-    """Module map entry of a layer that multiplies, with its sizes and operations."""
+    """Module map entry of a layer that multiplies, with its sizes and operations.
+
+    Each field is a column of the command ``inspect``.
+    """
 
     weight_shape: tuple[int, ...] | None  # None for an attention product
     weights: int  # number of weights

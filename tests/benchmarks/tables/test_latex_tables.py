@@ -13,7 +13,7 @@ from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import load_grid, parse_grid
 from benchmarks.results import scores
-from benchmarks.tables import layout, summary
+from benchmarks.tables import formats, summary
 from benchmarks.tables.write import title, write_tables
 
 GRID = {
@@ -146,7 +146,7 @@ def test_captions_say_what_the_numbers_rest_on(tmp_path: Path):
     ],
 )
 def test_text_is_escaped(text: str, escaped: str):
-    assert layout.escape(text) == escaped
+    assert formats.escape(text) == escaped
 
 
 def test_names_from_records_and_grids_are_escaped(tmp_path: Path):
@@ -169,7 +169,7 @@ def test_a_wide_table_spans_both_columns_of_a_page(tmp_path: Path):
     assert text.count(r"\begin{table*}[t]") == text.count(r"\end{table*}") == 2
     columns, rows = tabular(text, "tab:my-grid-classification-w4a4")
     assert columns == 1 + len(models)
-    assert rows[0][1:] == [layout.escape(model) for model in models]
+    assert rows[0][1:] == [formats.escape(model) for model in models]
     _, cells, few = measure(
         tmp_path / "few",
         {**grid, "tasks": {"classification": {"dataset": "d", "models": models[:1]}}},

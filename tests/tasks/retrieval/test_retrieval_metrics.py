@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tasks.retrieval import bootstrap
-from tasks.retrieval.bootstrap import CUTS, RESAMPLES, measures, standard_errors
+from tasks.retrieval import metrics
+from tasks.retrieval.metrics import CUTS, RESAMPLES, measures, standard_errors
 
 
 def example(images: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -45,9 +45,9 @@ def test_measures_of_the_sample_itself(images: int) -> None:
 @pytest.mark.parametrize("weights", [40, 2**22])
 def test_errors_against_explicit_resampling(monkeypatch: pytest.MonkeyPatch, weights: int) -> None:
     """Samples written out image by image, with the same draws."""
-    monkeypatch.setattr(bootstrap, "_MAX_COUNTS", weights)
+    monkeypatch.setattr(metrics, "_MAX_COUNTS", weights)
     forward, backward, image_of = example(12, 0)
-    counts = np.concatenate(list(bootstrap._draws(12, len(image_of))))
+    counts = np.concatenate(list(metrics._draws(12, len(image_of))))
     assert counts.shape == (RESAMPLES, 12)
     assert (counts.sum(1) == 12).all()
     samples: dict[str, list[float]] = {}
@@ -64,9 +64,9 @@ def test_errors_against_explicit_resampling(monkeypatch: pytest.MonkeyPatch, wei
 
 
 def test_draws_are_multinomial_and_do_not_depend_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = np.concatenate(list(bootstrap._draws(50, 250)))
-    monkeypatch.setattr(bootstrap, "_MAX_COUNTS", 1700)
-    assert np.array_equal(np.concatenate(list(bootstrap._draws(50, 250))), whole)
+    whole = np.concatenate(list(metrics._draws(50, 250)))
+    monkeypatch.setattr(metrics, "_MAX_COUNTS", 1700)
+    assert np.array_equal(np.concatenate(list(metrics._draws(50, 250))), whole)
     assert whole.mean() == 1
     assert whole.var() == pytest.approx(1 - 1 / 50, rel=0.02)
     assert np.cov(whole[:, 0], whole[:, 1])[0, 1] == pytest.approx(

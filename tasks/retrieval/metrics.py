@@ -1,4 +1,4 @@
-"""Measures of retrieval from ranks, and their standard errors by bootstrap over images.
+"""Metrics of retrieval from ranks, and their standard errors by bootstrap over images.
 
 The captions of one image succeed or fail together, so captions drawn independently would give too
 small standard errors. The bootstrap therefore draws images with all their captions (cluster
@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-#: Cut-offs k of R@k.
-CUTS = (1, 5, 10)
+#: Cut-offs k of R@k, and those that ``mean_recall`` is the mean of, as in papers.
+CUTS, MEAN_CUTS = (1, 5, 10), (1, 5, 10)
+#: Bootstrap draws per standard error.
 RESAMPLES = 1000
 _SEED = 0
 #: Largest number of (resample, caption) counts in memory.
@@ -24,7 +25,8 @@ def measures(
 
     ``i2t_R@k`` and ``t2i_R@k`` are percentages of queries with rank < k, for each k of :data:`CUTS`
     up to the number of candidates. ``R@1`` is the mean over both directions. ``mean_recall`` is the
-    mean of all six recalls, if there are six. ``*_median_rank`` counts ranks from 1, as papers do.
+    mean of the six recalls at :data:`MEAN_CUTS`, if all exist. ``*_median_rank`` counts ranks from
+    1, as papers do.
 
     Args:
         image_to_text, text_to_image: ranks (n,) and (m,), counted from 0.
@@ -42,8 +44,9 @@ def measures(
             hits = np.bincount(image_of, weights=text_to_image < cut, minlength=images)
             found[f"t2i_R@{cut}"] = 100 * (counts @ hits) / drawn_captions
     result = {"R@1": (found["i2t_R@1"] + found["t2i_R@1"]) / 2}
-    if len(found) == 2 * len(CUTS):
-        result["mean_recall"] = np.mean(list(found.values()), axis=0)
+    recalls = [found.get(f"{way}_R@{cut}") for cut in MEAN_CUTS for way in ("i2t", "t2i")]
+    if all(recall is not None for recall in recalls):
+        result["mean_recall"] = np.mean(recalls, axis=0)
     result |= dict(sorted(found.items(), key=lambda item: item[0][:3]))
     result["i2t_median_rank"] = 1 + _weighted_median(image_to_text, counts)
     result["t2i_median_rank"] = 1 + _weighted_median(text_to_image, counts[:, image_of])

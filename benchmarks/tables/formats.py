@@ -1,4 +1,7 @@
-"""Tables of texts (DataFrames) as Markdown or as LaTeX."""
+"""Formats of finished tables: a DataFrame of texts as Markdown or LaTeX.
+
+Columns are chosen in `summary.py` (grids) and `reproduction.py` (published tables).
+"""
 
 import re
 from collections.abc import Sequence
