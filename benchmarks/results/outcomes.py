@@ -13,7 +13,7 @@ from benchmarks.grid.cell import MAIN_METRIC
 from benchmarks.results.scores import Items, Measured
 from fimaq_core.errors import FimaqError
 from tasks.common.record import ResultRecord, outcome_arrays
-from tasks.retrieval.metrics import CUTS
+from tasks.retrieval.metrics import CUTS, MEAN_CUTS
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,9 @@ def _recalls(direction: np.ndarray, rank: np.ndarray) -> dict[str, tuple[MetricP
         for cut in CUTS
         if f"i2t_R@{cut}" in each and f"t2i_R@{cut}" in each
     }
-    if len(each) == 2 * len(CUTS):
-        both["mean_recall"] = tuple(part for (part,) in each.values())
+    names = [f"{side}_R@{cut}" for side in ("i2t", "t2i") for cut in MEAN_CUTS]
+    if all(name in each for name in names):
+        both["mean_recall"] = tuple(each[name][0] for name in names)
     return both | each
 
 

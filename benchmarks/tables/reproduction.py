@@ -27,7 +27,7 @@ _LEGEND = {
     diff.BELOW: ("↓", "below the published number"),
     diff.UNCERTAIN: (
         "?",
-        f"too uncertain: two standard errors are more than {diff.WIDEST:g} points",
+        f"too uncertain: two standard errors exceed {diff.WIDEST:.1f} points",
     ),
     NOT_COMPARABLE: ("×", "not comparable, for the reason below"),
     NOT_MEASURED: ("°", "published number, not measured yet"),

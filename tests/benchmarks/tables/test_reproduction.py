@@ -54,7 +54,7 @@ Its caption. Source: A paper.
 |          |
 
 - = reproduced, within 0.3 points or two standard errors; ↑ above the published number; \
-↓ below the published number; ? too uncertain, since two standard errors are more than one point; \
+↓ below the published number; ? too uncertain: two standard errors exceed 1.0 points; \
 × not comparable, for the reason below; ° published number, not measured yet; \
 rows without marks: published numbers, for context.
 - Data: ImageNet-1k val, split val, n = 50000 samples.

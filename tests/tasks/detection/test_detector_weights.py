@@ -367,7 +367,7 @@ def test_arrays_among_the_weights_are_refused(tmp_path: Path) -> None:
         (
             NAMES[1],
             {},
-            r"Missing names: \d+ \('roi_head.bbox_head.shared_fcs.*file 'roi_head.bbox_head.0.",
+            r"Missing names: \d+ \('roi_head.mask_head.convs.*file 'roi_head.mask_head.2.",
         ),
         (
             NAMES[0],
