@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 COMMON = "All three"
 REPOSITORIES = ("FIMA-Q", "APHQ-ViT", "AdaLog")
 
-#: What stands in for real models.
+#: Demo models in place of real models.
 DEMO = {"vit_small": "demo_vit", "deit_tiny": "demo_deit", "mask_rcnn_swin_tiny": "demo_mask_rcnn"}
 #: Options of real models that a demo model has no use for.
 REAL = ("--data", "--device", "--weights")
@@ -29,7 +29,7 @@ SMALL = {
     "--range-candidates": "32",
     "--range-rounds": "1", "--batch-size": "8", "--limit": "64", "--threads": "1",
 }  # fmt: skip
-#: What is other for a task: images one by one.
+#: Other settings of a task that takes images one by one.
 SMALLER = {
     "detection": {
         "--calibration-images": "2",
@@ -211,7 +211,7 @@ def test_no_flag_of_theirs_is_left_out(name: str) -> None:
 
 
 def _settings(bits: int, **others: Any) -> dict[str, Any]:
-    """What all their configs say, in the names here, changed by ``others``."""
+    """Settings that all their configs share, by the names here, changed by ``others``."""
     same = {
         "w_bits": bits, "a_bits": bits, "classifier_bits": bits, "softmax_bits": bits,
         "patch_input_bits": OFF,

@@ -27,7 +27,7 @@ from fimaq_core.quantizers.logarithm import (
 )
 from fimaq_core.quantizers.twin import twin_gelu, twin_softmax
 
-#: What a search finds may be worse than the loop's best by float32's rounding of the errors only.
+#: A search may be worse than the loop's best only by the float32 rounding of the errors.
 CLOSE = 1 + 1e-5
 
 

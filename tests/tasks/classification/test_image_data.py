@@ -38,7 +38,7 @@ def loaded(classes: int = 3) -> LoadedModel:
 
 
 def missing(data: DataRequest, brings_data: bool) -> str | None:
-    """What a user is told of missing data."""
+    """Message about missing data."""
     found = missing_data(data, brings_data)
     return describe_missing([] if found is None else [found])
 

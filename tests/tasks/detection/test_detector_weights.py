@@ -24,7 +24,7 @@ from tasks.detection.models import adapted, load_model, merging_order, of_mmdet
 
 pytestmark = pytest.mark.slow
 
-#: What makes a published model small: all kinds of layers are left.
+#: Settings that make a published model small; all kinds of layers are left.
 SMALL: dict[str, Any] = {
     "embed_dims": 8,
     "depths": (2, 1, 2, 1),

@@ -372,7 +372,7 @@ def other_widths() -> nn.Module:
     return nn.MultiheadAttention(32, 2, kdim=16, vdim=16)
 
 
-#: What is not supported, and words of the message.
+#: Changes that are not supported, and words of the message.
 UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     "another class": (lambda: vit(1), "type VisionTransformer"),
     "a class of its own": (lambda: type("MyCLIP", (CLIP,), {})(24, VISION, TEXT), "type MyCLIP"),

@@ -61,7 +61,7 @@ def content(root: Path) -> dict[Path, bytes]:
 
 
 def measured(record: ResultRecord) -> dict[str, Any]:
-    """What of a record does not depend on when and how long it was measured."""
+    """Fields of a record that do not depend on the time of the measurement or on its length."""
     return record.model_dump(
         include={
             "metrics",
