@@ -16,7 +16,8 @@ from benchmarks.results import scores
 from benchmarks.results.scores import CELL, COLUMNS, Items
 from tasks.common.record import ResultRecord
 
-#: Probability of at least one false alarm among all comparisons of an intact installation.
+#: Level of significance: probability of at least one false alarm among all comparisons of an
+#: intact installation.
 ALPHA = 0.01
 
 #: Figures of reconstruction, which are more sensitive to faults than scores: number of Fisher

@@ -25,7 +25,7 @@ from tasks.common.cell.machine import processor
 _ABOUT = {"machine", "versions", "date", "settings", "data"}
 
 
-def provenance(grid: Grid, measured: Items) -> dict[str, Any]:
+def facts_of(grid: Grid, measured: Items) -> dict[str, Any]:
     """Return machine (without host name), versions, date, settings and data of measurements."""
     versions: dict[str, set[str]] = {"python": {platform.python_version()}}
     for item in measured:
@@ -80,7 +80,7 @@ def machine() -> str:
 
 def write_reference(grid: Grid, measured: Items, text: str, folder: Path = REFERENCE) -> list[Path]:
     """Write the reference of a profile (CSV, Markdown, provenance, costs); return its files."""
-    about = provenance(grid, measured)
+    about = facts_of(grid, measured)
     title, _, body = text.partition("\n\n")
     files = {
         folder / f"{grid.name}.csv": _csv(observations(measured)),

@@ -52,7 +52,10 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def looks(methods: Sequence[str]) -> dict[str, str]:
-    """Return the colour and marker of each method, for all charts."""
+    """Return the colour and marker of each method, by its position; for all charts.
+
+    The colours are ``--c0`` to ``--c7`` in `templates/page.css`.
+    """
     shapes = [f"c{colour} {shape}" for shape in SHAPES for colour in range(COLOURS)]
     return {name: shapes[index % len(shapes)] for index, name in enumerate(methods)}
 

@@ -25,10 +25,7 @@ _LEGEND = {
     diff.REPRODUCED: ("=", f"reproduced, within {diff.TOLERANCE:g} points or two standard errors"),
     diff.ABOVE: ("↑", "above the published number"),
     diff.BELOW: ("↓", "below the published number"),
-    diff.UNCERTAIN: (
-        "?",
-        f"too uncertain: two standard errors exceed {diff.WIDEST:.1f} points",
-    ),
+    diff.UNCERTAIN: ("?", f"too uncertain: two standard errors exceed {diff.WIDEST:.1f} points"),
     NOT_COMPARABLE: ("×", "not comparable, for the reason below"),
     NOT_MEASURED: ("°", "published number, not measured yet"),
     "": (NOTHING, "no number"),

@@ -1,4 +1,7 @@
-"""The command ``python -m benchmarks status``, which shows the runs on a results folder."""
+"""The command ``python -m benchmarks status``, which shows the runs on a results folder.
+
+The table of running cells is :func:`benchmarks.watch.live.state_view`, as in a run's own terminal.
+"""
 
 from __future__ import annotations
 

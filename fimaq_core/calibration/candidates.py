@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Largest number of zero points of a grid, in the searches by output error and progressive ones.
+#: Zero points of a grid, at most one per level. FIMA-Q's and AdaLog's searches share this number.
 ZERO_POINTS = 16
 #: Elements of a temporary on a CPU and on other devices. On a CPU a few temporaries must fit into
 #: the last cache (2**18 took 1.3 times as long, 2**23 as long). GPUs need larger ones.

@@ -273,7 +273,8 @@ def _swapped(module: nn.Module, recipe: Recipe, bits: int, memo: dict[int, nn.Mo
     """Replace ``module`` by type, or (in place) the layers inside of it; return the result.
 
     ``bits`` are for the inputs of linear layers. ``memo`` holds the replacement of each module by
-    its id, so that a module that is used twice is replaced once.
+    its id, so that a module that is used twice is replaced once. A new type of layer also needs an
+    entry in ``_WEIGHTED``, and none in ``_NEVER_SWAPPED``, both in `products.py`.
     """
     if id(module) not in memo:
         if type(module) is nn.Linear:

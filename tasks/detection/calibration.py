@@ -19,7 +19,7 @@ from tasks.detection.coco import open_source
 from tasks.detection.detector import DETECTOR
 from tasks.detection.roi import roi_inputs
 
-#: Largest number of regions on which an RoI head is calibrated, over all images.
+#: Largest number of regions on which an RoI head is calibrated, over all images together.
 REGIONS = 4096
 
 
@@ -72,11 +72,12 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
 
 
 def region_inputs(
-    model: nn.Module, images: CalibrationSet, count: int, device: torch.device
+    model: nn.Module, images: CalibrationSet, image_count: int, device: torch.device
 ) -> dict[str, Samples]:
-    """Return the inputs of the RoI heads in the first ``count`` images.
+    """Return the inputs of the RoI heads in the first ``image_count`` images.
 
-    Each image gives at most ``REGIONS // count`` regions, and at least one.
+    Each image gives at most ``REGIONS // image_count`` regions, and at least one.
     """
-    limit = max(REGIONS // count, 1)
-    return roi_inputs(model, images.images.first(count), images.metas[:count], device, limit)
+    limit = max(REGIONS // image_count, 1)
+    chosen = images.images.first(image_count), images.metas[:image_count]
+    return roi_inputs(model, *chosen, device, limit)

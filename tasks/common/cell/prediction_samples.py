@@ -11,14 +11,14 @@ from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, first_problem
 
 EXAMPLES_FILE = "examples.json"
-#: Samples that an evaluation keeps, and answers per sample.
+#: Samples that an evaluation keeps (at most `_READABLE`), and answers per sample.
 SAMPLES, ANSWERS = 12, 3
 #: Per image in the file: most detections, their lowest score, and most annotated objects.
 FOUND, LEAST_SCORE, TRUTHS = 20, 0.3, 100
 #: Most captions per image in the file, and most characters per text.
 CAPTIONS, CHARACTERS = 10, 1000
 #: Limits on a file that is read, since it may come from other people: bytes and samples.
-_BYTES, _SAMPLES = 5 * 10**6, 64
+_BYTES, _READABLE = 5 * 10**6, 64
 
 
 class Spread:
@@ -132,7 +132,7 @@ class ExampleFile(_Exact):
     """Content of ``examples.json``."""
 
     task: _Text
-    samples: Annotated[Samples, Field(max_length=_SAMPLES)]
+    samples: Annotated[Samples, Field(max_length=_READABLE)]
 
 
 def read_examples(folder: Path, name: str) -> ExampleFile:

@@ -360,4 +360,4 @@ def test_data_sets_do_not_share_spreads(tmp_path):
         else item
         for item in measured
     ]
-    assert len(reference.provenance(parse_grid(GRID), longer)["data"]) == 1
+    assert len(reference.facts_of(parse_grid(GRID), longer)["data"]) == 1
