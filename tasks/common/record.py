@@ -1,7 +1,7 @@
 """Result records: one validated JSON file per cell, ``result.json`` in the cell's folder.
 
-To change the schema: raise :data:`SCHEMA_VERSION` and ``ResultRecord.schema_version``, convert older
-records in :meth:`ResultRecord._migrate`, and keep a record of the old version in the tests'
+To change the schema: raise :data:`SCHEMA_VERSION` and ``ResultRecord.schema_version``, convert
+older records in :meth:`ResultRecord._migrate`, and keep a record of the old version in the tests'
 ``old_files``. A new field whose default means "not recorded" needs no conversion.
 """
 
