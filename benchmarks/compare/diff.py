@@ -200,7 +200,7 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> p
         model = f"{models[0].id if models else record.model}{scope}"
         bits = bits_name(record.w_bit, record.a_bit)
         cell = (record.task, record.dataset.name, model, record.method, bits, item.metric)
-        common = dict(zip(COLUMNS, (*cell, item.mean, item.se, item.seeds), strict=False))
+        common = dict(zip(COLUMNS[:9], (*cell, item.mean, item.se, item.seeds), strict=True))
         nothing = {"variant": "", "source": "", "evidence": "", "value": math.nan}
         for row in _rows_for(item, rows, names).to_dict("records") or [nothing]:
             judged = judge(item, None if row is nothing else row, names)

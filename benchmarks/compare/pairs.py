@@ -142,7 +142,7 @@ def pair_up(a: Side, b: Side) -> list[Pair]:
         if file.path.resolve() == partner.path.resolve():
             give = "give two runs, such as the folders of two methods"
             raise CompareError(f"{file.path} is on both sides: {give}.")
-        shared = dict(zip(fields[:-1], key, strict=False))
+        shared = dict(zip(fields[:-1], key[:-1], strict=True))
         pair = pairs.setdefault(key[:-1], Pair(shared, {}, {}))
         pair.a[file.record.seed], pair.b[file.record.seed] = file, partner
     if not pairs:

@@ -78,15 +78,29 @@ def make_pictures(examples: Mapping[str, Examples], get: Fetch, gathered: Gather
         wanted.setdefault(fingerprint, (one, {}))[1].update(one.samples)
     pictures: Pictures = {}
     for fingerprint, (one, samples) in wanted.items():
-        try:
-            images = get(one.item.cell, list(samples))
-        except FimaqError as error:
-            gathered.add_problem(f"pictures of {one.item.record.dataset.name}", error)
-            continue
-        for name, image in images.items():
+        for name, image in _images(one, list(samples), get, gathered).items():
             side = _LARGE if isinstance(samples[name], ObjectSample) else _SMALL
             pictures[fingerprint, name] = picture(image, side) | {"id": f"i{len(pictures)}"}
     return pictures
+
+
+def _images(
+    one: Examples, ids: Sequence[str], get: Fetch, gathered: Gathered
+) -> Mapping[str, "Image"]:
+    """Return the images of the known samples; each unknown sample is noted in ``gathered``."""
+    found: dict[str, Image] = {}
+    errors: dict[str, FimaqError] = {}
+    for some in [ids, *([name] for name in ids)]:  # all at once, else one by one
+        try:
+            found |= get(one.item.cell, some)
+        except FimaqError as error:
+            errors[str(error)] = error
+        if len(found) == len(ids):
+            return found
+    # If no sample is known, the messages differ by sample only: one is enough.
+    for message in sorted(errors)[: None if found else 1]:
+        gathered.add_problem(f"pictures of {one.item.record.dataset.name}", errors[message])
+    return found
 
 
 def picture(image: "Image", side: int) -> Dict:

@@ -220,6 +220,18 @@ def test_predictions_are_shown_without_data(tmp_path: Path):
     assert page.one(id="problems").text.count("give --coco") == 1
 
 
+def test_one_unknown_sample_does_not_remove_the_other_pictures(tmp_path: Path):
+    def known(cell: Cell, ids: Any) -> Any:
+        if "test/1" in ids:
+            raise DataError("There is no sample test/1.")
+        return report_fakes.pictures(cell, ids)
+
+    report_fakes.write_results(tmp_path, SMALL)
+    page = write(tmp_path, SMALL, get=known)
+    assert len(page.all("image")) == 1
+    assert "There is no sample test/1." in page.one(id="problems").text
+
+
 @pytest.mark.parametrize(
     "content", ["{", '{"samples": 3}', '{"task": "x", "samples": [{"sample": "a", "truth": "b"}]}']
 )
