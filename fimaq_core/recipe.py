@@ -30,6 +30,9 @@ Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
 Fields = Literal["all", "ranges", "mlp"]
 
 _Arithmetic = Literal["float32", "tf32", "bfloat16"]
+#: Fields that older recipes lack. The default of such a field is the older behaviour, and a digest
+#: counts the field only if its value differs, so that older cells keep their folders.
+_LATER: tuple[str, ...] = ()
 
 
 def _field(group: str, default: Any, help: str, **kwargs: Any) -> Any:
@@ -201,9 +204,10 @@ class Recipe(Strict, allow_inf_nan=False):
 
     def digest(self, fields: Fields = "all") -> str:
         """Return the sha256 (hex) of ``fields``; of all fields it is the recipe's identity."""
-        dump = self.model_dump(mode="json")
-        content = json.dumps({name: dump[name] for name in self.names_of(fields)}, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        dump, defaults = self.model_dump(mode="json"), Recipe.model_fields
+        own = {name: dump[name] for name in self.names_of(fields)}
+        own = {k: v for k, v in own.items() if k not in _LATER or v != defaults[k].default}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
     def names_of(self, fields: Fields) -> list[str]:
         """Return the names of ``fields``. Ranges depend on the MLPs if these are reconstructed."""
