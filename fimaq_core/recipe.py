@@ -32,11 +32,10 @@ Fields = Literal["all", "ranges", "mlp"]
 _Arithmetic = Literal["float32", "tf32", "bfloat16"]
 #: Fields that older recipes lack. The default of such a field is the older behaviour, and a digest
 #: counts the field only if its value differs, so that older cells keep their folders.
-_LATER: tuple[str, ...] = ("revision",)
+_LATER = ("revision", "range_inputs", "range_zero_points", "reparameterize_merges", "refit_rule")
 #: Settings whose algorithm has changed, and the revision that changed it.
 _REVISED: dict[tuple[str, Any], int] = {
-    ("softmax_quantizer", "adalog"): 2,  # q is searched at the present scale
-    ("gelu_quantizer", "adalog"): 2,  # the same
+    ("gelu_quantizer", "adalog"): 2,  # q is searched at the present scale
     ("softmax_quantizer", "twin"): 2,  # the split is searched with the float values v
     ("reconstruct_mlp", True): 2,  # the clamp's quantile is that of all values
 }
@@ -89,14 +88,31 @@ class Recipe(Strict, allow_inf_nan=False):
     )
     range_images: int = _range(128, "Calibration images for ranges: the first ones.", ge=1)
     range_candidates: int = _range(128, "Candidates per search.", ge=16)
+    range_inputs: Literal["float", "quantized"] = _range(
+        "float",
+        "Inputs for ranges: in the float model, or behind layers that are quantized already "
+        "(RepQ-ViT, percentile ranges only).",
+    )
+    range_zero_points: Literal["levels", "half"] = _range(
+        "levels",
+        "Limit of a grid's zero points beside 16: number of levels, or half of it (AdaLog).",
+    )
     range_rounds: int = _range(3, "Rounds of alternating search.", ge=0)
     reparameterize: bool = _range(
         True,
         "Reparameterise LayerNorm and the linear layer behind it (if weight and activation bits "
         "agree; with percentile ranges always).",
     )
+    reparameterize_merges: bool = _range(
+        True, "Reparameterise also the norm before the reduction of a patch merging."
+    )
     refit: bool = _range(False, "Refit weights by ridge regression, refine roundings (ERQ).")
     refit_ridge: float = _range(1000.0, "Ridge of the refit, added to sums over tokens.", ge=0)
+    refit_rule: Literal["error", "gradient"] = _range(
+        "error",
+        "Rule for changing a rounding: the error falls, or the gradient also exceeds half a step; "
+        "then the patch embedding is left as it is (ERQ).",
+    )
     refit_flips: int = _range(100, "Limit of changed roundings per row and half.", ge=0)
     revision: int = _range(
         1,
@@ -189,6 +205,8 @@ class Recipe(Strict, allow_inf_nan=False):
             raise ValueError("refit decides all roundings: choose one of refit, reconstruct")
         if self.refit and self.range_search != "percentile":
             raise ValueError("refit needs range_search percentile")
+        if self.range_inputs == "quantized" and self.range_search != "percentile":
+            raise ValueError("range_inputs quantized needs range_search percentile")
         if self.refit and self.w_bits == OFF:
             raise ValueError("refit writes the weights' codes, so w_bits must not be 32")
         for name in ("softmax_quantizer", "gelu_quantizer"):
@@ -264,8 +282,10 @@ _NO_RECONSTRUCTION: _Changes = {"reconstruct": False, "per_token": False}
 _FEW_IMAGES: _Changes = {**_NO_RECONSTRUCTION, "calibration_images": 32, "range_images": 32}
 _TWIN: _Changes = {"softmax_quantizer": "twin", "gelu_quantizer": "twin"}
 _ADALOG: _Changes = {"softmax_quantizer": "adalog", "gelu_quantizer": "adalog"}
-_ADALOG["range_search"] = "progressive"
+_ADALOG |= {"range_search": "progressive", "range_zero_points": "half"}
 _REPQ: _Changes = {**_FEW_IMAGES, "range_search": "percentile", "softmax_quantizer": "logsqrt2"}
+_REPQ |= {"calibration_transform": "eval", "range_inputs": "quantized", "patch_input_bits": 8}
+_ERQ: _Changes = {**_REPQ, "refit": True, "refit_rule": "gradient", "reparameterize_merges": False}
 #: Squared error, full-precision inputs, no dropping.
 _BRECQ: _Changes = {**_PER_TENSOR, "loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0}
 
@@ -279,11 +299,11 @@ METHODS: dict[str, _Changes] = {
     # Li et al., ICCV 2023 (arXiv:2212.08254).
     "repq": _REPQ,
     # Yuan et al., ECCV 2022 (arXiv:2111.12293); its twin quantizers in this framework's search.
-    "ptq4vit": {**_FEW_IMAGES, **_TWIN, "reparameterize": False},
+    "ptq4vit": {**_FEW_IMAGES, **_TWIN, "reparameterize": False, "calibration_transform": "eval"},
     # Wu et al., ECCV 2024 (arXiv:2407.12951), calibrated only.
     "adalog": {**_FEW_IMAGES, **_ADALOG},
     # Zhong et al., ICML 2024 (arXiv:2407.06794).
-    "erq": {**_REPQ, "refit": True},
+    "erq": _ERQ,
     # Li et al., ICLR 2021 (arXiv:2102.05426), as released with these codes.
     "brecq": _BRECQ,
     # Wei et al., ICLR 2022 (arXiv:2203.05740): squared error, mixed inputs, dropping.

@@ -1,6 +1,6 @@
 """Inputs of a segment's quantizable layers, collected over batches for the range searches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -35,14 +35,28 @@ class Capture:
         recipe: all settings.
         samples: number N of samples of varying shapes, each ended by :meth:`settle`; None for
             samples of equal shapes.
+        waiting: names of layers; of these, only the one called first is watched. By default all
+            layers are.
+
+    Attributes:
+        layers: watched layers by name.
+        first: name of the layer that was called first; None before the first call.
     """
 
-    def __init__(self, segment: Segment, recipe: Recipe, samples: int | None = None) -> None:
-        self.label, self.samples = segment.label, samples
+    def __init__(
+        self,
+        segment: Segment,
+        recipe: Recipe,
+        samples: int | None = None,
+        waiting: Collection[str] | None = None,
+    ) -> None:
+        self.label, self.samples, self.one = segment.label, samples, waiting is not None
+        self.first: str | None = None
         self.whole = segment.kind == "patch_embed"
         # Reparameterisation searches the input's ranges, also in min-max recipes.
         self.extremes = recipe.range_search == "minmax" and not recipe.reparameterize
         found = quant_layers(segment.block)
+        found = ((name, layer) for name, layer in found if waiting is None or name in waiting)
         self.layers = {name: layer for name, layer in found if quantizes(layer)}
         self._calls: dict[str, list[_Call]] = {name: [] for name in self.layers}
         self._settled: dict[str, list[_Call]] = {name: [] for name in self.layers}
@@ -52,7 +66,10 @@ class Capture:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args[0].numel():
+            if not args[0].numel():
+                return
+            self.first = self.first or name
+            if not self.one or name == self.first:
                 self._calls[name].append(args)
 
         return keep

@@ -21,7 +21,7 @@ from fimaq_core.calibration.candidates import (
 from fimaq_core.calibration.linear_ranges import set_rows
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.thinning import conv_values
-from fimaq_core.layers import QuantLinear, WeightLayer
+from fimaq_core.layers import QuantLayer, QuantLinear, QuantMatMul, WeightLayer
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.quantizers.logarithm import log_fake_quantize
@@ -57,9 +57,27 @@ def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor
     return scales[errors.argmin()]
 
 
-def linear_percentiles(layer: QuantLinear, x: Tensor, common: Range | None = None) -> None:
-    """Set a linear layer's ranges; ``common`` is the input's range after reparameterisation."""
-    input_percentile(layer.input_quantizer, x, (1,), common)
+def layer_percentiles(layer: QuantLayer, seen: tuple[Tensor, ...]) -> None:
+    """Set the ranges of a layer of any kind for its inputs, given as by ``Capture``."""
+    if isinstance(layer, QuantMatMul):
+        for quantizer, x in zip((layer.a_quantizer, layer.b_quantizer), seen, strict=True):
+            input_percentile(quantizer, x, (1, 1, 1, 1))
+    elif isinstance(layer, QuantLinear):
+        linear_percentiles(layer, seen[0])
+    else:
+        conv_percentiles(layer, seen[0] if len(seen) == 1 else seen)
+
+
+def linear_percentiles(layer: QuantLinear, x: Tensor) -> None:
+    """Set a linear layer's ranges for inputs (..., d)."""
+    input_percentile(layer.input_quantizer, x, (1,))
+    weight_percentiles(layer)
+
+
+def set_known(layer: QuantLinear, ranges: Range) -> None:
+    """Set a linear layer's ranges if the input's is known: a scalar, or (d,) per channel."""
+    if isinstance(layer.input_quantizer, AffineQuantizer):
+        layer.input_quantizer.set_range(ranges[0].view(-1), ranges[1].view(-1))
     weight_percentiles(layer)
 
 
@@ -78,16 +96,13 @@ def weight_percentiles(layer: WeightLayer, weight: Tensor | None = None) -> None
         set_rows(layer.weight_quantizer, *ranges)
 
 
-def input_percentile(
-    quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int, ...], common: Range | None = None
-) -> None:
-    """Set one range for all of ``x``, by default the best percentile; ``shape`` is the scale's."""
+def input_percentile(quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Set one range for all of ``x``: the best percentile. ``shape`` is the scale's."""
     if quantizer.off:
         return
     if isinstance(quantizer, AffineQuantizer):
-        if common is None:
-            common = percentile_range(ascending(x.reshape(1, -1)), quantizer.levels)
-        quantizer.set_range(common[0].view(shape), common[1].view(shape))
+        scale, zero = percentile_range(ascending(x.reshape(1, -1)), quantizer.levels)
+        quantizer.set_range(scale.view(shape), zero.view(shape))
     else:
         assert isinstance(quantizer, LogQuantizer)  # recipes allow no other
         shifted = x + quantizer.shift if quantizer.shift else x

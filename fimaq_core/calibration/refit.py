@@ -12,7 +12,8 @@ matrix of tokens x rows is ever made.
 
 Differences from the released code: the ridge is that of the released README (option coe 10000,
 times 0.1), added to sums over all tokens; the released default is twice as large. Layers without a
-token axis (the classifier) are refit with a ridge of 0.1, as released.
+token axis (the classifier) are refit with a ridge of 0.1, as released. With the rule ``gradient`` a
+rounding changes only where the released code changes it, but never if that raises the error.
 """
 
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def refine_rounding(
     moments: InputMoments,
     ridge: float,
     flips: int = 100,
+    steep: bool = False,
 ) -> Fit:
     """Choose codes half by half (the paper's weight quantization error reduction).
 
@@ -109,7 +111,8 @@ def refine_rounding(
     to compensate the remaining error. The bias takes part as a last column, never rounded.
 
     Weight, bias and ridge are as in :func:`ridge_refit`. A row gets at most ``flips`` flips per
-    half.
+    half. With ``steep`` its flips end where the largest gradient of the mean squared error (over
+    tokens, in units of the weight) is at most half a step of the grid, as released.
 
     Returns:
         Codes (rows, d), float32 integers in [0, levels - 1], and the new bias, float32.
@@ -119,23 +122,25 @@ def refine_rounding(
     """
     square = _second_moments(moments, bias)
     grid = RoundingGrid(grid.scale.detach().double(), grid.zero_point.double(), grid.levels)
-    free = _joint(weight, bias)
+    free, least = _joint(weight, bias), moments.count if steep else 0
     codes: list[Tensor] = []
     # A first half never contains the last column, so the bias is never rounded.
     while (width := free.shape[1]) > 1:
         half = width // 2
-        chosen = _rounded(free[:, :half], grid, square[:half, :half], flips)
+        chosen = _rounded(free[:, :half], grid, square[:half, :half], flips, least)
         error = (chosen - grid.zero_point) * grid.scale - free[:, :half]
         pull = error @ square[:half, half:]
         free = free[:, half:] - _ridge_solve(square[half:, half:], pull, ridge)
         square = square[half:, half:]
         codes.append(chosen)
     if bias is None:
-        codes.append(_rounded(free, grid, square, 0))
+        codes.append(_rounded(free, grid, square))
     return torch.cat(codes, 1).float(), None if bias is None else free[:, 0].float()
 
 
-def _rounded(weight: Tensor, grid: RoundingGrid, square: Tensor, flips: int) -> Tensor:
+def _rounded(
+    weight: Tensor, grid: RoundingGrid, square: Tensor, flips: int = 0, least: int = 0
+) -> Tensor:
     """Return codes, rounded to nearest and then flipped to lower ``δ square δᵀ``; all float64."""
     scale, zero_point, levels = grid
     ratio = weight / scale
@@ -147,25 +152,32 @@ def _rounded(weight: Tensor, grid: RoundingGrid, square: Tensor, flips: int) -> 
     for end in (ratio.floor(), ratio.ceil()):
         turn += (end + zero_point).clamp_(0, levels - 1)
     product = ((codes - zero_point) * scale - weight) @ square
-    _flip(codes, turn, product, square, scale[:, 0], flips)
+    _flip(codes, turn, product, square, scale[:, 0], flips, least)
     return codes
 
 
 def _flip(
-    codes: Tensor, turn: Tensor, product: Tensor, square: Tensor, scale: Tensor, flips: int
+    codes: Tensor,
+    turn: Tensor,
+    product: Tensor,
+    square: Tensor,
+    scale: Tensor,
+    flips: int,
+    least: int,
 ) -> None:
     """Flip ``codes`` in place, one code per row at a time, while the objective δ square δᵀ falls.
 
     ``turn`` holds the change of each code by a flip, ``product`` is δ square; both are overwritten.
     The gradient of the objective is twice the product. The next flip of a row is that with the
     smallest turn times product. A flip by ``h = scale turn`` changes the objective by ``2 h product
-    + h² diagonal``, which is negative if ``2 turn product + scale diagonal`` is.
+    + h² diagonal``, which is negative if ``2 turn product + scale diagonal`` is. The gradient must
+    also exceed ``least scale / 2``.
     """
     rows, diagonal = torch.arange(len(codes), device=codes.device), square.diagonal()
     for _ in range(flips):
         slope, column = (turn * product).min(1)
         # A row without a useful flip stays as it is; rows are left out once half are done.
-        falls = 2 * slope + scale * diagonal[column] < 0
+        falls = (2 * slope + scale * diagonal[column] < 0) & (4 * slope + least * scale < 0)
         left = int(falls.sum())
         if not left:
             return
@@ -217,15 +229,15 @@ def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     first_ridge = ridge if x.ndim > 2 else min(_CLASSIFIER_RIDGE, ridge)
     fit = ridge_refit(layer.weight.detach(), own, moments, first_ridge)
     weight_percentiles(layer, fit[0])
-    _decide(layer, fit, moments, ridge, recipe.refit_flips)
+    _decide(layer, fit, moments, ridge, recipe)
 
 
 def reduce_conv_error(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     """Decide the rounding of a patch embedding with inputs (N, C, H, W), without a refit.
 
-    The released code does not refit the patch embedding either, since its input is not quantized.
-    Convolutions in groups, in necks and in heads are rounded to nearest: a kernel of 3 x 3 x 256
-    would need moments of 2304 x 2304 over 66,800 patches of an 800 x 1333 image's finest level.
+    With the rule ``gradient`` no rounding is flipped. Convolutions in groups, in necks and in heads
+    are rounded to nearest: a kernel of 3 x 3 x 256 would need moments of 2304 x 2304 over 66,800
+    patches of an 800 x 1333 image's finest level.
     """
     if layer.groups != 1:
         return
@@ -233,15 +245,19 @@ def reduce_conv_error(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     patches, weight = torch.cat(parts), layer.weight.detach().flatten(1)
     bias = None if layer.bias is None else layer.bias.detach()
     moments, ridge = refit_moments(patches, patches), _CONV_FACTOR * recipe.refit_ridge
-    _decide(layer, (weight, bias), moments, ridge, recipe.refit_flips)
+    _decide(layer, (weight, bias), moments, ridge, recipe)
 
 
-def _decide(layer: WeightLayer, fit: Fit, moments: InputMoments, ridge: float, flips: int) -> None:
+def _decide(
+    layer: WeightLayer, fit: Fit, moments: InputMoments, ridge: float, recipe: Recipe
+) -> None:
     """Set the codes and the bias of the quantized form; the ranges of the weight are set."""
     (weight, bias), quantizer = fit, layer.weight_quantizer
+    steep = recipe.refit_rule == "gradient"
+    flips = 0 if steep and isinstance(layer, QuantConv2d) else recipe.refit_flips
     if not quantizer.off:
         grid = RoundingGrid(quantizer.scale, quantizer.zero_point, quantizer.levels)
-        codes, bias = refine_rounding(weight, bias, grid, moments, ridge, flips)
+        codes, bias = refine_rounding(weight, bias, grid, moments, ridge, flips, steep)
         quantizer.set_codes(codes)
     if bias is not None:
         layer.quantized_bias = bias.detach().float().contiguous()

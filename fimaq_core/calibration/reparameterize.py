@@ -12,7 +12,15 @@ from fimaq_core.calibration.candidates import MIN_SCALE, Range, ascending, grid_
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.percentile_ranges import percentile_range
 from fimaq_core.calibration.progressive import progressive_rows
+from fimaq_core.chain import NormPair, Segment
 from fimaq_core.recipe import Recipe
+
+
+def norm_before(segment: Segment, name: str, recipe: Recipe) -> NormPair | None:
+    """Return the norm to reparameterise with layer ``name`` of a segment's block, if any."""
+    if not recipe.reparameterize or (segment.kind == "merge" and not recipe.reparameterize_merges):
+        return None
+    return next((pair for pair in segment.pairs if pair.linear == name), None)
 
 
 def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> Range:
@@ -30,6 +38,19 @@ def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> Range:
     return candidates.pick(best_by_own_error(ordered, candidates, levels))
 
 
+def common_range(ranges: Range) -> Range:
+    """Return the one scale and zero point (scalars) that replace those of the channels."""
+    return ranges[0].mean(), ranges[1].mean().round()
+
+
+def move_pair(
+    segment: Segment, pair: NormPair, layer: nn.Linear, ranges: Range
+) -> tuple[Tensor, Tensor]:
+    """Call :func:`reparameterize` for a norm of a segment and the layer behind it."""
+    pad = None if pair.pad is None else segment.block.get_buffer(pair.pad)
+    return reparameterize(pair.norm, layer, *ranges, pad)
+
+
 def reparameterize(
     norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero: Tensor, pad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -43,7 +64,7 @@ def reparameterize(
     Returns:
         ``r`` and ``b``, each (channels,).
     """
-    common_scale, common_zero = scale.mean(), zero.mean().round()
+    common_scale, common_zero = common_range((scale, zero))
     r = scale / common_scale
     b = -zero * scale / r + common_zero * common_scale
     with torch.no_grad():

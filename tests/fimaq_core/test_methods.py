@@ -103,7 +103,8 @@ def expected_bits(chain: BlockChain, recipe: Recipe) -> dict[str, int]:
             found[f"{name}.b_quantizer"] = recipe.a_bits
             continue
         found[f"{name}.weight_quantizer"] = recipe.w_bits
-        found[f"{name}.input_quantizer"] = OFF if isinstance(layer, QuantConv2d) else recipe.a_bits
+        conv = isinstance(layer, QuantConv2d)
+        found[f"{name}.input_quantizer"] = recipe.patch_input_bits if conv else recipe.a_bits
         if name.startswith(f"segments.{last}."):
             found[f"{name}.input_quantizer"] = (
                 recipe.a_bits if recipe.head_bits is None else recipe.head_bits

@@ -210,12 +210,17 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
         "gelu_quantizer": "twin", "range_search": "minmax", "range_images": 64,
         "range_candidates": 64, "range_rounds": 1,
         "reparameterize": False, "refit": True, "refit_ridge": 1.0, "refit_flips": 3,
+        "range_inputs": "quantized", "range_zero_points": "half", "reparameterize_merges": False,
+        "refit_rule": "gradient",
         "calibration_images": 256,
         "calibration_transform": "eval", "reconstruct_mlp": True, "seed": 1,
     }  # fmt: skip
     follows = {"revision"}
     assert {*before, *follows} == set(make_recipe("fimaq").names_of("ranges"))
-    together = {"refit": {"reconstruct": False, "range_search": "percentile"}}
+    together: dict[str, dict[str, object]] = {
+        "refit": {"reconstruct": False, "range_search": "percentile"},
+        "range_inputs": {"range_search": "percentile"},
+    }
     for name, value in before.items():
         assert (
             make_recipe("fimaq", {name: value}, together.get(name, {})).digest("ranges")
@@ -261,6 +266,7 @@ def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
     [
         ({"refit": True}, "refit decides all roundings"),
         ({"refit": True, "reconstruct": False}, "refit needs range_search percentile"),
+        ({"range_inputs": "quantized"}, "range_inputs quantized needs range_search percentile"),
         (
             {"refit": True, "reconstruct": False, "range_search": "percentile", "w_bits": 32},
             "w_bits must not be 32",

@@ -175,6 +175,7 @@ def slow_row(
     a: Array,
     ridge: float,
     flips: int,
+    steep: bool,
 ) -> tuple[list[int], float | None, int]:
     """Refine one row by loops over elements and tokens; return codes, bias and kept flips."""
     current, codes, kept = row.copy(), {}, 0
@@ -208,7 +209,7 @@ def slow_row(
                     continue
                 if best is None or abs(gradient[k]) > abs(gradient[best[0]]):
                     best = k, i, above if codes[i] == below else below
-            if best is None:
+            if best is None or (steep and abs(gradient[best[0]]) <= scale / 2):
                 break
             before = codes[best[1]]
             codes[best[1]] = best[2]
@@ -231,22 +232,24 @@ def slow_row(
 @pytest.mark.parametrize(
     ("levels", "share"), [(4, 1.0), (16, 0.4)], ids=["2 bits", "4 bits, clamped"]
 )
-@pytest.mark.parametrize("flips", [0, 1, 3, 100])
+@pytest.mark.parametrize(
+    ("flips", "steep"), [(0, False), (1, False), (3, False), (100, False), (100, True)]
+)
 def test_rounding_equals_a_slow_version(
-    biased: bool, width: int, levels: int, share: float, flips: int
+    biased: bool, width: int, levels: int, share: float, flips: int, steep: bool
 ) -> None:
     torch.manual_seed(width)
     x, x_hat = inputs(60, width)
     weight, bias = parameters(12, width, biased)
     scale, zero = grid(weight, levels, share)
     codes, new_bias = refine_rounding(
-        weight, bias, RoundingGrid(scale, zero, levels), refit_moments(x, x_hat), 2.0, flips
+        weight, bias, RoundingGrid(scale, zero, levels), refit_moments(x, x_hat), 2.0, flips, steep
     )
     assert codes.dtype == torch.float32
     a, old, kept = extended(x_hat, biased), joint(weight, bias), 0
     for number, row in enumerate(old):
         found = slow_row(
-            row, biased, float(scale[number]), float(zero[number]), levels, a, 2.0, flips
+            row, biased, float(scale[number]), float(zero[number]), levels, a, 2.0, flips, steep
         )
         assert codes[number].tolist() == found[0]
         kept += found[2]
@@ -255,6 +258,29 @@ def test_rounding_equals_a_slow_version(
     assert (new_bias is not None) == biased
     # The comparison means nothing where no flip is ever kept.
     assert kept >= 4 or width < 11 or not flips
+
+
+def test_the_released_rule_flips_nothing_where_gradients_are_under_half_a_step() -> None:
+    """The gradient grows with the square of the inputs, the step does not."""
+    torch.manual_seed(5)
+    x, x_hat = inputs(400, 40)
+    weight, bias = parameters(30, 40, True)
+    scale, zero = grid(weight, 8)
+
+    def codes(size: float, flips: int, steep: bool) -> Tensor:
+        moments, points = refit_moments(size * x, size * x_hat), RoundingGrid(scale, zero, 8)
+        found, _ = refine_rounding(weight, bias, points, moments, 0.0, flips, steep)
+        return found[:, :20]  # the first half, which no earlier half compensates
+
+    delta = (codes(1.0, 0, False) - zero) * scale - weight[:, :20]
+    second = x_hat[:, :20].double().T @ x_hat[:, :20].double() / len(x_hat)
+    largest = (2 * delta.double() @ second).abs().amax(1) / scale[:, 0]  # in steps
+    small = float(0.49 / largest.max()) ** 0.5
+    assert torch.equal(codes(small, 100, True), codes(small, 0, False))
+    assert not torch.equal(codes(small, 100, False), codes(small, 0, False))
+    large = float(100 / largest.min()) ** 0.5
+    assert torch.equal(codes(large, 1, True), codes(large, 1, False))
+    assert not torch.equal(codes(large, 1, True), codes(large, 0, False))
 
 
 def first_half_errors(

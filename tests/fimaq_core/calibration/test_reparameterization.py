@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fimaq_core.calibration import calibrate as calibrate_module
+from fimaq_core.calibration import reparameterize as reparameterize_module
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.calibration.reparameterize import channel_ranges, reparameterize
 from fimaq_core.chain import BlockChain
@@ -147,7 +148,7 @@ def test_pad_values_follow_the_norm(monkeypatch: pytest.MonkeyPatch, converted: 
         return r, b
 
     owners: list[nn.LayerNorm] = []
-    monkeypatch.setattr(calibrate_module, "reparameterize", record)
+    monkeypatch.setattr(reparameterize_module, "reparameterize", record)
     model, x = swin(40), images(8, 40)
     with torch.no_grad():
         expected = copy.deepcopy(model)(x)
