@@ -32,9 +32,10 @@ Fields = Literal["all", "ranges", "mlp"]
 _Arithmetic = Literal["float32", "tf32", "bfloat16"]
 #: Fields that older recipes lack. The default of such a field is the older behaviour, and a digest
 #: counts the field only if its value differs, so that older cells keep their folders.
-_LATER = ("revision", "range_inputs", "range_zero_points", "reparameterize_merges", "refit_rule")
+_LATER = ("revision", "range_inputs", "reparameterize_merges", "refit_rule")
 #: Settings whose algorithm has changed, and the revision that changed it.
 _REVISED: dict[tuple[str, Any], int] = {
+    ("range_search", "progressive"): 2,  # the grid has at most half as many zero points as levels
     ("gelu_quantizer", "adalog"): 2,  # q is searched at the present scale
     ("softmax_quantizer", "twin"): 2,  # the split is searched with the float values v
     ("reconstruct_mlp", True): 2,  # the clamp's quantile is that of all values
@@ -92,10 +93,6 @@ class Recipe(Strict, allow_inf_nan=False):
         "float",
         "Inputs for ranges: in the float model, or behind layers that are quantized already "
         "(RepQ-ViT, percentile ranges only).",
-    )
-    range_zero_points: Literal["levels", "half"] = _range(
-        "levels",
-        "Limit of a grid's zero points beside 16: number of levels, or half of it (AdaLog).",
     )
     range_rounds: int = _range(3, "Rounds of alternating search.", ge=0)
     reparameterize: bool = _range(
@@ -282,7 +279,7 @@ _NO_RECONSTRUCTION: _Changes = {"reconstruct": False, "per_token": False}
 _FEW_IMAGES: _Changes = {**_NO_RECONSTRUCTION, "calibration_images": 32, "range_images": 32}
 _TWIN: _Changes = {"softmax_quantizer": "twin", "gelu_quantizer": "twin"}
 _ADALOG: _Changes = {"softmax_quantizer": "adalog", "gelu_quantizer": "adalog"}
-_ADALOG |= {"range_search": "progressive", "range_zero_points": "half"}
+_ADALOG["range_search"] = "progressive"
 _REPQ: _Changes = {**_FEW_IMAGES, "range_search": "percentile", "softmax_quantizer": "logsqrt2"}
 _REPQ |= {"calibration_transform": "eval", "range_inputs": "quantized", "patch_input_bits": 8}
 _ERQ: _Changes = {**_REPQ, "refit": True, "refit_rule": "gradient", "reparameterize_merges": False}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Zero points of a grid, at most one per level. FIMA-Q's and AdaLog's searches share this number.
+#: Zero points of a grid, at most one per level.
 ZERO_POINTS = 16
 #: Elements of a temporary on a CPU and on other devices. On a CPU a few temporaries must fit into
 #: the last cache (2**18 took 1.3 times as long, 2**23 as long). GPUs need larger ones.
@@ -78,14 +78,18 @@ def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
 
 
 def grid_candidates(
-    sorted_rows: Tensor, levels: int, count: int, min_scale: float = MIN_SCALE
+    sorted_rows: Tensor,
+    levels: int,
+    count: int,
+    min_scale: float = MIN_SCALE,
+    zero_points: int = ZERO_POINTS,
 ) -> Candidates:
     """Return a grid of ``count`` candidates: zero points around L/2, times scales.
 
-    There are :data:`ZERO_POINTS` zero points, but at most L. ``sorted_rows`` (groups, n) are
-    ascending. Scales run evenly from the span between the 0.1 and 0.9 quantiles to the full span.
+    There are ``zero_points`` zero points, but at most L. ``sorted_rows`` (groups, n) are ascending.
+    Scales run evenly from the span between the 0.1 and 0.9 quantiles to the full span.
     """
-    zeros = min(ZERO_POINTS, levels)
+    zeros = min(zero_points, levels)
     scales = max(count // zeros, 1)
     upper_in, upper, lower_in, lower = quantiles(sorted_rows, [0.9, 1.0, 0.1, 0.0])
     narrow, wide = upper_in - lower_in, upper - lower

@@ -12,7 +12,7 @@ from fimaq_core.calibration.candidates import (
 )
 from fimaq_core.calibration.output_error import Product, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error
-from fimaq_core.calibration.progressive import progressive_heads, progressive_rows
+from fimaq_core.calibration.progressive import progressive_heads, progressive_rows, start_grid
 from fimaq_core.calibration.special_ranges import search_after_gelu
 from fimaq_core.calibration.weight_error import Rows, best_rows, input_moments
 from fimaq_core.layers import QuantLinear
@@ -57,7 +57,8 @@ def _rounds(
     flat = x.reshape(-1, x.shape[-1])
     if not inputs.off:
         ordered = ascending(flat.reshape(1, -1))
-        grid = grid_candidates(ordered, inputs.levels, count)
+        make = start_grid if recipe.range_search == "progressive" else grid_candidates
+        grid = make(ordered, inputs.levels, count)
         index = int(best_by_own_error(ordered, grid, inputs.levels)[0])
         inputs.set_range(grid.scale[index], grid.zero_point[index])
     # A search depends on the other one's last choice only: a repeated choice ends the rounds.

@@ -10,7 +10,7 @@ from torch import Tensor
 from fimaq_core.calibration.candidates import ascending, from_bounds, grid_candidates, quantiles
 from fimaq_core.calibration.linear_ranges import set_minmax, settings, unchanged
 from fimaq_core.calibration.output_error import Product, best_of_heads
-from fimaq_core.calibration.progressive import progressive_heads
+from fimaq_core.calibration.progressive import progressive_heads, start_grid
 from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.special_ranges import search_adalog_softmax, search_twin_softmax
 from fimaq_core.layers import QuantMatMul
@@ -34,8 +34,8 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
         for quantizer, operand in ((left, a), (right, b)):
             set_minmax(quantizer, per_head(operand), shape=(1, -1, 1, 1))
     elif recipe.range_search == "progressive":
-        start_heads(left, a, count)
-        start_heads(right, b, count)
+        start_heads(left, a, recipe)
+        start_heads(right, b, recipe)
         for _ in range(recipe.range_rounds):
             search_operand(left, a, b, right(b), recipe)
             before = settings(right)
@@ -64,25 +64,26 @@ def _calibrate_after_softmax(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: R
     if recipe.range_search == "minmax":
         set_minmax(right, per_head(b), shape=(1, -1, 1, 1))
     else:
-        start_heads(right, b, count)
+        start_heads(right, b, recipe)
     for number in range(max(recipe.range_rounds, 1)):
         hat, before = right(b), settings(left)
         if isinstance(left, AdaLogQuantizer) and not left.off:
             left.set_base(search_adalog_softmax(a, hat, b, left.levels, count))
         elif isinstance(left, TwinQuantizer) and not left.off:
-            left.set_scale(search_twin_softmax(a, hat, b, left.levels).view(1, 1, 1, 1))
+            left.set_scale(search_twin_softmax(a, b, left.levels).view(1, 1, 1, 1))
         if right.off or recipe.range_search == "minmax" or (number and unchanged(left, before)):
             return
         search_operand(right, b.mT, a.mT, left(a).mT, recipe)
 
 
-def start_heads(quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
+def start_heads(quantizer: AffineQuantizer, x: Tensor, recipe: Recipe) -> None:
     """Set the range of each head to the last but one candidate of the grid, as released.
 
     This candidate has the highest zero point and suits only values below zero: rounds must follow.
     """
     if not quantizer.off:
-        candidates = grid_candidates(ascending(per_head(x)), quantizer.levels, count)
+        make = start_grid if recipe.range_search == "progressive" else grid_candidates
+        candidates = make(ascending(per_head(x)), quantizer.levels, recipe.range_candidates)
         set_heads(quantizer, candidates.scale[-2], candidates.zero_point[-2])
 
 

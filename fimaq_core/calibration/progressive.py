@@ -1,9 +1,8 @@
 """Search of scale and zero point together, first coarse, then finer and finer (AdaLog).
 
 Fast progressive combining search: Wu et al., ECCV 2024, arXiv:2407.12951. The first step evaluates
-the grid of :func:`~fimaq_core.calibration.candidates.grid_candidates`. Each further step tries
-scales at smaller distances around the best candidates. With 128 candidates per step, 16 of them
-kept, 6 steps evaluate 768 candidates.
+the grid of :func:`start_grid`. Each further step tries scales at smaller distances around the best
+candidates. With 128 candidates per step, 16 of them kept, 6 steps evaluate 768 candidates.
 """
 
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch import Tensor
 from fimaq_core.calibration.candidates import (
     MIN_SCALE,
     MIN_WEIGHT_SCALE,
+    ZERO_POINTS,
     Candidates,
     Range,
     ascending,
@@ -82,6 +82,14 @@ def progressive(
     return best_scale, best_zero
 
 
+def start_grid(
+    sorted_rows: Tensor, levels: int, count: int, min_scale: float = MIN_SCALE
+) -> Candidates:
+    """Return the grid of the first step: with at most L / 2 zero points, as released."""
+    zero_points = min(ZERO_POINTS, levels // 2)
+    return grid_candidates(sorted_rows, levels, count, min_scale, zero_points)
+
+
 def progressive_rows(
     weight: Tensor,
     levels: int,
@@ -101,7 +109,7 @@ def progressive_rows(
             return errors_of_groups(ordered, candidates, levels)
         return best_weight_errors(Rows(weight, levels, *moments), candidates, width)
 
-    return _search(errors, grid_candidates(ordered, levels, count, min_scale), count, min_scale)
+    return _search(errors, start_grid(ordered, levels, count, min_scale), count, min_scale)
 
 
 def progressive_heads(
@@ -119,7 +127,7 @@ def progressive_heads(
         ranges = zip(found, candidates.scale.t(), candidates.zero_point.t(), strict=True)
         return torch.stack([own.best(scale, zero, width) for own, scale, zero in ranges], 1)
 
-    return _search(errors, grid_candidates(sorted_rows, levels, count), count, MIN_SCALE)
+    return _search(errors, start_grid(sorted_rows, levels, count), count, MIN_SCALE)
 
 
 def _search(errors: Errors, start: Candidates, count: int, min_scale: float) -> Range:

@@ -80,11 +80,14 @@ def search_adalog_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int, coun
     return int(numerators[found.best(torch.ones_like(numerators), numerators, 1).argmin()])
 
 
-def search_twin_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int) -> Tensor:
-    """Search the split (scalar) of the twin quantizer behind a softmax among ``2^-i``, i < 20."""
+def search_twin_softmax(a: Tensor, b: Tensor, levels: int) -> Tensor:
+    """Search the split (scalar) of the twin quantizer behind a softmax among ``2^-i``, i < 20.
+
+    The other operand is in full precision, as released.
+    """
     splits = torch.exp2(-torch.arange(_SPLITS, device=a.device, dtype=a.dtype))
     quantizers = [partial(twin_softmax, split=split, levels=levels) for split in splits]
-    errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), quantizers)
+    errors = product_errors(a.flatten(0, 1), b.flatten(0, 1), b.flatten(0, 1), quantizers)
     return splits[errors.argmin()]
 
 
@@ -98,7 +101,8 @@ def search_after_gelu(layer: QuantLinear, x: Tensor, count: int) -> None:
         return
     hat, levels = layer.weight_quantizer.quantized(weight), quantizer.levels
     if isinstance(quantizer, AdaLogQuantizer):
-        scale, q = search_adalog_gelu(x, hat, weight, levels, count)
+        present = quantizer.scale if quantizer.scale.numel() else None
+        scale, q = search_adalog_gelu(x, hat, weight, levels, count, present)
         quantizer.set_base(q)
     elif isinstance(quantizer, LogQuantizer):
         scale = search_log_gelu(x, hat, weight, float(quantizer.step), levels, count)
@@ -109,12 +113,19 @@ def search_after_gelu(layer: QuantLinear, x: Tensor, count: int) -> None:
 
 
 def search_adalog_gelu(
-    x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int, rounds: int = 5
+    x: Tensor,
+    w_hat: Tensor,
+    w: Tensor,
+    levels: int,
+    count: int,
+    present: Tensor | None = None,
+    rounds: int = 5,
 ) -> tuple[Tensor, int]:
     """Search AdaLog's scale (scalar) and numerator q behind a GELU, by the output's error.
 
     The quantizer sees ``x`` (tokens, d) plus the shift. The first step tries ``count`` numerators
-    (at least 16) with the second largest of ``count`` scales. The best eight numerators times
+    (at least 16) with the scale ``present`` (one value), or with the second largest of ``count``
+    scales if the quantizer has none yet. The best eight numerators times
     ``count / 8`` scales start a search that refines scales ``rounds`` times. The best candidate of
     all steps is returned, including the first one (see :func:`~.progressive.progressive`).
     """
@@ -127,7 +138,8 @@ def search_adalog_gelu(
         return found.best(candidates.scale[:, 0], candidates.zero_point[:, 0], width)[:, None]
 
     numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=x.device, dtype=x.dtype)[:, None]
-    look = Candidates(_gelu_scales(x, count)[-2].expand(count, 1), numerators)
+    first = _gelu_scales(x, count)[-2] if present is None else present
+    look = Candidates(first.expand(count, 1), numerators)
     looked = errors(look, _FEW)
     order = looked[:, 0].argsort(stable=True)[:_FEW]
     scales = _gelu_scales(x, count // _FEW)

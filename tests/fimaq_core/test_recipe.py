@@ -210,7 +210,7 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
         "gelu_quantizer": "twin", "range_search": "minmax", "range_images": 64,
         "range_candidates": 64, "range_rounds": 1,
         "reparameterize": False, "refit": True, "refit_ridge": 1.0, "refit_flips": 3,
-        "range_inputs": "quantized", "range_zero_points": "half", "reparameterize_merges": False,
+        "range_inputs": "quantized", "reparameterize_merges": False,
         "refit_rule": "gradient",
         "calibration_images": 256,
         "calibration_transform": "eval", "reconstruct_mlp": True, "seed": 1,

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.candidates import (
-    MIN_SCALE,
-    MIN_WEIGHT_SCALE,
-    Candidates,
-    grid_candidates,
-)
+from fimaq_core.calibration.candidates import MIN_SCALE, MIN_WEIGHT_SCALE, Candidates
 from fimaq_core.calibration.output_error import Product
-from fimaq_core.calibration.progressive import progressive, progressive_heads, progressive_rows
+from fimaq_core.calibration.progressive import (
+    progressive,
+    progressive_heads,
+    progressive_rows,
+    start_grid,
+)
 from fimaq_core.calibration.weight_error import input_moments
 from fimaq_core.quantizers.affine import fake_quantize
 
@@ -53,12 +53,12 @@ def check(
     floor: float,
 ) -> None:
     """Compare the result for one group with sorted values ``rows`` with the loop's least error."""
-    start = grid_candidates(rows[None], levels, 128, floor)
+    start = start_grid(rows[None], levels, 128, floor)
     pairs = list(zip(start.scale[:, 0].tolist(), start.zero_point[:, 0].tolist(), strict=True))
     first, least = loop(direct, pairs, 8, pairs[1][0] - pairs[0][0], floor)
     # The errors' rounding may let other candidates through at the edge of those kept.
     assert direct(*found) == pytest.approx(least, rel=1e-3)
-    assert direct(*found) < first * 0.9999
+    assert direct(*found) <= first * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("new", [2, 3, 8])
@@ -190,6 +190,21 @@ def test_rows_by_own_error_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fimaq_core.calibration.own_error._TABLE", 3 * 128 * 8)
     for mine, expected in zip(progressive_rows(weight, 8, 128), whole, strict=True):
         assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize(
+    ("levels", "zeros"),
+    [(4, [1, 2]), (8, [2, 3, 4, 5]), (16, list(range(4, 12))), (256, list(range(120, 136)))],
+)
+def test_the_first_grid_has_at_most_half_as_many_zero_points_as_levels(
+    levels: int, zeros: list[int]
+) -> None:
+    grid = start_grid(torch.linspace(-1, 1, 101)[None], levels, 128)
+    assert grid.zero_point.unique().tolist() == zeros
+    scales = 128 // len(zeros)
+    spans = [1.6 + 0.4 * i / (scales - 1) for i in range(scales)]  # the 0.1 to 0.9 quantiles, all
+    found = grid.scale[:scales, 0] * (levels - 1)
+    assert torch.allclose(found, torch.tensor(spans), atol=1e-4)
 
 
 def test_a_row_of_zeros_has_a_range() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fimaq_core.calibration import percentile_ranges, special_ranges
@@ -13,11 +13,13 @@ from fimaq_core.calibration.special_ranges import (
     product_errors,
     search_adalog_gelu,
     search_adalog_softmax,
+    search_after_gelu,
     search_log_gelu,
     search_twin_gelu,
     search_twin_softmax,
 )
 from fimaq_core.errors import DataError
+from fimaq_core.layers import QuantLinear
 from fimaq_core.quantizers.affine import fake_quantize
 from fimaq_core.quantizers.logarithm import (
     GELU_SHIFT,
@@ -191,6 +193,33 @@ def test_adalog_gelu_remembers_its_first_look(monkeypatch: pytest.MonkeyPatch) -
     assert error == pytest.approx(gelu_loop(x, w_hat, w, 8)[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.5])
+def test_adalog_gelu_looks_at_every_numerator_at_the_present_scale(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second round of a layer starts from the scale that the first round left."""
+    x, _, w = mlp(1)
+    present = share * gelu_scales(x, 128)[-2]
+    worse = torch.tensor([1e3]), torch.tensor([10.0])
+    monkeypatch.setattr(special_ranges, "progressive", lambda *_: worse)
+    layer = QuantLinear.from_float(nn.Linear(*w.t().shape), 4, 3, "adalog").requires_grad_(False)
+    layer.weight.copy_(w)
+    low, high = w.aminmax(dim=1, keepdim=True)
+    layer.weight_quantizer.set_range((high - low) / 15, (-15 * low / (high - low)).round())
+    layer.input_quantizer.set_scale(torch.tensor([present]))
+    hat = layer.weight_quantizer.quantized(w)
+    search_after_gelu(layer, x, 128)
+
+    def error(q: int) -> float:
+        return direct_error(by_adalog(x, present, q, 8, GELU_SHIFT), hat.t(), x, w.t())
+
+    errors = {q: error(q) for q in range(10, 138)}
+    chosen = round(float(layer.input_quantizer.get_buffer("step")) * 37)
+    assert float(layer.input_quantizer.scale) == pytest.approx(present)
+    assert errors[chosen] <= min(errors.values()) * CLOSE
+    assert search_adalog_gelu(x, hat, w, 8, 128)[0] != present  # without a present scale
+
+
 @pytest.mark.parametrize("step", [1.0, 0.5])
 def test_log_gelu_is_as_good_as_a_fine_grid(step: float) -> None:
     x, w_hat, w = mlp(3)
@@ -215,11 +244,11 @@ def test_a_gelu_without_positive_values_is_refused() -> None:
 
 @pytest.mark.parametrize("levels", [4, 8, 16])
 def test_twin_softmax_equals_the_loop(levels: int) -> None:
-    a, b_hat, b = attention(levels + 1)
-    found = search_twin_softmax(a, b_hat, b, levels)
+    a, _, b = attention(levels + 1)
+    found = search_twin_softmax(a, b, levels)
     assert found.shape == ()
     errors = {
-        2.0**-i: direct_error(twin_softmax(a, torch.tensor(2.0**-i), levels), b_hat, a, b)
+        2.0**-i: direct_error(twin_softmax(a, torch.tensor(2.0**-i), levels), b, a, b)
         for i in range(20)
     }
     assert errors[float(found)] <= min(errors.values()) * CLOSE
@@ -229,7 +258,7 @@ def test_twin_softmax_may_choose_any_split() -> None:
     b = torch.eye(3)[None, None]
     for i in range(1, 20):
         a = torch.tensor([[[[1.0, 2.0**-i * 0.9999, 2.0**-i / 3]]]])
-        assert float(search_twin_softmax(a, b, b, 8)) == 2.0**-i
+        assert float(search_twin_softmax(a, b, 8)) == 2.0**-i
 
 
 @pytest.mark.parametrize("levels", [4, 8, 16])
