@@ -87,7 +87,7 @@ def _rounds_after_gelu(
     inputs, count = layer.input_quantizer, recipe.range_candidates
     for number in range(max(recipe.range_rounds, 1)):
         before = settings(inputs)
-        search_after_gelu(layer, flat, count)
+        search_after_gelu(layer, flat, count, again=number > 0)
         # With the same input quantizer, the weight's next search would give the same ranges.
         if layer.weight_quantizer.off or (number and unchanged(inputs, before)):
             return

@@ -91,17 +91,18 @@ def search_twin_softmax(a: Tensor, b: Tensor, levels: int) -> Tensor:
     return splits[errors.argmin()]
 
 
-def search_after_gelu(layer: QuantLinear, x: Tensor, count: int) -> None:
+def search_after_gelu(layer: QuantLinear, x: Tensor, count: int, again: bool = False) -> None:
     """Set the special input quantizer of a linear layer for inputs (tokens, d).
 
-    The weight is quantized as the layer is set up now.
+    The weight is quantized as the layer is set up now. ``again`` is True from the second round on;
+    then AdaLog's q is first searched at the present scale.
     """
     quantizer, weight = layer.input_quantizer, layer.weight.detach()
     if quantizer.off:
         return
     hat, levels = layer.weight_quantizer.quantized(weight), quantizer.levels
     if isinstance(quantizer, AdaLogQuantizer):
-        present = quantizer.scale if quantizer.scale.numel() else None
+        present = quantizer.scale if again else None
         scale, q = search_adalog_gelu(x, hat, weight, levels, count, present)
         quantizer.set_base(q)
     elif isinstance(quantizer, LogQuantizer):
@@ -124,10 +125,10 @@ def search_adalog_gelu(
     """Search AdaLog's scale (scalar) and numerator q behind a GELU, by the output's error.
 
     The quantizer sees ``x`` (tokens, d) plus the shift. The first step tries ``count`` numerators
-    (at least 16) with the scale ``present`` (one value), or with the second largest of ``count``
-    scales if the quantizer has none yet. The best eight numerators times
-    ``count / 8`` scales start a search that refines scales ``rounds`` times. The best candidate of
-    all steps is returned, including the first one (see :func:`~.progressive.progressive`).
+    (at least 16) with the scale ``present`` (one value), by default the second largest of ``count``
+    scales. The best eight numerators times ``count / 8`` scales start a search that refines scales
+    ``rounds`` times. The best candidate of all steps is returned, including the first one (see
+    :func:`~.progressive.progressive`).
     """
     other = w_hat.t()[None]
     shifted, residual = (x + GELU_SHIFT)[:, None], (x @ (w_hat - w).t())[:, None]
