@@ -92,7 +92,7 @@ class Recipe(Strict, allow_inf_nan=False):
     range_inputs: Literal["float", "quantized"] = _range(
         "float",
         "Inputs for ranges: in the float model, or behind layers that are quantized already "
-        "(RepQ-ViT, percentile ranges only).",
+        "(RepQ-ViT).",
     )
     range_rounds: int = _range(3, "Rounds of alternating search.", ge=0)
     reparameterize: bool = _range(
@@ -202,8 +202,6 @@ class Recipe(Strict, allow_inf_nan=False):
             raise ValueError("refit decides all roundings: choose one of refit, reconstruct")
         if self.refit and self.range_search != "percentile":
             raise ValueError("refit needs range_search percentile")
-        if self.range_inputs == "quantized" and self.range_search != "percentile":
-            raise ValueError("range_inputs quantized needs range_search percentile")
         if self.refit and self.w_bits == OFF:
             raise ValueError("refit writes the weights' codes, so w_bits must not be 32")
         for name in ("softmax_quantizer", "gelu_quantizer"):

@@ -13,12 +13,22 @@ from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.percentile_ranges import percentile_range
 from fimaq_core.calibration.progressive import progressive_rows
 from fimaq_core.chain import NormPair, Segment
+from fimaq_core.layers import QuantLayer, QuantLinear
 from fimaq_core.recipe import Recipe
 
 
-def norm_before(segment: Segment, name: str, recipe: Recipe) -> NormPair | None:
-    """Return the norm to reparameterise with layer ``name`` of a segment's block, if any."""
+def norm_before(segment: Segment, name: str, layer: QuantLayer, recipe: Recipe) -> NormPair | None:
+    """Return the norm to reparameterise with ``layer``, ``name`` of a segment's block, if any.
+
+    There is none if the input is not quantized or, except with percentile ranges, if the bits of
+    input and weight differ.
+    """
     if not recipe.reparameterize or (segment.kind == "merge" and not recipe.reparameterize_merges):
+        return None
+    if not isinstance(layer, QuantLinear) or layer.input_quantizer.off:
+        return None
+    agree = layer.input_quantizer.bits == layer.weight_quantizer.bits
+    if not agree and recipe.range_search != "percentile":
         return None
     return next((pair for pair in segment.pairs if pair.linear == name), None)
 

@@ -4,13 +4,16 @@ In the released code (arXiv:2212.08254) the first forward pass of the quantized 
 range when the layer is called. So a layer's input comes from layers that are quantized, weights and
 inputs. Layers behind a reparameterised norm have one input range per channel in this pass. Then the
 norms are reparameterised, and the layers behind them get new ranges of their weights.
+
+Searches other than percentiles reparameterise each norm at once.
 """
 
 import torch
 
 from fimaq_core.calibration.candidates import Range
 from fimaq_core.calibration.capture import Capture, quantizes
-from fimaq_core.calibration.percentile_ranges import layer_percentiles, set_known
+from fimaq_core.calibration.layer_ranges import calibrate_layer
+from fimaq_core.calibration.percentile_ranges import set_known
 from fimaq_core.calibration.reparameterize import (
     channel_ranges,
     common_range,
@@ -32,11 +35,12 @@ def calibrate_behind(walk: Walk, recipe: Recipe) -> None:
 
     Args:
         walk: walk whose earlier segments were quantized when it ran them.
-        recipe: all settings, with percentile ranges.
+        recipe: all settings.
 
     Raises:
         NumericsError: a weight or activation is not finite, or a layer gets no input.
     """
+    percentile = recipe.range_search == "percentile"
     segment, samples = walk.segment, len(walk.x) if walk.x.varying else None
     waiting = {name: layer for name, layer in quant_layers(segment.block) if quantizes(layer)}
     moved: list[tuple[NormPair, QuantLinear, Range]] = []
@@ -46,16 +50,15 @@ def calibrate_behind(walk: Walk, recipe: Recipe) -> None:
         captured.remove()
         # If no layer was called, reading the inputs raises the error.
         name = captured.first or next(iter(waiting))
-        layer, seen, pair = waiting.pop(name), captured.inputs(name), None
-        if isinstance(layer, QuantLinear) and not layer.input_quantizer.off:
-            pair = norm_before(segment, name, recipe)
-        if isinstance(layer, QuantLinear) and pair is not None:
+        layer, seen = waiting.pop(name), captured.inputs(name)
+        pair = norm_before(segment, name, layer, recipe)
+        if isinstance(layer, QuantLinear) and pair is not None and percentile:
             tokens, levels = seen[0].flatten(0, -2), layer.input_quantizer.levels
             ranges = channel_ranges(tokens, levels, recipe)
             set_known(layer, ranges)
             moved.append((pair, layer, ranges))
         else:
-            layer_percentiles(layer, seen)
+            calibrate_layer(segment, name, layer, seen, recipe)
         layer.quantized = True
     walk.advance(walk.run())
     set_quantized(segment.block, False)

@@ -218,8 +218,7 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
     follows = {"revision"}
     assert {*before, *follows} == set(make_recipe("fimaq").names_of("ranges"))
     together: dict[str, dict[str, object]] = {
-        "refit": {"reconstruct": False, "range_search": "percentile"},
-        "range_inputs": {"range_search": "percentile"},
+        "refit": {"reconstruct": False, "range_search": "percentile"}
     }
     for name, value in before.items():
         assert (
@@ -266,7 +265,6 @@ def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
     [
         ({"refit": True}, "refit decides all roundings"),
         ({"refit": True, "reconstruct": False}, "refit needs range_search percentile"),
-        ({"range_inputs": "quantized"}, "range_inputs quantized needs range_search percentile"),
         (
             {"refit": True, "reconstruct": False, "range_search": "percentile", "w_bits": 32},
             "w_bits must not be 32",

@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from fimaq_core.calibration import calibrate as calibrate_module
+from fimaq_core.calibration import layer_ranges
 from fimaq_core.calibration import reparameterize as reparameterize_module
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.calibration.reparameterize import channel_ranges, reparameterize
@@ -211,9 +211,9 @@ def test_layers_calibrate_on_the_full_precision_model(monkeypatch: pytest.Monkey
     with torch.no_grad():
         plain(x)
     seen: list[Tensor] = []
-    original = calibrate_module.calibrate_linear
+    original = layer_ranges.calibrate_linear
     monkeypatch.setattr(
-        calibrate_module,
+        layer_ranges,
         "calibrate_linear",
         lambda layer, x, r: (seen.append(x), original(layer, x, r)),
     )

@@ -253,6 +253,32 @@ def test_ranges_are_those_behind_quantized_layers(name: str, method: str) -> Non
         assert torch.allclose(chain(x), chain_of(build(), recipe)(x), atol=1e-4)
 
 
+def test_minmax_ranges_behind_quantized_layers_are_those_of_the_inputs_there() -> None:
+    """Without reparameterisation the finished model shows each layer the input it was set for."""
+    recipe, x = (
+        quick("rtn", w_bits=3, a_bits=3, range_images=4, range_inputs="quantized"),
+        images(4),
+    )
+    chain = chain_of(vit(2), recipe)
+    calibrate(chain, x, recipe)
+    checked = 0
+
+    def check(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal checked
+        assert isinstance(layer, QuantLinear)
+        assert isinstance(layer.input_quantizer, AffineQuantizer)
+        scale = (args[0].max().clamp(min=0) - args[0].min().clamp(max=0)) / 7
+        assert float(layer.input_quantizer.scale) == pytest.approx(float(scale), rel=1e-5)
+        checked += 1
+
+    for _, layer in quant_layers(chain):
+        if isinstance(layer, QuantLinear):
+            layer.register_forward_pre_hook(check)
+    with torch.no_grad():
+        chain(x)
+    assert checked == 9
+
+
 def test_a_convolution_of_8_bits_has_the_percentiles_of_the_images() -> None:
     recipe, x = quick("repq", w_bits=3, a_bits=3, range_images=4), images(4)
     chain = chain_of(vit(1), recipe)

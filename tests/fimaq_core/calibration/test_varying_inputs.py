@@ -10,7 +10,7 @@ from small_pyramid import WIDTH, by_hand, pyramid, swap, varied
 from torch import Tensor, nn
 
 from fimaq_core.calibration import calibrate as calibrate_module
-from fimaq_core.calibration import capture
+from fimaq_core.calibration import capture, layer_ranges
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.calibration.thinning import spread
 from fimaq_core.chain import BlockChain, Segment
@@ -35,16 +35,16 @@ pytestmark = pytest.mark.slow
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[Tensor, ...]]]:
     """Inputs that calibration gives the search of each layer, by segment and name."""
     seen: dict[str, tuple[Tensor, ...]] = {}
-    original = calibrate_module._calibrate_layer
+    original = calibrate_module.calibrate_layer
 
     def note(
         segment: Segment, name: str, layer: QuantLayer, inputs: tuple[Tensor, ...], recipe: Recipe
-    ) -> None:
+    ) -> tuple[Tensor, ...]:
         seen[f"{segment.label}.{name}"] = inputs
-        original(segment, name, layer, inputs, recipe)
+        return original(segment, name, layer, inputs, recipe)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate_module, "_calibrate_layer", note)
+        patch.setattr(calibrate_module, "calibrate_layer", note)
         yield seen
 
 
@@ -325,9 +325,9 @@ def test_convolutions_outside_the_patch_embedding_go_by_their_own_errors(
     called: list[tuple[str, int]] = []
     for kind in ("calibrate_conv", "calibrate_conv_by_own_error"):
         monkeypatch.setattr(
-            calibrate_module,
+            layer_ranges,
             kind,
-            lambda layer, x, r, kind=kind, run=getattr(calibrate_module, kind): (
+            lambda layer, x, r, kind=kind, run=getattr(layer_ranges, kind): (
                 called.append((kind, layer.out_channels)),
                 run(layer, x, r),
             ),
