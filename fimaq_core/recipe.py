@@ -32,7 +32,14 @@ Fields = Literal["all", "ranges", "mlp"]
 _Arithmetic = Literal["float32", "tf32", "bfloat16"]
 #: Fields that older recipes lack. The default of such a field is the older behaviour, and a digest
 #: counts the field only if its value differs, so that older cells keep their folders.
-_LATER: tuple[str, ...] = ()
+_LATER: tuple[str, ...] = ("revision",)
+#: Settings whose algorithm has changed, and the revision that changed it.
+_REVISED: dict[tuple[str, Any], int] = {
+    ("softmax_quantizer", "adalog"): 2,  # q is searched at the present scale
+    ("gelu_quantizer", "adalog"): 2,  # the same
+    ("softmax_quantizer", "twin"): 2,  # the split is searched with the float values v
+    ("reconstruct_mlp", True): 2,  # the clamp's quantile is that of all values
+}
 
 
 def _field(group: str, default: Any, help: str, **kwargs: Any) -> Any:
@@ -91,6 +98,12 @@ class Recipe(Strict, allow_inf_nan=False):
     refit: bool = _range(False, "Refit weights by ridge regression, refine roundings (ERQ).")
     refit_ridge: float = _range(1000.0, "Ridge of the refit, added to sums over tokens.", ge=0)
     refit_flips: int = _range(100, "Limit of changed roundings per row and half.", ge=0)
+    revision: int = _range(
+        1,
+        "Version of the algorithms, raised where their results change; it follows from the other "
+        "settings.",
+        ge=1,
+    )
     per_token: bool = _range(True, "Expand activation scales to one per token position (FIMA-Q).")
 
     reconstruct_mlp: bool = _mlp(
@@ -215,7 +228,7 @@ class Recipe(Strict, allow_inf_nan=False):
             return list(Recipe.model_fields)
         mlp = [name for name in _names("mlp") if name != "reconstruct_mlp"]
         mlp += ["perturbation", "temperature", "divergence_batch", "detection_terms"]
-        mlp += ["frozen_dtype", "calibration_images", "calibration_transform", "seed"]
+        mlp += ["frozen_dtype", "calibration_images", "calibration_transform", "seed", "revision"]
         if fields == "mlp":
             return mlp
         own = [name for name in _names("bits", "calibration") if name != "per_token"]
@@ -229,8 +242,14 @@ class Recipe(Strict, allow_inf_nan=False):
         task sets for every method.
         """
         own = {name: getattr(self, name) for name in ("w_bits", "a_bits", "seed", "scope")}
-        base = make_recipe(self.method, usual or {}, own)
-        return {name: value for name, value in self if value != getattr(base, name)}
+        base = {**dict(make_recipe(self.method, usual or {}, own)), "revision": _revision(self)}
+        return {name: value for name, value in self if value != base[name]}
+
+
+def _revision(recipe: Recipe) -> int:
+    """Return the revision of the algorithms that this version runs for a recipe."""
+    raised = (new for (name, value), new in _REVISED.items() if getattr(recipe, name) == value)
+    return max(raised, default=1)
 
 
 def _names(*groups: str) -> list[str]:
@@ -302,8 +321,11 @@ def register_method(name: str, changes: Mapping[str, Any]) -> None:
 def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
     """Merge defaults, the method's settings and ``overrides`` into a recipe; later ones win.
 
+    The recipe gets the revision that this version runs.
+
     Raises:
-        RecipeError: unknown method or key (with a suggestion), or a value that does not fit.
+        RecipeError: unknown method or key (with a suggestion), a value that does not fit, or
+            another revision.
     """
     if method not in METHODS:
         raise RecipeError(f"Unknown method '{method}'.{suggest(method, METHODS)}")
@@ -319,9 +341,16 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
     bits = given.get("w_bits", Recipe.model_fields["w_bits"].default)
     merged = {**METHODS[method], **_AT_BITS.get(method, {}).get(bits, {}), **given}
     try:
-        return Recipe(**merged)
+        recipe = Recipe(**merged)
     except ValidationError as error:
         raise RecipeError(f"The recipe does not make sense: {problems(error, Recipe)}") from error
+    revision = _revision(recipe)
+    if given.get("revision", revision) != revision:
+        raise RecipeError(
+            f"The recipe has revision {recipe.revision} of the algorithms of {method}, but this "
+            f"version runs revision {revision}: leave the revision out and run everything anew."
+        )
+    return recipe.model_copy(update={"revision": revision})
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:

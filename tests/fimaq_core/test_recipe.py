@@ -213,13 +213,36 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
         "calibration_images": 256,
         "calibration_transform": "eval", "reconstruct_mlp": True, "seed": 1,
     }  # fmt: skip
-    assert set(before) == set(make_recipe("fimaq").names_of("ranges"))
+    follows = {"revision"}
+    assert {*before, *follows} == set(make_recipe("fimaq").names_of("ranges"))
     together = {"refit": {"reconstruct": False, "range_search": "percentile"}}
     for name, value in before.items():
         assert (
             make_recipe("fimaq", {name: value}, together.get(name, {})).digest("ranges")
             not in shared
         ), name
+
+
+def test_recipes_of_an_older_revision_can_be_read_but_not_run() -> None:
+    changed = {"softmax_quantizer": "twin", "reconstruct": False}
+    now = make_recipe("ptq4vit")
+    assert now.revision == 2
+    assert make_recipe("fimaq").revision == make_recipe("repq").revision == 1
+    assert make_recipe("fimaq", changed).changes() == changed  # the revision follows from these
+    assert make_recipe("ptq4vit", now.model_dump()) == now
+
+    fields = {name: value for name, value in now.model_dump().items() if name != "revision"}
+    old = Recipe.model_validate(fields)
+    assert old.changes() == {"revision": 1}
+    assert old.digest() != now.digest()
+    assert old.digest("ranges") != now.digest("ranges")
+    with pytest.raises(RecipeError, match=r"has revision 1 of .* version runs revision 2: leave"):
+        make_recipe("ptq4vit", old.model_dump())
+    with pytest.raises(RecipeError, match="has revision 3 of"):
+        make_recipe("ptq4vit", {"revision": 3})
+
+    reconstructed = make_recipe("aphq").model_copy(update={"revision": 1})
+    assert reconstructed.digest("mlp") != make_recipe("aphq").digest("mlp")
 
 
 def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:

@@ -62,7 +62,7 @@ def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[
     An ``out`` of an equal run is kept.
     """
     # The recipe is made again, which refuses fields that do not fit MLP reconstruction.
-    given = request.recipe.model_dump(mode="json")
+    given = request.recipe.model_dump(mode="json", exclude={"revision"})
     recipe = make_recipe(request.recipe.method, given, {"reconstruct_mlp": True})
     made = out if out.is_file() else None
     cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=made), on_progress)
