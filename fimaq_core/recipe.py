@@ -22,6 +22,11 @@ OFF = 32
 #: Names of block losses; :func:`fimaq_core.fisher.losses.register_loss` adds to them.
 LOSSES = ["mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr", "fisher_dplr"]
 LOSSES += ["perturb", "perturb_mean", "prediction", "least_squares"]
+LOSSES += ["mse_adalog", "prediction_pdquant"]
+#: Losses that compare the predictions of the whole model.
+PREDICTION = ("prediction", "prediction_pdquant")
+#: Losses that are not divided by their values at the first step.
+UNDIVIDED = ("mse_adalog", "prediction_pdquant")
 
 #: Kinds of activation quantizers.
 Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
@@ -32,7 +37,7 @@ Fields = Literal["all", "ranges", "mlp"]
 _Arithmetic = Literal["float32", "tf32", "bfloat16"]
 #: Fields that older recipes lack. The default of such a field is the older behaviour, and a digest
 #: counts the field only if its value differs, so that older cells keep their folders.
-_LATER: tuple[str, ...] = ("revision",)
+_LATER: tuple[str, ...] = ("revision", "loss_start", "prediction_lambda")
 #: Settings whose algorithm has changed, and the revision that changed it.
 _REVISED: dict[tuple[str, Any], int] = {
     ("softmax_quantizer", "adalog"): 2,  # q is searched at the present scale
@@ -141,6 +146,12 @@ class Recipe(Strict, allow_inf_nan=False):
     beta_end: float = _recon(2.0, "Exponent of the regulariser at the end.", ge=1)
 
     loss: str = _loss("fisher_dplr", f"Block loss: {', '.join(LOSSES)}.")
+    loss_start: float | None = _loss(
+        None,
+        "Value that the losses of all blocks, the head's too, start at (2 in APHQ-ViT's code); if "
+        "not given, the losses' own values, and the head's KL is not divided by its start.",
+        gt=0,
+    )
     fisher_k: int = _loss(5, "Fisher passes per block, the low-rank part's rank.", ge=1, le=64)
     fisher_mode: Literal["q", "qf"] = _loss(
         "q", "Fisher passes spread over the steps (q) or before the first k (qf)."
@@ -151,6 +162,9 @@ class Recipe(Strict, allow_inf_nan=False):
     perturbation: float = _loss(1e-6, "ε of the perturbation Hessian.", gt=0)
     prediction_share: float = _loss(
         0.5, "Share of the prediction's divergence in the loss 'prediction'.", ge=0, le=1
+    )
+    prediction_lambda: float = _loss(
+        0.1, "Divisor of the prediction's divergence in the loss 'prediction_pdquant'.", gt=0
     )
     detection_terms: Literal["rpn", "rpn+roi"] = _loss(
         "rpn",
@@ -191,6 +205,10 @@ class Recipe(Strict, allow_inf_nan=False):
             raise ValueError("refit needs range_search percentile")
         if self.refit and self.w_bits == OFF:
             raise ValueError("refit writes the weights' codes, so w_bits must not be 32")
+        if self.loss in UNDIVIDED and self.loss_start is not None:
+            raise ValueError(f"the loss {self.loss} is not divided, so loss_start has no meaning")
+        if self.loss_start is not None and not self.fisher_p1 + self.fisher_p2:
+            raise ValueError("loss_start needs a positive fisher_p1 or fisher_p2")
         for name in ("softmax_quantizer", "gelu_quantizer"):
             kind = getattr(self, name)
             if self.range_search == "percentile" and kind in ("adalog", "twin"):
@@ -268,6 +286,8 @@ _ADALOG["range_search"] = "progressive"
 _REPQ: _Changes = {**_FEW_IMAGES, "range_search": "percentile", "softmax_quantizer": "logsqrt2"}
 #: Squared error, full-precision inputs, no dropping.
 _BRECQ: _Changes = {**_PER_TENSOR, "loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0}
+#: APHQ-ViT's code divides all losses by half of their starts.
+_APHQ: _Changes = {**_PER_TENSOR, "loss_start": 2.0}
 
 #: Changes to the defaults (FIMA-Q's released settings) by method. docs/methods.md describes each
 #: method and its differences from the released code.
@@ -289,11 +309,12 @@ METHODS: dict[str, _Changes] = {
     # Wei et al., ICLR 2022 (arXiv:2203.05740): squared error, mixed inputs, dropping.
     "qdrop": {**_PER_TENSOR, "loss": "mse"},
     # Liu et al., CVPR 2023 (arXiv:2212.07048).
-    "pdquant": {**_PER_TENSOR, "loss": "prediction"},
+    "pdquant": {**_PER_TENSOR, "loss": "prediction_pdquant", "temperature": 4.0, "lr_alpha": 3e-3},
     # AdaLog with BRECQ's reconstruction.
-    "adalog-recon": {**_ADALOG, **_BRECQ, "range_images": 32},
-    # Wu et al., CVPR 2025 (arXiv:2504.02508).
-    "aphq": {**_PER_TENSOR, "loss": "perturb_mean", "reconstruct_mlp": True},
+    "adalog-recon": {**_ADALOG, **_BRECQ, "range_images": 32, "loss": "mse_adalog"},
+    # Wu et al., CVPR 2025 (arXiv:2504.02508); and QDrop as its code runs it.
+    "aphq": {**_APHQ, "loss": "perturb_mean", "reconstruct_mlp": True},
+    "qdrop-aphq": {**_APHQ, "loss": "mse"},
     # Wu et al., CVPR 2025 (arXiv:2506.11543); alone, and after APHQ-ViT's MLP reconstruction.
     "fimaq": {},  # the defaults of all fields, which other methods share unless they change them
     "fimaq-mlp": {"reconstruct_mlp": True},
