@@ -15,13 +15,18 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fimaq_core.documents import Strict, problems, read_yaml
 from fimaq_core.errors import RecipeError, suggest
-
-#: Bit-width that switches a quantizer off.
-OFF = 32
+from fimaq_core.methods import AT_BITS, REVISED
+from fimaq_core.methods import METHODS as METHODS
+from fimaq_core.methods import OFF as OFF
 
 #: Names of block losses; :func:`fimaq_core.fisher.losses.register_loss` adds to them.
 LOSSES = ["mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr", "fisher_dplr"]
-LOSSES += ["perturb", "perturb_mean", "prediction", "least_squares"]
+LOSSES += ["perturb", "perturb_mean", "prediction", "least_squares", "mse_adalog"]
+LOSSES += ["prediction_pdquant"]
+#: Losses that compare the predictions of the whole model.
+PREDICTION = ("prediction", "prediction_pdquant")
+#: Losses that are not divided by their values at the first step.
+UNDIVIDED = ("mse_adalog", "prediction_pdquant")
 
 #: Kinds of activation quantizers.
 Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
@@ -32,14 +37,10 @@ Fields = Literal["all", "ranges", "mlp"]
 _Arithmetic = Literal["float32", "tf32", "bfloat16"]
 #: Fields that older recipes lack. The default of such a field is the older behaviour, and a digest
 #: counts the field only if its value differs, so that older cells keep their folders.
-_LATER = ("revision", "range_inputs", "reparameterize_merges", "refit_rule")
-#: Settings whose algorithm has changed, and the revision that changed it.
-_REVISED: dict[tuple[str, Any], int] = {
-    ("range_search", "progressive"): 2,  # the grid has at most half as many zero points as levels
-    ("gelu_quantizer", "adalog"): 2,  # q is searched at the present scale
-    ("softmax_quantizer", "twin"): 2,  # the split is searched with the float values v
-    ("reconstruct_mlp", True): 2,  # the clamp's quantile is that of all values
-}
+_LATER: tuple[str, ...] = (
+    "revision", "range_inputs", "reparameterize_merges", "refit_rule", "loss_start",
+    "prediction_lambda",
+)  # fmt: skip
 
 
 def _field(group: str, default: Any, help: str, **kwargs: Any) -> Any:
@@ -154,6 +155,12 @@ class Recipe(Strict, allow_inf_nan=False):
     beta_end: float = _recon(2.0, "Exponent of the regulariser at the end.", ge=1)
 
     loss: str = _loss("fisher_dplr", f"Block loss: {', '.join(LOSSES)}.")
+    loss_start: float | None = _loss(
+        None,
+        "Value that the losses of all blocks, the head's too, start at (2 in APHQ-ViT's code); if "
+        "not given, the losses' own values, and the head's KL is not divided by its start.",
+        gt=0,
+    )
     fisher_k: int = _loss(5, "Fisher passes per block, the low-rank part's rank.", ge=1, le=64)
     fisher_mode: Literal["q", "qf"] = _loss(
         "q", "Fisher passes spread over the steps (q) or before the first k (qf)."
@@ -164,6 +171,9 @@ class Recipe(Strict, allow_inf_nan=False):
     perturbation: float = _loss(1e-6, "ε of the perturbation Hessian.", gt=0)
     prediction_share: float = _loss(
         0.5, "Share of the prediction's divergence in the loss 'prediction'.", ge=0, le=1
+    )
+    prediction_lambda: float = _loss(
+        0.1, "Divisor of the prediction's divergence in the loss 'prediction_pdquant'.", gt=0
     )
     detection_terms: Literal["rpn", "rpn+roi"] = _loss(
         "rpn",
@@ -204,6 +214,10 @@ class Recipe(Strict, allow_inf_nan=False):
             raise ValueError("refit needs range_search percentile")
         if self.refit and self.w_bits == OFF:
             raise ValueError("refit writes the weights' codes, so w_bits must not be 32")
+        if self.loss in UNDIVIDED and self.loss_start is not None:
+            raise ValueError(f"the loss {self.loss} is not divided, so loss_start has no meaning")
+        if self.loss_start is not None and not self.fisher_p1 + self.fisher_p2:
+            raise ValueError("loss_start needs a positive fisher_p1 or fisher_p2")
         for name in ("softmax_quantizer", "gelu_quantizer"):
             kind = getattr(self, name)
             if self.range_search == "percentile" and kind in ("adalog", "twin"):
@@ -261,7 +275,7 @@ class Recipe(Strict, allow_inf_nan=False):
 
 def _revision(recipe: Recipe) -> int:
     """Return the revision of the algorithms that this version runs for a recipe."""
-    raised = (new for (name, value), new in _REVISED.items() if getattr(recipe, name) == value)
+    raised = (new for (name, value), new in REVISED.items() if getattr(recipe, name) == value)
     return max(raised, default=1)
 
 
@@ -269,56 +283,6 @@ def _names(*groups: str) -> list[str]:
     """Return the names of the fields in ``groups``, in order."""
     extras = ((name, field.json_schema_extra) for name, field in Recipe.model_fields.items())
     return [name for name, extra in extras if isinstance(extra, dict) and extra["group"] in groups]
-
-
-_Changes = dict[str, Any]
-_PER_TENSOR: _Changes = {"per_token": False}
-_NO_RECONSTRUCTION: _Changes = {"reconstruct": False, "per_token": False}
-_FEW_IMAGES: _Changes = {**_NO_RECONSTRUCTION, "calibration_images": 32, "range_images": 32}
-_TWIN: _Changes = {"softmax_quantizer": "twin", "gelu_quantizer": "twin"}
-_ADALOG: _Changes = {"softmax_quantizer": "adalog", "gelu_quantizer": "adalog"}
-_ADALOG["range_search"] = "progressive"
-_REPQ: _Changes = {**_FEW_IMAGES, "range_search": "percentile", "softmax_quantizer": "logsqrt2"}
-_REPQ |= {"calibration_transform": "eval", "range_inputs": "quantized", "patch_input_bits": 8}
-_ERQ: _Changes = {**_REPQ, "refit": True, "refit_rule": "gradient", "reparameterize_merges": False}
-#: Squared error, full-precision inputs, no dropping.
-_BRECQ: _Changes = {**_PER_TENSOR, "loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0}
-
-#: Changes to the defaults (FIMA-Q's released settings) by method. docs/methods.md describes each
-#: method and its differences from the released code.
-METHODS: dict[str, _Changes] = {
-    # APHQ-ViT's MLP reconstruction alone, in full precision.
-    "mlp-recon": {**_NO_RECONSTRUCTION, "w_bits": OFF, "a_bits": OFF, "reconstruct_mlp": True},
-    # Rounding to nearest with min-max ranges.
-    "rtn": {**_NO_RECONSTRUCTION, "range_search": "minmax", "reparameterize": False},
-    # Li et al., ICCV 2023 (arXiv:2212.08254).
-    "repq": _REPQ,
-    # Yuan et al., ECCV 2022 (arXiv:2111.12293); its twin quantizers in this framework's search.
-    "ptq4vit": {**_FEW_IMAGES, **_TWIN, "reparameterize": False, "calibration_transform": "eval"},
-    # Wu et al., ECCV 2024 (arXiv:2407.12951), calibrated only.
-    "adalog": {**_FEW_IMAGES, **_ADALOG},
-    # Zhong et al., ICML 2024 (arXiv:2407.06794).
-    "erq": _ERQ,
-    # Li et al., ICLR 2021 (arXiv:2102.05426), as released with these codes.
-    "brecq": _BRECQ,
-    # Wei et al., ICLR 2022 (arXiv:2203.05740): squared error, mixed inputs, dropping.
-    "qdrop": {**_PER_TENSOR, "loss": "mse"},
-    # Liu et al., CVPR 2023 (arXiv:2212.07048).
-    "pdquant": {**_PER_TENSOR, "loss": "prediction"},
-    # AdaLog with BRECQ's reconstruction.
-    "adalog-recon": {**_ADALOG, **_BRECQ, "range_images": 32},
-    # Wu et al., CVPR 2025 (arXiv:2504.02508).
-    "aphq": {**_PER_TENSOR, "loss": "perturb_mean", "reconstruct_mlp": True},
-    # Wu et al., CVPR 2025 (arXiv:2506.11543); alone, and after APHQ-ViT's MLP reconstruction.
-    "fimaq": {},  # the defaults of all fields, which other methods share unless they change them
-    "fimaq-mlp": {"reconstruct_mlp": True},
-    # LS-ViT, CVPR 2026: its least-squares Hessian, otherwise FIMA-Q's settings.
-    "lsvit": {"loss": "least_squares"},
-}
-#: Further changes at some weight bits, as in the method's released configuration.
-_AT_BITS: dict[str, dict[int, _Changes]] = {
-    "aphq": {2: {"mlp_percentile": 0.98, "per_token": True}, 4: {"mlp_percentile": 0.98}}
-}
 
 
 def register_method(name: str, changes: Mapping[str, Any]) -> None:
@@ -354,7 +318,7 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
             "choose one."
         )
     bits = given.get("w_bits", Recipe.model_fields["w_bits"].default)
-    merged = {**METHODS[method], **_AT_BITS.get(method, {}).get(bits, {}), **given}
+    merged = {**METHODS[method], **AT_BITS.get(method, {}).get(bits, {}), **given}
     try:
         recipe = Recipe(**merged)
     except ValidationError as error:

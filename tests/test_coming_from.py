@@ -220,7 +220,7 @@ def _settings(bits: int, **others: Any) -> dict[str, Any]:
         "range_search": "output-error", "softmax_quantizer": "uniform",
         "gelu_quantizer": "uniform", "per_token": False,
         "loss": "mse", "prefix_prob": 0.5, "activation_prob": 0.5, "temperature": 20.0,
-        "learn_scales": True,
+        "learn_scales": True, "loss_start": None,
         "reconstruct_mlp": False, "reconstruct": True, "steps": 20_000, "reparameterize": True,
     }  # fmt: skip
     return same | others
@@ -253,7 +253,7 @@ def _adalog(bits: int, reconstruct: bool) -> dict[str, Any]:
         "range_images": 32,
     }
     if reconstruct:
-        return _brecq(bits) | special
+        return _brecq(bits) | special | {"loss": "mse_adalog"}
     found = _settings(bits, **special, calibration_images=32, reconstruct=False)
     return {
         name: value
@@ -284,7 +284,7 @@ def _configs(name: str) -> dict[str, dict[str, Any]]:
         found[f"{bits}bit/qdrop_baseline.py"] = _settings(bits)
         found[f"{bits}bit/brecq_baseline.py"] = _brecq(bits)
         found[f"{bits}bit/brecq_qinp.py"] = _brecq(bits, prefix=1.0)
-    return found
+    return {config: fields | {"loss_start": 2.0} for config, fields in found.items()}
 
 
 def recipe_of(options: str) -> Recipe:

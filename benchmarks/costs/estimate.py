@@ -9,11 +9,11 @@ from benchmarks.grid.cell import Cell, Key
 from fimaq_core.recipe import Recipe
 
 #: Cost of a step relative to the squared error. The prediction loss also runs all later blocks.
-_STEP_FACTORS = {"prediction": 4.0}
+_STEP_FACTORS = {"prediction": 4.0, "prediction_pdquant": 5.0}
 #: Cost of a step of an MLP relative to a step of its block.
 _MLP_SHARE = 0.6
 #: Losses without gradient passes, and losses with several gradient passes per block.
-_NO_PASSES, _MANY_PASSES = ("mse", "mae"), ("fisher_diag", "fisher_lr", "fisher_dplr")
+_NO_PASSES, _MANY_PASSES = ("mse", "mae", "mse_adalog"), ("fisher_diag", "fisher_lr", "fisher_dplr")
 
 
 def kind(cell: Cell) -> str:

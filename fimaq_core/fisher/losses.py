@@ -1,9 +1,9 @@
 """Block losses: squared error weighted by approximations of the Fisher information.
 
 All functions are pure, and losses are scalars. Symbols: Δ is the block's output error, flattened to
-(B, N); the mean absolute gradients g and mean absolute errors d of k Fisher passes are the rows of
-G and D, (k, N). Sources: FIMA-Q (Wu et al., CVPR 2025, arXiv:2506.11543) and its released code;
-BRECQ's squared gradient (Li et al., ICLR 2021) for ``fisher_brecq``.
+(B, N) if not said otherwise; the mean absolute gradients g and mean absolute errors d of k Fisher
+passes are the rows of G and D, (k, N). Sources: FIMA-Q (Wu et al., CVPR 2025, arXiv:2506.11543) and
+its released code; BRECQ's squared gradient (Li et al., ICLR 2021) for ``fisher_brecq``.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fimaq_core.errors import RecipeError
-from fimaq_core.recipe import LOSSES
+from fimaq_core.recipe import LOSSES, PREDICTION, UNDIVIDED
 
 #: Least eigenvalue of D Dᵀ, as share of the largest; smaller ones are raised to it. So the
 #: condition of D Dᵀ is at most 1e8.
@@ -21,6 +21,15 @@ DAMPING = 1e-8
 
 def squared_error(delta: Tensor) -> Tensor:
     """Return ``mean over samples of Σ Δ²``."""
+    return delta.square().sum(1).mean()
+
+
+def axis_error(delta: Tensor) -> Tensor:
+    """Return Σ Δ² over axis 1, averaged over the other axes, of Δ (B, ...) in its own shape.
+
+    This is the squared error of BRECQ's code and its descendants, such as those of AdaLog and
+    PD-Quant. Axis 1 holds the tokens of a ViT, the rows of a Swin's map and the classes of a head.
+    """
     return delta.square().sum(1).mean()
 
 
@@ -95,4 +104,4 @@ def register_loss(name: str, loss: Callable[[Tensor], Tensor]) -> None:
 
 def takes_passes(name: str) -> bool:
     """Return True if the loss ``name`` needs passes of the divergence over the samples."""
-    return name not in PLAIN and name != "prediction"
+    return name not in (*PLAIN, *PREDICTION, *UNDIVIDED)

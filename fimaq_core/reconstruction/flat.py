@@ -39,7 +39,7 @@ class FlatStep(StepEngine):
         self.wanted = [leaf for leaf in (self.soft, self.scales) if leaf.requires_grad]
 
     def _source(self) -> "AllSamples | FedSamples | OneSample":
-        objective, samples, mixed = self.objective, self.schedule.samples, self.mix > 0
+        objective, samples, mixed = self.objective, self.schedule.samples, self.reads_prefix
         if isinstance(objective, SampleObjective):
             return OneSample(objective, samples[:, 0].tolist(), mixed, self.plan.traced)
         assert isinstance(objective, BlockObjective)
@@ -79,7 +79,8 @@ class FlatStep(StepEngine):
         # The rest of the model differs from block to block, so it is never compiled.
         output, batch = self._call(step.batch_output, block, plan, now)
         starts, divergence = objective.state.starts, objective.divergence
-        return prediction_loss(plan.part_weights, output, batch, starts, objective.rest, divergence)
+        losses = plan.kind, plan.part_weights
+        return prediction_loss(*losses, output, batch, starts, objective.rest, divergence)
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)

@@ -1,4 +1,4 @@
-"""The loss of a block on a step's batch, each part divided by its start value. Pure functions."""
+"""The loss of a block on a step's batch: a weighted sum of parts over divisors. Pure functions."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,7 +42,8 @@ class Batch(NamedTuple):
 class LossState(NamedTuple):
     """Tensors that a loss needs in addition to the batch. Passes change them in place."""
 
-    starts: Tensor  # (parts,) divisors of the parts; 0 if not known yet
+    #: (parts,) divisors of the parts; 0 if not known yet, 1 if the loss is not divided
+    starts: Tensor
     #: (k, N) mean absolute gradients, zero for future passes; u (1, N) for ``least_squares``
     gradients: Tensor | None = None
     #: (N,) mean of the gradients; h for ``least_squares``, the Hessian for ``perturb_mean``
@@ -63,11 +64,14 @@ def block_loss(
         return kl_divergence(output, batch.target), state.starts
     if kind == "head_relative":
         return _over_starts([kl_divergence(output, batch.target)], weights, state.starts)
-    delta = (output - batch.target).flatten(1)
-    return _over_starts(_parts(kind, delta, batch, state), weights, state.starts)
+    delta = output - batch.target
+    if kind == "mse_adalog":
+        return _over_starts([losses.axis_error(delta)], weights, state.starts)
+    return _over_starts(_parts(kind, delta.flatten(1), batch, state), weights, state.starts)
 
 
 def prediction_loss(
+    kind: str,
     weights: tuple[float, ...],
     output: Tensor,
     batch: Batch,
@@ -77,16 +81,26 @@ def prediction_loss(
 ) -> Loss:
     """Return the block's squared error plus the divergence of the prediction, and the start values.
 
-    PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). The released code adds both undivided, with
-    weights that suit convolutional networks. Here each is divided by its start value, so both
-    count. ``rest`` runs the model behind the block in full precision.
+    Source: PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). ``rest`` runs the model behind the
+    block in full precision. ``kind`` is one of these losses:
+
+    * ``prediction_pdquant``: as released. ``output`` (2B, ...) has the outputs for mixed inputs,
+      which the squared error compares, and then those for unmixed inputs, which give the
+      prediction. The start values are 1, so nothing is divided.
+    * ``prediction``: a variant. ``output`` (B, ...) is used for both, and each part is divided by
+      its start value.
     """
     assert batch.reference is not None
-    delta = (output - batch.target).flatten(1)
-    prediction = rest(output, batch.side, batch.kept)
+    if kind == "prediction_pdquant":
+        output, unmixed = output.chunk(2)
+        error = losses.axis_error(output - batch.target)
+    else:
+        unmixed = output
+        error = losses.squared_error((output - batch.target).flatten(1))
+    prediction = rest(unmixed, batch.side, batch.kept)
     # At 8 bits the divergence is about 1e-8; in float32 it could be negative.
     far = divergence(prediction.double(), batch.reference.double()).float()
-    return _over_starts([losses.squared_error(delta), far], weights, starts)
+    return _over_starts([error, far], weights, starts)
 
 
 def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Tensor]:

@@ -10,11 +10,11 @@ before the MLP as trained, but the loss does not depend on the norm.)
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from fimaq_core.calibration.thinning import spread
 from fimaq_core.chain import BlockChain, MlpPart, Segment
 from fimaq_core.checkpoint import Pieces
 from fimaq_core.errors import ModelError, NumericsError
@@ -31,8 +31,6 @@ from fimaq_core.samples import Samples
 
 #: Weight of the term with clamped hidden values, as released.
 _CLAMPED_WEIGHT = 2.0
-#: Most hidden values for the clamping quantile: of the first images, or of all if sizes vary.
-_VALUES = 2**24
 
 
 @dataclass(frozen=True)
@@ -133,26 +131,16 @@ def _prepare(
     mlp, where = segment.block.get_submodule(part.name), f"{segment.label}.{part.name}"
     inputs, targets, hessians = (Collected(tape.storage, full) for _ in range(3))
     total: Tensor | None = None
-    hidden: list[Tensor] = []
     seen: dict[str, Tensor] = {}
-    fc2 = mlp.get_submodule(part.fc2)
-    handles = [
-        mlp.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out)),
-        fc2.register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0])),
-    ]
-    for rows in full.slices(divergence.batch or tape.batch_size):
+    handle = mlp.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out))
+    slices = list(full.slices(divergence.batch or tape.batch_size))
+    for rows in slices:
         x = full[rows].to(device)
         with torch.no_grad(), arithmetic(recipe.frozen_dtype, device):
             segment.block(x)
-        output, values = seen["y"].float(), seen["hidden"].float()
+        output = seen["y"].float()
         inputs.put(rows, seen["x"].float())
         targets.put(rows, output)
-        if full.varying:  # the same number of values per image, evenly spread over tokens
-            tokens = values.flatten(0, -2)
-            share = max(_VALUES // (len(full) * tokens.shape[1]), 1)
-            hidden.append(tokens[spread(len(tokens), share, device)].flatten())
-        elif sum(one.numel() for one in hidden) < _VALUES:
-            hidden.append(values.flatten())
         if recipe.mlp_loss == "perturb_mean":
             run, to = _rest_behind(tape, mlp, x, rows), reference[rows].to(device)
             tail = Tail(run, to, divergence, recipe.frozen_dtype)
@@ -161,15 +149,21 @@ def _prepare(
                 hessians.put(rows, _scaled(own, own.mean(), where))
             else:
                 total = own.sum(0) if total is None else total + own.sum(0)
-    for handle in handles:
-        handle.remove()
+    handle.remove()
     hessian = None
     if total is not None:
         hessian = Samples(_scaled(total, total.square().mean().sqrt(), where))
     elif recipe.mlp_loss == "perturb_mean":
         hessian = hessians.samples
-    limit = positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile)
-    return _TrainingData(where, inputs.samples, targets.samples, hessian, limit)
+    kept = inputs.samples
+
+    def hidden() -> Iterator[Tensor]:
+        for rows in slices:
+            with torch.no_grad(), arithmetic(recipe.frozen_dtype, device):
+                yield _hidden(mlp, part, kept[rows].to(device)).float()
+
+    limit = positive_quantile(hidden, recipe.mlp_percentile)
+    return _TrainingData(where, kept, targets.samples, hessian, limit)
 
 
 def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
@@ -197,13 +191,38 @@ def _rest_behind(tape: Tape, mlp: nn.Module, x: Tensor, rows: slice) -> Callable
     return rest
 
 
-def positive_quantile(values: Tensor, share: float) -> float:
-    """Return the quantile of the positive ``values`` (n,) at ``share``; 0 if none is positive."""
-    positive = values[values > 0]
-    if not len(positive):
+def positive_quantile(pieces: Callable[[], Iterable[Tensor]], share: float) -> float:
+    """Return the quantile of the positive values of all pieces at ``share``; 0 if there is none.
+
+    The quantile is exact: it is the value of rank ``ceil(share n)`` among n positive values. Bits
+    of positive float32 numbers, read as integers, have the same order. So the first of two passes
+    counts the values by the upper half of their bits. The second pass counts those with the upper
+    half of the quantile by the lower half. Memory: one piece and its bits, and 2^16 counts.
+
+    Args:
+        pieces: called once per pass; yields the same float32 tensors of any shape each time.
+    """
+
+    def positive() -> Iterator[Tensor]:
+        for piece in pieces():
+            yield piece[piece > 0].view(torch.int32)
+
+    upper = reduce(torch.add, (torch.bincount(bits >> 16, minlength=2**15) for bits in positive()))
+    count = int(upper.sum())
+    if not count:
         return 0.0
-    rank = max(-(-round(share * 1e9) * len(positive) // 10**9), 1)
-    return float(positive.kthvalue(rank).values)
+    rank = max(-(-round(share * 1e9) * count // 10**9), 1)
+    high = int(torch.searchsorted(upper.cumsum(0), rank))
+    inside = (bits[bits >> 16 == high] & 0xFFFF for bits in positive())
+    lower = reduce(torch.add, (torch.bincount(bits, minlength=2**16) for bits in inside))
+    low = int(torch.searchsorted(lower.cumsum(0), rank - int(upper[:high].sum())))
+    return float(torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32))
+
+
+def _hidden(mlp: nn.Module, part: MlpPart, x: Tensor) -> Tensor:
+    """Return the input of an MLP's second linear layer, for inputs ``x`` (B, ...) of the MLP."""
+    hidden: Tensor = mlp.get_submodule(part.act)(mlp.get_submodule(part.fc1)(x))
+    return hidden
 
 
 def mlp_loss(
@@ -214,8 +233,7 @@ def mlp_loss(
     z' are the outputs with hidden values clamped to ``limit``; ``target`` t (B, ...) the outputs
     with GELU. ``hessian`` H has the shape of one sample; None stands for ones.
     """
-    fc2 = mlp.get_submodule(part.fc2)
-    hidden = mlp.get_submodule(part.act)(mlp.get_submodule(part.fc1)(x))
+    fc2, hidden = mlp.get_submodule(part.fc2), _hidden(mlp, part, x)
     clamped = (fc2(hidden.clamp(max=limit)) - target).square()
     errors = (fc2(hidden) - target).square() + _CLAMPED_WEIGHT * clamped
     loss: Tensor = (errors if hessian is None else errors * hessian).mean()

@@ -13,7 +13,7 @@ from fimaq_core.fisher import losses
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import Sweep, least_squares_hessian, mean_gradient_and_error
 from fimaq_core.layers import set_quantized
-from fimaq_core.recipe import Recipe
+from fimaq_core.recipe import PREDICTION, UNDIVIDED, Recipe
 from fimaq_core.reconstruction.loss import Batch, LossState
 from fimaq_core.reconstruction.tape import Collected, Tape, mean_of
 from fimaq_core.samples import Samples
@@ -32,9 +32,11 @@ class Objective:
     """Base of a block's objectives, for samples of equal and of varying shapes.
 
     The head's loss is ``KL(softmax(fp) || softmax(q))``, not divided; for losses with a
-    perturbation Hessian it is twice the KL over its start value, as in APHQ-ViT's code. A neck's
-    loss is the squared error. Each part of every other loss is divided by its start value, from the
-    first step or from the first one after the last Fisher pass. Fisher losses have the weight 2.
+    perturbation Hessian it is twice the KL over its start value, as in APHQ-ViT's code. PD-Quant's
+    loss has no other one for the head. A neck's loss is the squared error. Each part of every other
+    loss, except :data:`fimaq_core.recipe.UNDIVIDED`, is divided by its start value, from the first
+    step or from the first one after the last Fisher pass. Fisher losses have the weight 2.
+    ``loss_start`` of the recipe gives all losses, the head's too, another start value.
 
     Args:
         tape: the chain's tape at the block, the target computed.
@@ -58,8 +60,9 @@ class Objective:
         self.divergence, self.notes = divergence, notes
         segment = chain.segment(tape.index)
         self.label, self.kind = segment.label, recipe.loss  # kind: name of the loss
-        if segment.kind == "head":
-            self.kind = "head_relative" if recipe.loss in PERTURB else "head"
+        if segment.kind == "head" and recipe.loss != "prediction_pdquant":
+            relative = recipe.loss in PERTURB or recipe.loss_start is not None
+            self.kind = "head_relative" if relative else "head"
         elif segment.kind == "neck":
             self.kind = "mse"
         #: (n, N) weights of each sample's errors, where the tape lies; None if the loss has none
@@ -67,7 +70,8 @@ class Objective:
         self.passes = 0  # number of Fisher passes done
         self.update_steps = self._fisher_steps()  # steps (from 0) before which a Fisher pass runs
         #: tensors that the loss needs in addition to the batch
-        self.state = LossState(torch.zeros(len(self.part_weights()), device=tape.storage.device))
+        starts = torch.zeros(len(self.part_weights()), device=tape.storage.device)
+        self.state = LossState(starts + float(self.kind in UNDIVIDED))
         self._make_room()
         if self.kind == "fisher_brecq":
             self._squared_gradient_pass()
@@ -82,16 +86,26 @@ class Objective:
 
     def part_weights(self) -> tuple[float, ...]:
         """Return the weight of each part of the loss."""
+        recipe = self.recipe
+        weights: tuple[float, ...] = (1.0,)
+        if self.kind == "mse_adalog":
+            return (0.1,)
+        if self.kind == "prediction_pdquant":
+            return 1.0, 1 / recipe.prediction_lambda
         if self.kind == "fisher_dplr":
-            return self.recipe.fisher_p1, self.recipe.fisher_p2
-        if self.kind == "prediction":
-            return 1 - self.recipe.prediction_share, self.recipe.prediction_share
-        return (2.0,) if self.kind in (*UPDATED, *PERTURB, "head_relative") else (1.0,)
+            weights = recipe.fisher_p1, recipe.fisher_p2
+        elif self.kind == "prediction":
+            weights = 1 - recipe.prediction_share, recipe.prediction_share
+        elif self.kind in (*UPDATED, *PERTURB, "head_relative"):
+            weights = (2.0,)
+        if recipe.loss_start is None:
+            return weights
+        return tuple(weight * recipe.loss_start / sum(weights) for weight in weights)
 
     @property
     def rest(self) -> Callable[[Tensor, Tensor | None, Kept], Tensor] | None:
         """The full-precision model behind the block, if the loss needs it."""
-        if self.kind != "prediction":
+        if self.kind not in PREDICTION:
             return None
         return partial(self.tape.teacher.rest, self.tape.index)
 
@@ -213,7 +227,7 @@ class BlockObjective(Objective):
         prefix = tape.prefix.whole if mixed and tape.prefix is not None else None
         weights = None if self.weights is None else self.weights.whole
         batch = Batch(tape.full.whole, prefix, self.target.whole, weights)
-        if self.kind != "prediction":
+        if self.kind not in PREDICTION:
             return batch
         side, kept = tape.beside.rows(slice(None))
         return batch._replace(reference=self.reference.whole, side=side, kept=kept)

@@ -35,6 +35,8 @@ class StepEngine:
         mixes = self.tape.prefix is not None and self.tape.prefix is not self.tape.full
         #: share of the block's input from the quantized prefix, in 1/256
         self.mix = threshold_of(self.recipe.prefix_prob) if mixes else 0
+        #: True if the step reads inputs behind the quantized prefix
+        self.reads_prefix = self.mix > 0 or (mixes and objective.kind == "prediction_pdquant")
 
     def run(self, number: int) -> Tensor:
         """Do step ``number`` (from 0); return the loss, which the next step may overwrite."""
@@ -85,7 +87,11 @@ class Variables(NamedTuple):
 
 
 def batch_output(block: nn.Module, plan: StepPlan, inputs: StepInputs) -> tuple[Tensor, Batch]:
-    """Return the output of the attached block for the step's batch, and the batch."""
+    """Return the output of the attached block for the step's batch, and the batch.
+
+    For ``prediction_pdquant`` the outputs for the unmixed inputs follow, each with its own draws
+    of random dropping.
+    """
     # index_select, since indexing with a one-element tensor would wait for the device.
     row, data = inputs.keys.index_select(0, inputs.counter)[0], inputs.data
     if inputs.samples is not None:
@@ -94,6 +100,8 @@ def batch_output(block: nn.Module, plan: StepPlan, inputs: StepInputs) -> tuple[
     x = data.full
     if data.prefix is not None:
         x = mixed(x, data.prefix, row[0], plan.mix, plan.traced)
+    if plan.kind == "prediction_pdquant":
+        x = torch.cat([x, data.full if data.prefix is None else data.prefix])
     tensors = plan.layout.tensors(inputs.soft, inputs.scales, row)
     with autocast(plan.arithmetic, x.device):
         output = functional_call(block, tensors, (x,))

@@ -50,12 +50,12 @@ class TextbookStep(StepEngine):
         tensors, x = self._tensors(roundings, keys), self._input(batch, keys)
         with autocast(recipe.step_dtype, self.state.soft.device):
             output = functional_call(self.segment.block, tensors, (x,))
-        output, rest = output.float(), objective.rest
+        output, rest, kind = output.float(), objective.rest, objective.kind
         if rest is None:
-            loss, starts = block_loss(objective.kind, weights, output, batch, state)
+            loss, starts = block_loss(kind, weights, output, batch, state)
         else:
-            divergence = objective.divergence
-            loss, starts = prediction_loss(weights, output, batch, state.starts, rest, divergence)
+            behind = state.starts, rest, objective.divergence
+            loss, starts = prediction_loss(kind, weights, output, batch, *behind)
         state.starts.copy_(starts)
         total, beta = loss, regulariser_exponent(recipe, number)
         if beta is not None:
@@ -90,17 +90,20 @@ class TextbookStep(StepEngine):
         """Return the batch of ``samples`` (B,), and the state of the loss."""
         objective = self.objective
         if isinstance(objective, SampleObjective):
-            return objective.sample(int(samples[0]), self.mix > 0)
+            return objective.sample(int(samples[0]), self.reads_prefix)
         assert isinstance(objective, BlockObjective)
-        data = objective.batch(self.mix > 0)
+        data = objective.batch(self.reads_prefix)
         chosen, device = samples.to(data.full.device), self.state.soft.device
         return data.map(lambda part: part[chosen.to(part.device)].to(device)), objective.state
 
     def _input(self, batch: Batch, keys: Tensor) -> Tensor:
-        if batch.prefix is None or self.mix >= 256:
-            return batch.full if batch.prefix is None else batch.prefix
-        mask = eager_mask(batch.full, keys[0], self.mix, torch.bool)
-        return torch.where(mask, batch.prefix, batch.full)
+        """Return the block's input (B, ...), or (2B, ...) with the unmixed inputs behind it."""
+        unmixed = batch.full if batch.prefix is None else batch.prefix
+        x = unmixed
+        if batch.prefix is not None and self.mix < 256:
+            mask = eager_mask(batch.full, keys[0], self.mix, torch.bool)
+            x = torch.where(mask, batch.prefix, batch.full)
+        return torch.cat([x, unmixed]) if self.objective.kind == "prediction_pdquant" else x
 
     def finish(self) -> None:
         state, rounding = self.state, self.state.rounding

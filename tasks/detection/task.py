@@ -7,7 +7,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import OnProgress
-from fimaq_core.recipe import OFF, Recipe
+from fimaq_core.recipe import OFF, PREDICTION, Recipe
 from fimaq_core.samples import Samples
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
@@ -32,12 +32,13 @@ _OFF = {
 
 def _check(recipe: Recipe) -> None:
     """Refuse settings that have no meaning for detectors. Raises RecipeError."""
+    changes = recipe.changes()
     for name in ("temperature", "head_bits", "divergence_batch"):
-        if getattr(recipe, name) != Recipe.model_fields[name].default:
+        if name in changes:
             raise RecipeError(f"Detectors have no use for {name}: leave it out.")
-    if recipe.reconstruct and recipe.loss == "prediction":
+    if recipe.reconstruct and recipe.loss in PREDICTION:
         raise RecipeError(
-            "The loss 'prediction' needs the value of the divergence. For detectors only its "
+            f"The loss '{recipe.loss}' needs the value of the divergence. For detectors only its "
             "gradient has a meaning, since each term is divided by its own value: choose another "
             "loss."
         )

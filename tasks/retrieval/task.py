@@ -105,7 +105,7 @@ class RetrievalTask(Task):
         batch_size: int,
     ) -> dict[str, Divergence]:
         """Return the contrastive divergence of each tower, with the other in full precision."""
-        if recipe.temperature != Recipe.model_fields["temperature"].default:
+        if "temperature" in recipe.changes():
             raise RecipeError("Retrieval uses the model's own scale: leave temperature out.")
         if not (recipe.reconstruct or recipe.reconstruct_mlp):
             return dict.fromkeys(TOWERS, Divergence())  # not used

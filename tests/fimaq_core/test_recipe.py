@@ -1,12 +1,21 @@
 """Merging and validating recipes."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from fimaq_core.errors import RecipeError
-from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file, register_method
+from fimaq_core.recipe import (
+    _LATER,
+    METHODS,
+    Recipe,
+    make_recipe,
+    read_recipe_file,
+    register_method,
+)
 
 
 def test_defaults_are_the_released_settings() -> None:
@@ -38,7 +47,7 @@ def test_defaults_are_the_released_settings() -> None:
 
 def test_methods() -> None:
     names = "mlp-recon rtn repq ptq4vit adalog erq brecq qdrop pdquant adalog-recon aphq"
-    assert list(METHODS) == [*names.split(), "fimaq", "fimaq-mlp", "lsvit"]
+    assert list(METHODS) == [*names.split(), "qdrop-aphq", "fimaq", "fimaq-mlp", "lsvit"]
     assert all(make_recipe(name).changes() == {} for name in METHODS)
     brecq, qdrop, rtn = make_recipe("brecq"), make_recipe("qdrop"), make_recipe("rtn")
     assert (brecq.loss, brecq.prefix_prob, brecq.activation_prob, brecq.per_token) == (
@@ -54,6 +63,50 @@ def test_methods() -> None:
         False,
     )
     assert (rtn.reconstruct, rtn.range_search, rtn.reparameterize) == (False, "minmax", False)
+
+
+def test_losses_are_those_of_the_released_code() -> None:
+    aphq, qdrop = make_recipe("qdrop-aphq"), make_recipe("qdrop")
+    assert aphq.changes() == {} == qdrop.changes()
+    assert (make_recipe("aphq").loss_start, aphq.loss_start, qdrop.loss_start) == (2, 2, None)
+    assert make_recipe("qdrop", {"loss_start": 2}).model_dump(exclude={"method"}) == (
+        aphq.model_dump(exclude={"method"})
+    )
+    adalog, brecq = make_recipe("adalog-recon"), make_recipe("brecq")
+    assert (adalog.loss, brecq.loss) == ("mse_adalog", "mse")
+    pd = make_recipe("pdquant")
+    assert (pd.loss, pd.lr_alpha, pd.temperature) == ("prediction_pdquant", 3e-3, 4)
+    assert (pd.prediction_lambda, pd.loss_start) == (0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("method", "old"),
+    [
+        ("pdquant", {"loss": "prediction", "lr_alpha": 1e-3, "temperature": 20.0}),
+        ("adalog-recon", {"loss": "mse", "revision": 1}),
+        ("aphq", {"loss_start": None, "revision": 1}),
+    ],
+)
+def test_a_record_from_before_the_released_losses_is_another_variant(
+    method: str, old: dict[str, object]
+) -> None:
+    now = make_recipe(method).model_dump(mode="json") | old
+    fields = {name: value for name, value in now.items() if name not in _LATER}
+    read = Recipe.model_validate(fields)
+    assert read.changes() == old
+    assert read.digest() != make_recipe(method).digest()
+    assert "loss_start" not in fields
+
+
+def test_later_fields_leave_the_digests_of_other_methods_alone() -> None:
+    for method in ("brecq", "qdrop", "fimaq", "lsvit", "rtn"):
+        recipe = make_recipe(method)
+        dump = {name: value for name, value in recipe.model_dump().items() if name not in _LATER}
+        assert recipe.digest() == _sha256(dump)
+
+
+def _sha256(fields: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def test_released_settings_that_depend_on_the_bits() -> None:
@@ -217,9 +270,7 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
     }  # fmt: skip
     follows = {"revision"}
     assert {*before, *follows} == set(make_recipe("fimaq").names_of("ranges"))
-    together: dict[str, dict[str, object]] = {
-        "refit": {"reconstruct": False, "range_search": "percentile"}
-    }
+    together = {"refit": {"reconstruct": False, "range_search": "percentile"}}
     for name, value in before.items():
         assert (
             make_recipe("fimaq", {name: value}, together.get(name, {})).digest("ranges")
@@ -279,6 +330,11 @@ def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
         ),
         ({"reconstruct_mlp": True, "gelu_quantizer": "adalog"}, "gelu_quantizer must be uniform"),
         ({"s_bits": 9}, "s_bits: 9 bits is outside 2 to 8"),
+        ({"loss": "mse_adalog", "loss_start": 2.0}, "mse_adalog is not divided, so loss_start"),
+        ({"loss": "prediction_pdquant", "loss_start": 1.0}, "prediction_pdquant is not divided"),
+        ({"loss_start": 2.0, "fisher_p1": 0, "fisher_p2": 0}, "positive fisher_p1 or fisher_p2"),
+        ({"loss_start": 0.0}, "loss_start: .*greater than 0"),
+        ({"prediction_lambda": 0.0}, "prediction_lambda: .*greater than 0"),
     ],
 )
 def test_fields_that_do_not_go_together(fields: dict[str, object], words: str) -> None:

@@ -80,7 +80,8 @@ def recipe(own: TaskOptions) -> Option:
 
 def _recipe_option(name: str) -> Option:
     field, flag = Recipe.model_fields[name], name.replace("_", "-")
-    default = "as a_bits" if field.default is None else field.default
+    unset = "as a_bits" if name.endswith("_bits") else "not given"
+    default = unset if field.default is None else field.default
     text = f"{field.description}  [fimaq: {default}]"
     names, kind = f"--{flag}", field.annotation
     if kind is bool:

@@ -6,7 +6,7 @@ from benchmark_fakes import DIGITS, IMAGENET, make_record
 
 from benchmarks.compare import diff
 from benchmarks.grid.names import PUBLISHED, load_names
-from fimaq_core.recipe import make_recipe
+from fimaq_core.recipe import Recipe, make_recipe
 
 VIT_S = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 BITS = {"w_bits": 3, "a_bits": 3}
@@ -105,6 +105,24 @@ def test_weak_evidence_and_other_frameworks_are_context():
     for variant in ("rerun by I&S", "rerun in APHQ framework"):
         assert qdrop.at[variant, "verdict"] == "not comparable"
         assert variant in qdrop.at[variant, "reason"]
+    table = diff.diff([imagenet("qdrop-aphq", 38.4)]).set_index("variant")
+    assert table.at["rerun in APHQ framework", "verdict"] == "reproduced"
+    for variant in ("rerun by I&S", "rerun in FIMA-Q framework"):
+        assert table.at[variant, "verdict"] == "not comparable"
+    # The same settings under the other name are a change of QDrop's own.
+    (changed,) = set(compared([imagenet("qdrop", 38.4, settings={"loss_start": 2.0})])["reason"])
+    assert changed == "settings changed from the released ones: loss_start 2.0"
+
+
+def test_numbers_of_an_older_loss_under_the_same_name_are_not_compared():
+    now = make_recipe("adalog-recon", BITS, {"seed": 3407})
+    fields = now.model_dump(exclude={"revision", "loss_start", "prediction_lambda"})
+    old = imagenet("adalog-recon", 62.5, recipe=Recipe.model_validate(fields | {"loss": "mse"}))
+    table = compared([old])
+    assert set(table["verdict"]) == {"not comparable"}
+    assert table["reason"].str.contains("loss mse", regex=False).all()
+    table = compared([imagenet("adalog-recon", 62.5)]).set_index("variant")
+    assert table.at["retrain=BRECQ-style optim", "verdict"] == "reproduced"
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_the_paper_profiles_detectors_have_released_settings(tmp_path: Path):
         "cascade_mask_rcnn_swin_small",
     }
     assert {cell.model for cell in cells} == published
-    assert len(cells) == 4 * (2 + 7 * 2)
+    assert len(cells) == 4 * (2 + 7 * 2 + 1)
     assert {cell.bits for cell in cells} == {"fp", "w4a4", "w6a6"}
     recipes = [cell.request.recipe for cell in cells if cell.request.recipe is not None]
     assert all(recipe.changes(tags.DEFAULTS) == {} and recipe.batch_size == 1 for recipe in recipes)

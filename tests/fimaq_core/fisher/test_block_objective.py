@@ -61,7 +61,7 @@ def value_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLE
         value, starts = block_loss(objective.kind, weights, output, batch, state)
     else:
         value, starts = prediction_loss(
-            weights, output, batch, state.starts, rest, objective.divergence
+            objective.kind, weights, output, batch, state.starts, rest, objective.divergence
         )
     state.starts.copy_(starts)
     return value
@@ -119,7 +119,7 @@ def test_schedule_of_passes(
     )
 
 
-@pytest.mark.parametrize("name", ["mse", "mae"])
+@pytest.mark.parametrize("name", ["mse", "mae", "mse_adalog", "prediction", "prediction_pdquant"])
 def test_no_passes_for_plain_errors(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert due_steps(monkeypatch, quick(loss=name)) == []
 
@@ -368,6 +368,51 @@ def test_head_uses_the_plain_divergence() -> None:
     expected = float((p * (p / q).log()).sum(-1).mean())
     assert expected > 1e-6
     assert loss(objective, tape) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "mse"}, {"loss": "mae"}, {"loss": "fisher_brecq"}, {"loss": "perturb_mean"},
+        {"loss": "fisher_diag"}, {"loss": "least_squares"},
+        {"loss": "prediction", "prediction_share": 0.2},
+        {"loss": "fisher_dplr", "fisher_p1": 0.7, "fisher_p2": 1.9},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("index", [2, 3])
+def test_loss_start_is_the_start_of_every_loss_also_of_the_heads(
+    changes: dict[str, object], index: int
+) -> None:
+    """The loss is the own one times a constant."""
+    values = []
+    for start in (None, 3.0):
+        objective, tape = make(quick(fisher_k=1, loss_start=start, **changes), index=index)
+        before_step(objective, 0)
+        values.append([loss(objective, tape), loss(objective, tape, noise=0.5)])
+    (own, own_later), (first, later) = values
+    assert first == pytest.approx(3.0, rel=1e-5)
+    assert later / first == pytest.approx(own_later / own, rel=1e-4)
+
+
+def test_aphq_vits_code_starts_all_losses_at_2() -> None:
+    """Blocks and head of its QDrop; ViT blocks of its own method, as before."""
+    for method, index in (("qdrop-aphq", 2), ("qdrop-aphq", 3), ("aphq", 2), ("aphq", 3)):
+        objective, tape = make(quick(method, reconstruct_mlp=False), index=index)
+        assert objective.part_weights() == (2.0,)
+        assert loss(objective, tape) == pytest.approx(2.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mse_adalog", "prediction_pdquant"])
+def test_undivided_losses_do_not_know_their_start(name: str) -> None:
+    objective, tape = make(quick(loss=name))
+    block, rows = tape.chain.segment(tape.index).block, SAMPLES
+    with torch.no_grad():
+        output = block(tape.full.whole[rows])
+    twice = output if name == "mse_adalog" else torch.cat([output, output])
+    first, again = float(value_of(objective, twice)), float(value_of(objective, 3 * twice))
+    assert bool((objective.state.starts == 1).all())
+    fresh, _ = make(quick(loss=name))
+    assert float(value_of(fresh, 3 * twice)) == again != first
 
 
 @pytest.mark.parametrize("mode", ["q", "qf"])

@@ -10,6 +10,7 @@ import torch
 from small_models import chain_of, images, quick, vit
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn import functional
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.fisher.divergence import ClassifierDivergence
@@ -44,11 +45,13 @@ def trainer(recipe: Recipe, index: int = 2, engine: Engine = "fused") -> tuple[B
     set_quantized(chain, False)
     with torch.no_grad():
         reference = chain(x)
-    tape = Tape(chain, x, Storage("device", CPU), with_prefix=recipe.prefix_prob > 0, batch_size=8)
+    with_prefix = recipe.prefix_prob > 0 or recipe.method == "pdquant"
+    tape = Tape(chain, x, Storage("device", CPU), with_prefix=with_prefix, batch_size=8)
     for _ in range(index):
         tape.advance()
     tape.compute_target()
-    objective = BlockObjective(chain, tape, recipe, reference, ClassifierDivergence(20.0), [])
+    divergence = ClassifierDivergence(recipe.temperature)
+    objective = BlockObjective(chain, tape, recipe, reference, divergence, [])
     return BlockTrainer(chain.segment(index), objective, engine), tape
 
 
@@ -201,6 +204,30 @@ def test_a_step_mixes_its_batch_by_the_first_stream(engine: Engine, probability:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+def test_pdquant_predicts_from_unmixed_inputs_with_dropping_drawn_anew(
+    engine: Engine, probability: float
+) -> None:
+    made, tape = trainer(quick("pdquant", prefix_prob=probability), engine=engine)
+    inputs: list[Tensor] = []
+    made.segment.block.register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0].detach().clone())
+    )
+    quantizer, dropped = made.state.quantizers[0], []
+    quantizer.register_forward_hook(
+        lambda _, args, out: dropped.append((out == args[0]).detach().chunk(2))
+    )
+    made.step(0)
+    assert tape.prefix is not None
+    rows, key = made.schedule.samples[0], made.schedule.keys[0, 0]
+    full, prefix = tape.full.whole[rows], tape.prefix.whole[rows]
+    mask = eager_mask(full, key, int(256 * probability), torch.bool)
+    assert torch.equal(inputs[0], torch.cat([torch.where(mask, prefix, full), prefix]))
+    ((first, second),) = dropped
+    assert 0.4 < float((first == second).double().mean()) < 0.6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_first_block_has_nothing_to_mix(engine: Engine) -> None:
     made, tape = trainer(quick("qdrop"), index=0, engine=engine)
     assert tape.prefix is tape.full
@@ -256,20 +283,59 @@ def gradients_of_step(
     return found[0], found[1]
 
 
+def released_loss(
+    method: str, made: BlockTrainer, tape: Tape, number: int, given: dict[str, Tensor]
+) -> Tensor:
+    """The loss of a step's batch as the released code of ``method`` writes it."""
+    rows, key = made.schedule.samples[number], made.schedule.keys[number, 0]
+    assert tape.target is not None
+    full, target = tape.full.whole[rows], tape.target.whole[rows]
+    if method == "qdrop":
+        error = (functional_call(made.segment.block, given, (full,)) - target).pow(2).sum(1).mean()
+        return error / error.detach()
+    if method == "adalog-recon":
+        output = functional_call(made.segment.block, given, (full,))
+        if made.segment.kind == "head":
+            p = target.softmax(-1)
+            return functional.kl_div(output.log_softmax(-1), p, reduction="batchmean")
+        return (output - target).abs().pow(2).sum(1).mean() / 10
+    assert tape.prefix is not None
+    prefix = tape.prefix.whole[rows]
+    drop_inp = torch.where(eager_mask(full, key, 128, torch.bool), prefix, full)
+    out_all = functional_call(made.segment.block, given, (torch.cat((drop_inp, prefix)),))
+    out_drop, out_quant = out_all[:24], out_all[24:]
+    logits = (
+        out_quant if made.segment.kind == "head" else tape.chain.tail(tape.index + 1, out_quant)
+    )
+    reference = made.objective.reference.whole[rows]
+    pd_loss = functional.kl_div(
+        functional.log_softmax(logits / 4, dim=1),
+        functional.softmax(reference / 4, dim=1),
+        reduction="batchmean",
+    )
+    return (out_drop - target).abs().pow(2).sum(1).mean() + pd_loss / 0.1
+
+
 @pytest.mark.parametrize("number", [0, 90])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_gradient_of_a_step(number: int, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "index"),
+    [("qdrop", 2), ("adalog-recon", 2), ("adalog-recon", 3), ("pdquant", 2), ("pdquant", 3)],
+)
+def test_gradient_of_a_step(
+    method: str, index: int, number: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Block loss plus, once it is on, 0.01 of the regulariser, by the plain definition."""
     recipe = quick(
-        "qdrop",
+        method,
         steps=100,
         activation_prob=1.0,
-        prefix_prob=0.0,
+        prefix_prob=0.5 if method == "pdquant" else 0.0,
         batch_size=24,
         lr_alpha=1e-12,
         lr_scale=1e-12,
     )
-    made, tape = trainer(recipe, engine=engine)
+    made, tape = trainer(recipe, index, engine)
     state = made.state
     assert state.rounding is not None
     state.rounding.alpha.add_(torch.linspace(-0.3, 0.3, state.rounding.alpha.numel()))
@@ -303,13 +369,10 @@ def test_gradient_of_a_step(number: int, engine: Engine, monkeypatch: pytest.Mon
         weights[name] = quantizer.scale * (
             codes.clamp(0, quantizer.levels - 1) - quantizer.zero_point
         )
-    assert tape.target is not None
     given = weights | {
         name: scale for (name, _), scale in zip(state.layout.scales, scales, strict=True)
     }
-    output = functional_call(made.segment.block, given, (tape.full.whole,))
-    error = (output - tape.target.whole).flatten(1).square().sum(1).mean()
-    loss: Tensor = error / error.detach()
+    loss = released_loss(method, made, tape, number, given)
     if number:
         beta = regulariser_exponent(recipe, number)
         assert beta is not None

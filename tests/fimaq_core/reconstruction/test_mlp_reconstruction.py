@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,37 @@ def test_positive_quantile(share: float, count: int) -> None:
     values = normal(count, seed=count) + 0.5
     values[0] = 0.3
     expected = np.quantile(values[values > 0].numpy(), share, method="inverted_cdf")
-    assert positive_quantile(values, share) == float(expected)
+    for pieces in ([values], values.split(3)):
+        assert positive_quantile(lambda pieces=pieces: pieces, share) == float(expected)
 
 
-def test_positive_quantile_of_none() -> None:
-    assert positive_quantile(torch.tensor([-1.0, 0.0, -0.0]), 0.99) == 0
-    assert positive_quantile(torch.tensor([2.0, -1.0, 0.0]), 1e-12) == 2
+def test_positive_quantile_of_few_values() -> None:
+    def found(*values: float, share: float = 0.99) -> float:
+        return positive_quantile(lambda: [torch.tensor([values])], share)
+
+    assert found(-1.0, 0.0, -0.0, math.nan) == 0
+    assert found(2.0, -1.0, 0.0, share=1e-12) == 2
+    assert found(*[0.5] * 9, 0.5000001, share=0.9) == 0.5
+    assert found(1e-45, 1e-40, math.inf, share=0.5) == pytest.approx(1e-40, rel=1e-4)
+    assert found(1e-45, 1e-40, math.inf, share=1.0) == math.inf
+
+
+def test_positive_quantile_is_of_all_values_and_keeps_one_piece() -> None:
+    """More than 2^24 values, the last ones far larger; memory is that of a piece."""
+    pieces = [float(k + 1) + torch.arange(2**20) / 2**20 for k in range(18)]
+    everything = torch.cat(pieces)
+    assert len(everything) > 2**24
+    expected = float(everything.kthvalue(round(0.99 * len(everything) + 0.5)).values)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def one_by_one() -> Iterator[Tensor]:
+        for piece in pieces:
+            assert sum(reference() is not None for reference in alive) <= 1
+            copied = piece.clone()
+            alive.append(weakref.ref(copied))
+            yield copied
+
+    assert positive_quantile(one_by_one, 0.99) == expected > 18
 
 
 def small_mlp(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor, Tensor]:

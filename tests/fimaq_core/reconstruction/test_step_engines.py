@@ -170,6 +170,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NEW_LOSSES = ("perturb", "perturb_mean", "prediction", "least_squares")
+NEW_LOSSES += ("mse_adalog", "prediction_pdquant")
 CASES: dict[str, tuple[str, str, dict[str, object]]] = {
     **{
         loss: ("vit", "fimaq", {"loss": loss})
@@ -187,7 +188,10 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
     "head": ("vit, head", "fimaq", {}),
     "swin": ("swin", "fimaq", {}),
     **{loss: ("vit", "fimaq", {"loss": loss}) for loss in NEW_LOSSES},
-    "prediction alone": ("vit", "pdquant", {"prediction_share": 1.0}),
+    "prediction alone": ("vit", "pdquant", {"loss": "prediction", "prediction_share": 1.0}),
+    "no mixed input": ("vit", "pdquant", {"prefix_prob": 0.0}),
+    "the head's prediction": ("vit, head", "pdquant", {}),
+    "another start": ("vit", "qdrop-aphq", {}),
     "twice the head's divergence over its start": ("vit, head", "fimaq", {"loss": "perturb_mean"}),
     "swin, prediction": ("swin", "pdquant", {}),
     "swin, least squares": ("swin", "lsvit", {}),

@@ -443,6 +443,7 @@ def test_inspect_knows_what_is_usual_for_detectors(place: Path, ranges: Path) ->
         ({"head_bits": 8}, RecipeError, "no use for head_bits"),
         ({"divergence_batch": 4}, RecipeError, "no use for divergence_batch"),
         ({"loss": "prediction"}, RecipeError, "choose another loss"),
+        ({"loss": "prediction_pdquant"}, RecipeError, "choose another loss"),
         ({"calibration_images": 5000}, DataError, "1,?024"),
     ],
     ids=[
@@ -453,6 +454,7 @@ def test_inspect_knows_what_is_usual_for_detectors(place: Path, ranges: Path) ->
         "head bits",
         "divergence batch",
         "prediction",
+        "PD-Quant's prediction",
         "images",
     ],
 )
