@@ -300,6 +300,19 @@ def test_recipes_of_an_older_revision_can_be_read_but_not_run() -> None:
     assert reconstructed.digest("mlp") != make_recipe("aphq").digest("mlp")
 
 
+def test_older_recipes_of_the_percentile_methods_are_variants() -> None:
+    later = {"revision", "range_inputs", "reparameterize_merges", "refit_rule"}
+    before = {"calibration_transform": "train", "patch_input_bits": 32}
+    for method, more in (("repq", {}), ("erq", {"refit_rule": "error"})):
+        now = make_recipe(method)
+        fields = {name: value for name, value in now.model_dump().items() if name not in later}
+        old, merges = Recipe.model_validate({**fields, **before}), {"reparameterize_merges": True}
+        expected = {**before, "range_inputs": "float", **more, **(merges if more else {})}
+        assert old.changes() == expected
+        assert old.digest("ranges") != now.digest("ranges")
+        assert make_recipe(method, old.model_dump()) == old  # the old behaviour can be run
+
+
 def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
     plain, done = make_recipe("fimaq"), make_recipe("fimaq-mlp")
     assert make_recipe("fimaq", {"mlp_steps": 3}).digest("ranges") == plain.digest("ranges")
