@@ -76,7 +76,7 @@ def test_a_file_counts_once(root: Path) -> None:
 
 
 def test_a_data_folder_may_be_made_of_links(root: Path, tmp_path: Path) -> None:
-    """Of the part, of its classes, or of each image to a store; ids and fingerprint are the same."""
+    """Of the part, of its classes or of each image; ids and fingerprint stay."""
     plain = open_folder(root, "val", "text")
     roots = [tmp_path / name for name in ("of part", "of classes", "of images")]
     for other in roots:
