@@ -163,13 +163,14 @@ def names_by_label(content: object, turned: bool = False) -> list[str] | None:
         return [*content] if all(isinstance(name, str) for name in content) else None
     if not isinstance(content, dict):
         return None
-    if any(map(_huge, (*content.keys(), *content.values()))):
-        return None
-    swapped = {str(key) if type(key) is int else key: value for key, value in content.items()}
+    swapped = {
+        str(key) if type(key) is int and key.bit_length() < 64 else key: value
+        for key, value in content.items()
+    }
     ways = [[*content.items()], [(label, name) for name, label in swapped.items()]]
     for pairs in reversed(ways) if turned else ways:
         listed = [
-            (int(label) if isinstance(label, str) and label.isdecimal() else label, name)
+            (int(label) if isinstance(label, str) and _is_number(label) else label, name)
             for label, name in pairs
         ]
         sound = all(type(label) is int and isinstance(name, str) for label, name in listed)
@@ -178,11 +179,8 @@ def names_by_label(content: object, turned: bool = False) -> list[str] | None:
     return None
 
 
-def _huge(value: object) -> bool:
-    """Return True for an integer, or its digits, that Python refuses to convert for its length."""
-    if type(value) is int:
-        return value.bit_length() > 64
-    return isinstance(value, str) and value.isdecimal() and len(value) > 20
+def _is_number(label: str) -> bool:
+    return label.isdecimal() and len(label) < 10
 
 
 def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:
