@@ -48,7 +48,7 @@ def read_text(
     name = f"the {what} {path}" if what else str(path)
     try:
         with open_regular(path, most_bytes) as file:
-            return file.read(most_bytes).decode("utf-8").removeprefix("\ufeff")
+            return file.read().decode("utf-8").removeprefix("\ufeff")
     except OSError as problem:
         raise error(f"Cannot read {name}: {problem.strerror}.") from problem
     except UnicodeDecodeError as problem:
