@@ -43,14 +43,14 @@ def parse_bits(text: str) -> tuple[int, int]:
 def known_method(name: str) -> str:
     """Return ``name`` if a method has this name; raise GridError otherwise."""
     if name != FP and name not in METHODS:
-        raise GridError(f"Unknown method '{name}'.{suggest(name, [FP, *METHODS])}")
+        raise GridError(f"Unknown method {shown(name)}.{suggest(name, [FP, *METHODS])}")
     return name
 
 
 def _point(name: str) -> str:
     if not re.fullmatch(r"[^\s,|=]+", name):
         words = "cannot name an axis or point: leave out blanks and the characters , | ="
-        raise ValueError(f"'{name}' {words}")
+        raise ValueError(f"{shown(name)} {words}")
     return name
 
 
@@ -58,7 +58,7 @@ def _fields(fields: dict[str, Any]) -> dict[str, Any]:
     for name in fields:
         if name in _NOT_OVERRIDABLE:
             words = "cannot be an override: the grid's own lists give it to each cell"
-            raise ValueError(f"'{name}' {words}")
+            raise ValueError(f"{shown(name)} {words}")
     return fields
 
 
@@ -119,9 +119,7 @@ class Grid(Strict):
     overrides: Overrides = {}
     variant: str | None = None  #: name of the settings in tables; None: the released settings
     device: str = "cpu"  #: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``
-    threads: int | None = Field(
-        None, ge=1, le=4096
-    )  #: of a cell on CPUs; None: PyTorch's
+    threads: int | None = Field(None, ge=1, le=4096)  #: of a cell on CPUs; None: PyTorch's
     jobs: int | None = Field(None, ge=1, le=4096)  #: cells at a time; None: by cores and threads
     extra: tuple[Extra, ...] = ()  #: further cells, without axis points
     axes: Axes = {}  #: ablations: each point changes the settings above on one axis
@@ -134,7 +132,7 @@ class Grid(Strict):
         for extra in self.extra:
             if extra.task not in self.tasks:
                 hint = suggest(extra.task, self.tasks)
-                raise GridError(f"unknown task '{extra.task}' in extra.{hint}")
+                raise GridError(f"unknown task {shown(extra.task)} in extra.{hint}")
         if (count := sum(map(self._cells, self.tasks))) > _MOST_CELLS:
             raise GridError(f"{count:,} cells are more than {_MOST_CELLS:,}: make several grids")
         points = [changes for axis in self.axes.values() for changes in axis.values()]

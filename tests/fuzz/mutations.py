@@ -38,7 +38,7 @@ def nested(depth: int) -> Any:
     return found
 
 
-VALUES = st.sampled_from([*NUMBERS, *NUMBERS, *TEXTS, *OTHERS, nested(50), nested(300)])
+VALUES = st.sampled_from([*NUMBERS, *NUMBERS, *TEXTS, *OTHERS, nested(50), nested(120)])
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
@@ -62,7 +62,7 @@ def documents(draw: st.DrawFn, seeds: list[Any]) -> Any:
             break
         (container, key), way = draw(st.sampled_from(places)), draw(_WAYS)
         if way == "value":
-            container[key] = draw(VALUES)
+            container[key] = copy.deepcopy(draw(VALUES))
         elif way == "remove":
             del container[key]
         elif way == "repeat" and isinstance(container, list):
