@@ -1,10 +1,11 @@
 """Order of class folders, which gives each class its label. The import is fast."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fimaq_core.documents import shown
+from fimaq_core.documents import clipped, shown
 from fimaq_core.errors import DataError, suggest
 from tasks.common.data.class_names import WORDNET_ID, by_name
 from tasks.common.data.files import composed, counted, parse_json, read_text
@@ -224,8 +225,8 @@ def _natural(names: list[str]) -> list[str]:
 
 
 def _file(order: str) -> Path:
-    if not Path(order).is_file():
+    if not os.path.isfile(order):
         hint = suggest(order, (TEXT, NATURAL))
         wanted = "--class-order takes text, natural or a file"
-        raise DataError(f"{wanted}, and there is no file {order}.{hint}")
+        raise DataError(f"{wanted}, and there is no file {clipped(order)}.{hint}")
     return Path(order)

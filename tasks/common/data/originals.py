@@ -1,5 +1,6 @@
 """Original images of samples by id, for reports."""
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def originals_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
             raise DataError(f"There is no sample {name!r}: ids are paths below the data folder.")
         path = file_below(root, name)
         try:
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise DataError(f"There is no image of the sample {name!r}: {path} was looked for.")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the evaluation has reported these warnings
