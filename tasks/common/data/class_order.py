@@ -1,9 +1,11 @@
 """Order of class folders, which gives each class its label. The import is fast."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fimaq_core.documents import clipped, shown
 from fimaq_core.errors import DataError, suggest
 from tasks.common.data.class_names import WORDNET_ID, by_name
 from tasks.common.data.files import composed, counted, parse_json, read_text
@@ -162,11 +164,14 @@ def names_by_label(content: object, turned: bool = False) -> list[str] | None:
         return [*content] if all(isinstance(name, str) for name in content) else None
     if not isinstance(content, dict):
         return None
-    swapped = {str(key) if type(key) is int else key: value for key, value in content.items()}
+    swapped = {
+        str(key) if type(key) is int and key.bit_length() < 64 else key: value
+        for key, value in content.items()
+    }
     ways = [[*content.items()], [(label, name) for name, label in swapped.items()]]
     for pairs in reversed(ways) if turned else ways:
         listed = [
-            (int(label) if isinstance(label, str) and label.isdecimal() else label, name)
+            (int(label) if isinstance(label, str) and _is_number(label) else label, name)
             for label, name in pairs
         ]
         sound = all(type(label) is int and isinstance(name, str) for label, name in listed)
@@ -175,12 +180,16 @@ def names_by_label(content: object, turned: bool = False) -> list[str] | None:
     return None
 
 
+def _is_number(label: str) -> bool:
+    return label.isdecimal() and len(label) < 10
+
+
 def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:
     """Return the folders in the order of the names that ``path`` lists. Raises DataError."""
     folders = {composed(name): name for name in classes}
     listed = [*map(composed, listed)]
     if (twice := _first_twice(listed)) is not None:
-        raise DataError(f"{path} lists the class {twice!r} twice.")
+        raise DataError(f"{path} lists the class {shown(twice)} twice.")
     surplus = [name for name in listed if name not in folders]
     missing = sorted(folders.keys() - set(listed))
     problems = []
@@ -188,7 +197,7 @@ def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: P
         near = suggest(surplus[0], missing).strip() if missing else ""
         near = f" ({near})" if 0 < len(near) < 100 else ""
         names = counted(len(surplus), "name")
-        problems.append(f"{names} without a folder, such as {surplus[0]!r}{near}")
+        problems.append(f"{names} without a folder, such as {shown(surplus[0])}{near}")
     if missing:
         names = counted(len(missing), "folder")
         problems.append(f"{names} without a name in it, such as {missing[0]!r}")
@@ -216,8 +225,8 @@ def _natural(names: list[str]) -> list[str]:
 
 
 def _file(order: str) -> Path:
-    if not Path(order).is_file():
+    if not os.path.isfile(order):
         hint = suggest(order, (TEXT, NATURAL))
         wanted = "--class-order takes text, natural or a file"
-        raise DataError(f"{wanted}, and there is no file {order}.{hint}")
+        raise DataError(f"{wanted}, and there is no file {clipped(order)}.{hint}")
     return Path(order)

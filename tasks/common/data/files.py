@@ -1,15 +1,24 @@
 """Files of data sets: UTF-8 text, JSON, ids of images, and search of files by name."""
 
-import json
 import os
 import posixpath
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fimaq_core import documents
+from fimaq_core.documents import shown
 from fimaq_core.errors import DataError
+
+#: Bound on the size of a data file in bytes. The largest of COCO 2017 has 450 million.
+MOST_BYTES = 2**31
+#: Control characters, which no name of a data file may hold: records and terminals show names.
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+#: Bound on the folders in a name that is searched for.
+_MOST_FOLDERS = 100
 
 #: Files and folders, in lower case, that operating systems and tools create among data.
 _LEFTOVERS = {
@@ -27,23 +36,14 @@ def state_of(path: Path) -> tuple[int, int]:
     return state.st_mtime_ns, state.st_size
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
     """Return UTF-8 text without byte order mark and with its own line ends. Raises DataError."""
-    try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start} (counted from 0) is 0x{error.object[error.start]:02x}"
-        raise DataError(f"{path} is not UTF-8 text: {byte}.") from error
+    return documents.read_text(path, DataError, most_bytes=most_bytes)
 
 
 def parse_json(text: str, where: str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Return the content of JSON text; ``hook`` is applied to each object. Raises DataError."""
-    try:
-        return json.loads(text, object_hook=hook)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON: {error}.") from error
+    return documents.parse_json(text, where, DataError, hook)
 
 
 def image_id(name: object, where: str, root: Path | None = None) -> str:
@@ -57,9 +57,10 @@ def image_id(name: object, where: str, root: Path | None = None) -> str:
         name = id_below(posixpath.normpath(name), root)
     # Names stay text: Path objects for all images of MS-COCO would take seconds.
     path = posixpath.normpath(name) if isinstance(name, str) else "."
-    if path == "." or path.startswith("/") or ".." in str(given).split("/"):
+    outside = path == "." or path.startswith("/") or ".." in str(given).split("/")
+    if outside or CONTROL.search(path) is not None:
         wanted = "is not the path of an image below the folder of the data"
-        raise DataError(f"{where}: {given!r} {wanted}.")
+        raise DataError(f"{where}: {shown(given)} {wanted}.")
     return path
 
 
@@ -91,6 +92,8 @@ class FilesBelow:
 
         Raises DataError: several files have this name, all in other Unicode forms.
         """
+        if name.count("/") > _MOST_FOLDERS:
+            return None
         parent, _, own = name.rpartition("/")
         if parent not in self._found:
             self._found[parent] = self.find(parent)
@@ -109,7 +112,7 @@ class FilesBelow:
     def _listing(self, place: str) -> dict[str, list[str]]:
         if place not in self._listings:
             names = self._listings[place] = {}
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # a NUL character is a ValueError
                 for entry in os.listdir(self.folder / place):
                     names.setdefault(composed(entry), []).append(entry)
         return self._listings[place]

@@ -1,5 +1,6 @@
 """Original images of samples by id, for reports."""
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from PIL import Image
 
 from fimaq_core.errors import DataError
 from tasks.common.data.files import file_below, image_id
-from tasks.common.data.images import DAMAGED, UnknownRange, open_rgb
+from tasks.common.data.images import DamagedImage, UnknownRange, open_rgb
 
 
 def originals_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
@@ -23,14 +24,14 @@ def originals_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
             raise DataError(f"There is no sample {name!r}: ids are paths below the data folder.")
         path = file_below(root, name)
         try:
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise DataError(f"There is no image of the sample {name!r}: {path} was looked for.")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the evaluation has reported these warnings
                 found[name] = open_rgb(path)
         except UnknownRange as error:
             raise DataError(f"The image {path} {error}.") from error
-        except DAMAGED as error:
+        except DamagedImage as error:
             raise DataError(f"The image {path} is damaged ({error}).") from error
     return found
 
@@ -59,6 +60,6 @@ def known_originals(
             raise DataError(f"There is no sample {name!r} in {what}: {known_id}.")
         try:
             found[name] = read(positions[name]).convert("RGB")
-        except DAMAGED as error:
+        except DamagedImage as error:
             raise DataError(f"The image {name} is damaged ({error}).") from error
     return found

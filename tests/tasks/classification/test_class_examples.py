@@ -19,7 +19,7 @@ from tasks.common import registry
 from tasks.common.cell.prediction_samples import ClassSample, read_examples
 from tasks.common.cell.run import run_cell
 from tasks.common.data.folders import Source, open_folder
-from tasks.common.data.images import Images
+from tasks.common.data.images import DamagedImage, Images
 from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import Evaluation
@@ -35,7 +35,7 @@ def measure(
 ) -> Evaluation:
     def read(index: int) -> int:
         if index in broken:
-            raise OSError("truncated")
+            raise DamagedImage("truncated")
         return index
 
     ids = [f"s{index}" for index in range(len(logits))]

@@ -24,6 +24,7 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 
 from fimaq_core.errors import DataError
+from tasks.common.data.images import DamagedImage
 from tasks.common.request import DataRequest
 from tasks.detection import coco
 from tasks.detection.annotations import _decoded_total, area_of, checked, read_annotations
@@ -117,7 +118,7 @@ def first(**changes: Any) -> Change:
         (first(category_id=3), "annotation 5 of the image 40: there is no category with the id 3"),
         (first(bbox=[1, 2, 3]), r"annotation 5 of the image 40: bbox is \[1, 2, 3\]"),
         (first(bbox=[1, 2, -3, 4]), "annotation 5 of the image 40: bbox is"),
-        (first(bbox=[1, 2, float("nan"), 4]), "annotation 5 of the image 40: bbox is"),
+        (first(bbox=[1, 2, float("nan"), 4]), "x.json is not valid JSON: NaN is not a JSON number"),
         (first(area="7"), "annotation 5 of the image 40: area is '7'"),
         (first(iscrowd=2), "annotation 5 of the image 40: iscrowd is 2"),
         (first(segmentation=[[1, 2, 3, 4]]), "holds a polygon that is not at least three pairs"),
@@ -138,6 +139,49 @@ def first(**changes: Any) -> Change:
         ),
         (first(segmentation={"size": [60, 80], "counts": "PPYo"}), "run lengths that are damaged"),
         (first(segmentation={"size": [60, 80]}), "run lengths that are damaged"),
+        (
+            first(segmentation={"size": [60, 80], "counts": "o" * 99}),
+            "run lengths that are damaged",
+        ),
+        (
+            first(segmentation={"size": [60.0, 80], "counts": [4800]}),
+            "run lengths that are damaged",
+        ),
+        (
+            first(segmentation={"size": [60, 80], "counts": [0] * 1000001}),
+            "more than 1,000,000 run",
+        ),
+        (
+            first(segmentation={"size": [60, 80], "counts": "0" * 1000001}),
+            "more than 1,000,000 run",
+        ),
+        (
+            first(segmentation=[[0, 0, 1e8, 0, 1e8, 1e8]]),
+            "holds a point which is more than 10 times",
+        ),
+        (first(segmentation=[[0, 0, 9, 0, 9, -801]]), "holds a point which is more than 10 times"),
+        (first(segmentation=[[0, 0, 9, 0, 9, 9]] * 10001), "more than 10,000 polygons"),
+        (first(segmentation=[[0, 0] * 100001]), "more than 10,000 polygons or 200,000 numbers"),
+        (first(segmentation=[[0, 0, 800, 800] * 2501]), "outlines of more than 2,000,000 pixels"),
+        (first(bbox=[0, 0, 801, 4]), "bbox is .* more than 10 times the side of the image away"),
+        (first(bbox=[1e300, 0, 3, 4]), "bbox is .*; x, y, width and height are expected"),
+        (first(area=1e11), "area is 100000000000.0; the object's area"),
+        (first(id=2**63), "an integer has more than 64 bits"),
+        (first(id=1e30), "annotation 1e\\+30: id is 1e\\+30; a whole number is expected"),
+        (first(category_id=10**400), "an integer has more than 64 bits"),
+        (
+            lambda c: c["images"][2].update(width=2**33, height=1),
+            "its size is 8589934592 x 1, not 1 to",
+        ),
+        (
+            lambda c: c["images"][2].update(file_name="a\nb"),
+            "image 2 .* is not the path of an image",
+        ),
+        (
+            lambda c: c["images"][2].update(file_name="a\0"),
+            "image 2 .* is not the path of an image",
+        ),
+        (first(bbox=["x" * 10**6]), "bbox is .{,120}; x, y"),
         (first(segmentation=0), "is not of the image's size"),
     ],
 )
@@ -377,7 +421,7 @@ def test_images_of_another_size_and_damaged_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2.png is 64 x 48 pixels, but .*x.json says 48 x 64"):
         open_file(path).read(1)
     target.write_bytes(b"no image")
-    with pytest.raises(OSError, match="cannot identify image file"):
+    with pytest.raises(DamagedImage, match="none of the formats"):
         open_file(path).read(1)
 
 
@@ -386,7 +430,7 @@ def test_truncated_jpeg_is_damaged(tmp_path: Path) -> None:
     Image.fromarray(pixels(200, 300, 0)).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(DamagedImage, match="truncated"):
         coco.ImageFiles([path], [(200, 300)], Path("x.json")).read(0)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.results.outcomes import MetricPart, Outcomes, paired
 from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import OnProgress, Progress, silent
+from tasks.common.data.images import DamagedImage
 from tasks.common.task import Evaluation
 from tasks.detection import mm
 from tasks.detection.coco import DetectionSource
@@ -257,7 +258,7 @@ def test_damaged_images() -> None:
 
     def read(index: int) -> np.ndarray:
         if index in (2, 5):
-            raise OSError("truncated")
+            raise DamagedImage("truncated")
         return sound.read(index)
 
     source = in_memory(content, read)
@@ -282,7 +283,7 @@ def test_damaged_images() -> None:
     assert found.metrics == expected.metrics
 
     def none(index: int) -> np.ndarray:
-        raise OSError("gone")
+        raise DamagedImage("gone")
 
     with pytest.raises(DataError, match="All 14 images of memory val are damaged"):
         evaluate_detector(oracle, in_memory(content, none), whole, CPU, silent, skip_corrupt=True)

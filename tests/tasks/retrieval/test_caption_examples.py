@@ -17,7 +17,7 @@ from fimaq_core.recipe import make_recipe
 from tasks.common import registry
 from tasks.common.cell.prediction_samples import CAPTIONS, CaptionSample, read_examples
 from tasks.common.cell.run import run_cell
-from tasks.common.data.images import Images
+from tasks.common.data.images import DamagedImage, Images
 from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import Evaluation
@@ -45,7 +45,7 @@ def measure(source: PairSource, x: Tensor, y: Tensor, broken: tuple[int, ...] = 
 
     def read(index: int) -> int:
         if index in broken:
-            raise OSError("truncated")
+            raise DamagedImage("truncated")
         return index
 
     images = Images(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import OnProgress, Progress, silent
-from tasks.common.data.images import Images
+from tasks.common.data.images import DamagedImage, Images
 from tasks.common.task import Evaluation
 from tasks.retrieval.captions import PairSource
 from tasks.retrieval.evaluate import Encoders, evaluate_pairs, normalised, truncated
@@ -86,7 +86,7 @@ def measure(
 ) -> Evaluation:
     def read(index: int) -> int:
         if index in broken:
-            raise OSError("truncated")
+            raise DamagedImage("truncated")
         return index
 
     def transform(index: int) -> Tensor:
@@ -210,7 +210,7 @@ def test_damaged_images_are_an_error_unless_skipped() -> None:
     source, book = make()
 
     def read(index: int) -> Image.Image:
-        raise OSError("truncated")
+        raise DamagedImage("truncated")
 
     for skip, message in (
         (False, r"i0.jpg is damaged"),
