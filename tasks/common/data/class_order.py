@@ -166,13 +166,17 @@ def names_by_label(content: object, turned: bool = False) -> list[str] | None:
     ways = [[*content.items()], [(label, name) for name, label in swapped.items()]]
     for pairs in reversed(ways) if turned else ways:
         listed = [
-            (int(label) if isinstance(label, str) and label.isdecimal() else label, name)
+            (int(label) if isinstance(label, str) and _is_number(label) else label, name)
             for label, name in pairs
         ]
         sound = all(type(label) is int and isinstance(name, str) for label, name in listed)
         if listed and sound and {label for label, _ in listed} == {*range(len(listed))}:
             return [name for _, name in sorted(listed)]
     return None
+
+
+def _is_number(label: str) -> bool:
+    return label.isdecimal() and len(label) < 10
 
 
 def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:

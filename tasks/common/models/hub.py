@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from fimaq_core.errors import ModelError
-from tasks.common.hashing import SUFFIXES, file_sha256
+from tasks.common.hashing import SUFFIXES, file_sha256, require_file
 from tasks.common.request import Missing, ModelRequest
 
 _NOT_AT_THE_HUB = (
@@ -57,8 +57,8 @@ class Catalogue:
         Raises ModelError: the model is unknown, or there is neither a tag nor a weights file.
         """
         weights = self.local_weights(request)
-        if weights is not None and not weights.is_file():
-            raise ModelError(f"There is no weights file {weights}.")
+        if weights is not None:
+            require_file(weights)
         demo = request.name in self.demo_names
         if demo and weights is None:
             return f"{request.name}.{demo_metadata(self.demo_folder, request.name)['tag']}"
