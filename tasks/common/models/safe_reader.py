@@ -63,7 +63,7 @@ def read_content(path: Path) -> Any:
             f"rebuild: {_line(error)}) and are not loaded. "
             "Convert them to safetensors, or save model.state_dict() alone."
         ) from error
-    except Exception as error:  # noqa: BLE001 - damaged files end the readers in many ways
+    except Exception as error:  # damaged files end the readers in many ways
         reason = _line(error)
         raise ModelError(f"The weights {path} are damaged or no weights file: {reason}") from error
 

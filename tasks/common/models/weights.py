@@ -36,11 +36,10 @@ _OPTIMIZER = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 #: Name of the entry for tensors at the top of a file that has other entries too.
 _TOP = "."
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ADVICE = "Give weights of this model, or the model (--model, --model-args) of these weights."
+#: End of messages.
+ADVICE = "Give weights of this model, or the model (--model, --model-args) of these weights."
 #: Bounds on the entries of a file and on the length of a name; messages compare names.
 _MOST_ENTRIES, _MOST_LETTERS = 1000, 500
-#: Last parts of names of tensors that libraries resize to another number of positions or pixels.
-_RESIZED = ("pos_embed", "positional_embedding", "bias_table", "patch_embed.proj.weight")
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,9 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
         states = _states(content, {}) if content else {"": {}}
         if len(states) > _MOST_ENTRIES:
             raise ModelError(f"The weights {path} have more than {_MOST_ENTRIES} entries.")
+        for name in states:
+            if len(name) > _MOST_LETTERS or not name.isprintable():
+                raise ModelError(f"The weights {path} have the odd entry {name[:50]!r}.")
         if len(states) > 1 and "" in states:
             states = {name or _TOP: state for name, state in states.items()}
     if not states:
@@ -140,15 +142,14 @@ def _chosen(names: list[str], wanted: str | None, path: Path) -> str:
     given = [one for one in names if wanted in (None, one) or one.startswith(f"{wanted}.")]
     if not given:
         lone = " The file is one state dict: leave the option out."
-        known = suggest(str(wanted), names) if any(names) else lone
+        known = suggest(str(wanted), names[:20]) if any(names) else lone
         raise ModelError(f"The weights {path} have no entry '{wanted}' (--weights-entry).{known}")
     best = _preferred(given)
     averaged = [name for name in given if _AVERAGED.search(name)]
     if len(best) > 1 or (wanted is None and averaged and best[0] not in averaged):
         raise ModelError(
-            f"The weights {path} have several entries with weights: "
-            f"{', '.join(repr(name[:_MOST_LETTERS]) for name in given[:20])}. "
-            f"Choose one with --weights-entry, such as --weights-entry {given[0]!r:.{_MOST_LETTERS}}."
+            f"The weights {path} have several entries with weights: {_first_names(given)}. "
+            f"Choose one with --weights-entry, such as --weights-entry {given[0]}."
         )
     return best[0]
 
@@ -198,29 +199,6 @@ def _renamed(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
             )
         found[own], given[own] = value, name
     return found
-
-
-def check_resizable(state: dict[str, Tensor], model: nn.Module) -> None:
-    """Raise ModelError unless tensors that libraries resize have the other sizes of the model.
-
-    A small file could otherwise make them compute tensors of any size: its patch embedding could
-    have kernels of 10,000 pixels, or its position embedding millions of channels.
-    """
-    sizes: dict[str, set[tuple[int, ...]]] = {}
-    for tensors in (model.state_dict(), state):
-        for name, value in tensors.items():
-            kind = next((one for one in _RESIZED if name.endswith(one)), None)
-            if kind is None:
-                continue
-            fixed = tuple(value.shape[:2] if kind.endswith("weight") else value.shape[-1:])
-            if tensors is not state:
-                sizes.setdefault(kind, set()).add(fixed)
-            elif kind in sizes and fixed not in sizes[kind]:
-                wanted = " or ".join(map(str, sorted(sizes[kind])[:3]))
-                raise ModelError(
-                    f"The weights do not fit the model: the sizes of {name!r} that stay are "
-                    f"{fixed} in the file, {wanted} in the model. {_ADVICE}"
-                )
 
 
 def _type_name(kind: torch.dtype | torch.layout) -> str:
@@ -304,7 +282,7 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     for name in shapes[:3]:
         given, own = tuple(state[name].shape), tuple(expected[name].shape)
         lines.append(f"  {name!r} is {given} in the file, {own} in the model")
-    return "\n".join([*lines, _ADVICE])
+    return "\n".join([*lines, ADVICE])
 
 
 def _is_kept(given: Tensor, own: Tensor) -> bool:
@@ -330,5 +308,9 @@ def _similar_names(missing: list[str], surplus: list[str]) -> list[tuple[str, st
 def _brief(names: Iterable[str]) -> str:
     """Return the count of distinct names and the first three."""
     listed = list(dict.fromkeys(names))
-    more = " and more" if len(listed) > 3 else ""
-    return f"{len(listed)} ({', '.join(map(repr, listed[:3]))}{more})"
+    return f"{len(listed)} ({_first_names(listed, 3)})"
+
+
+def _first_names(names: list[str], most: int = 10) -> str:
+    more = " and more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
