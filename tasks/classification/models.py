@@ -46,7 +46,7 @@ class TimmArguments(Strict):
     head_dim: building.Count | None = None
     window_size: building.Sides = [1]
     reg_tokens: building.Number = 0
-    mlp_ratio: building.Ratio = 1
+    mlp_ratio: building.Positive = 1
     init_values: building.Real | None = None
     global_pool: Literal["", "avg", "avgmax", "max", "token", "map", "prr"] = ""
     pos_embed: Literal["", "none", "learn"] = ""

@@ -50,7 +50,7 @@ class VisionArguments(Strict):
     layers: building.Depths = [1]
     width: building.Count = 1
     head_width: building.Count = 1
-    mlp_ratio: building.Ratio = 1
+    mlp_ratio: building.Positive = 1
     patch_size: building.Sides = [1]
     image_size: building.Sides = [1]
     ls_init_value: building.Real | None = None
@@ -84,7 +84,7 @@ class TextArguments(Strict):
     width: building.Count = 1
     heads: building.Count = 1
     layers: building.Depth = 1
-    mlp_ratio: building.Ratio = 1
+    mlp_ratio: building.Positive = 1
     ls_init_value: building.Real | None = None
     embed_cls: building.Flag = False
     pad_id: building.Number = 0

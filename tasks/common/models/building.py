@@ -32,7 +32,7 @@ def _listed(value: object) -> object:
 Flag = Annotated[bool, Field(strict=True)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1000, le=1000)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-Ratio = Annotated[float, Field(strict=True, gt=0, le=64)]
+Positive = Annotated[float, Field(strict=True, gt=0, le=1000)]
 #: Numbers of blocks, of positions or pixels, and of anything else; ``Number`` may be 0.
 Depth = Annotated[int, Field(strict=True, ge=1, le=200)]
 Side = Annotated[int, Field(strict=True, ge=1, le=8192)]
