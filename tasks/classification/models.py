@@ -107,6 +107,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         entries=stored.entries,
         class_names=stored.class_names,
         preprocessing=preprocessing,
+        notes=stored.notes(),
     )
 
 

@@ -105,6 +105,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         entry=stored.entry,
         entries=stored.entries,
         class_names=names,
+        notes=stored.notes(),
     )
 
 

@@ -133,7 +133,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
     model = _create(name, arguments, {"quick_gelu": quick, **config}, path)
     vocabulary = int(open_clip.get_model_tokenize_cfg(model)["vocab_size"])
     folder = tags.tokenizer_folder(request)
-    tokenizer = build_tokenizer(name, config["text_cfg"], folder, vocabulary)
+    tokenizer = build_tokenizer(name, config["text_cfg"], folder, vocabulary, request.from_file)
     adapted = _adapted(stored.state, model, request.model_args)
     load_state(model, adapted, str(path) if weights else tag)
     if ambiguous and quick is None:
@@ -170,6 +170,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         entry=stored.entry,
         entries=stored.entries,
         preprocessing=Preprocessing(input_size=shape, crop_mode=preprocess.resize_mode, **own),
+        notes=stored.notes(),
     )
 
 

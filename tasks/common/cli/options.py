@@ -169,7 +169,7 @@ out = click.option("--out", required=True, type=PATH, help="Checkpoint to write 
 def _json_object(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"--model-args is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise RecipeError("--model-args must be a JSON object, such as '{\"img_size\": 256}'.")

@@ -14,6 +14,10 @@ from fimaq_core.errors import ModelError
 from tasks.common.hashing import SUFFIXES, file_sha256, require_file
 from tasks.common.request import Missing, ModelRequest
 
+_NAMED_BY_A_FILE = (
+    "A checkpoint names the model, so nothing is fetched from the Hugging Face hub, and its cache "
+    "has no such file: give {}, or run once with --model."
+)
 _NOT_AT_THE_HUB = (
     "The Hugging Face hub does not have them, and there is no other place to fetch them from: "
     "give the file with --weights."
@@ -93,9 +97,13 @@ class Catalogue:
         found = self.repository(tag)
         if found is None:
             return Missing(f"the weights of {tag}", _NOT_AT_THE_HUB)
-        if cached_file(found) is not None or hub_answers():
+        if cached_file(found) is not None:
             return None
         what = f"the weights of {tag} (repository {found.repo})"
+        if request.from_file:
+            return not_fetched(what, "--weights or --weights-folder")
+        if hub_answers():
+            return None
         folder = f"in the folder {request.weights_folder}, " if request.weights_folder else ""
         return Missing(
             what,
@@ -110,6 +118,11 @@ class Catalogue:
         if found is None:
             raise ModelError(f"Missing: the weights of {tag}. {_NOT_AT_THE_HUB}")
         return cached_file(found) or download(found, f"weights of {tag}")
+
+
+def not_fetched(what: str, options: str) -> Missing:
+    """Return a missing part that is not fetched, since a file asks for it and not the user."""
+    return Missing(what, _NAMED_BY_A_FILE.format(options))
 
 
 def demo_metadata(folder: Path, name: str) -> dict[str, Any]:
