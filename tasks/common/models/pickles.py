@@ -51,7 +51,7 @@ class _Name(Inert):
 
 @dataclass(frozen=True)
 class _Storage:
-    values: Tensor | None  # uint8 (n,); None for types that cannot be read
+    values: Tensor  # uint8 (n,)
     dtype: torch.dtype
 
 
@@ -61,8 +61,8 @@ _STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
+    "QInt8Storage": torch.int8, "QUInt8Storage": torch.uint8, "QInt32Storage": torch.int32,
 }  # fmt: skip
-_QUANTIZED_STORAGES = {"QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage"}
 _TORCH_TYPES = torch.dtype | torch.layout | torch.qscheme | torch.memory_format
 
 
@@ -244,9 +244,7 @@ class _Machine:
             raise ValueError("its pickle has a storage without class or key")
         if type(count) is not int or count < 0 or any(part is not None for part in rest):
             raise ValueError(f"its storage {key[:20]!r} has no number of values")
-        dtype = _STORAGES.get(cls.text.rpartition(".")[2])
-        if dtype is None:
-            return _Storage(None, torch.uint8)
+        dtype = _STORAGES[cls.text.rpartition(".")[2]]
         return _Storage(self.read_storage(dtype, key, count), dtype)
 
 
@@ -254,8 +252,7 @@ def _named(module: str, name: str) -> _Name:
     """Return the stand-in for a name. Raises ForeignObjectError."""
     text = f"{'builtins' if module == '__builtin__' else module}.{name}"
     if module in ("torch", "torch.cuda", "torch.storage"):
-        storage = name in _STORAGES or name in _QUANTIZED_STORAGES
-        if storage or isinstance(vars(torch).get(name), _TORCH_TYPES):
+        if name in _STORAGES or isinstance(vars(torch).get(name), _TORCH_TYPES):
             return _Name(text)
     if text not in _KNOWN:
         raise ForeignObjectError(text)
@@ -283,7 +280,7 @@ def _tensor(
     storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, bits: list[Any]
 ) -> Tensor | Unusable:
     """Return a view of the values of a storage. Raises an error if they do not lie in it."""
-    if not isinstance(storage, _Storage) or storage.values is None:
+    if not isinstance(storage, _Storage):
         raise ValueError("its pickle has a tensor without storage")
     numbers = (offset, *size, *stride)
     if any(type(one) is not int or one < 0 for one in numbers) or len(size) > _MOST_DIMENSIONS:
