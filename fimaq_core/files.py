@@ -1,13 +1,16 @@
 """Writing of files that appear complete or not at all; removal of files."""
 
+import errno
 import glob
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -75,3 +78,35 @@ def remove(path: Path) -> None:
         raise CheckpointError(
             f"Cannot remove {path}: {error.strerror}. Make the folder writable, then run again."
         ) from error
+
+
+def open_regular(path: Path, most_bytes: int) -> BinaryIO:
+    """Open a regular file for reading.
+
+    A pipe or a device is refused at once: reading one may wait or go on for ever.
+
+    Args:
+        path: the file.
+        most_bytes: bound on its size, so that reading it fits into memory.
+
+    Raises:
+        OSError: the file cannot be opened, is not regular or is larger.
+    """
+
+    def opened_without_waiting(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    try:
+        file = open(path, "rb", opener=opened_without_waiting)  # noqa: SIM115
+    except ValueError as error:  # a NUL character in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    found = os.fstat(file.fileno())
+    problem = ""
+    if not stat.S_ISREG(found.st_mode):
+        problem = "it is a pipe or a device instead of a regular file"
+    elif found.st_size > most_bytes:
+        problem = f"it has {found.st_size:,} bytes; at most {most_bytes:,} are read"
+    if problem:
+        file.close()
+        raise OSError(errno.EINVAL, problem, str(path))
+    return file

@@ -8,10 +8,8 @@ older records in :meth:`ResultRecord._migrate`, and keep a record of the old ver
 import hashlib
 import json
 import math
-import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
@@ -21,12 +19,16 @@ from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, DataError, first_problem
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import OFF, Recipe
+from tasks.common.arrays import read_arrays
 from tasks.common.hashing import file_sha256
 from tasks.common.preprocessing import Preprocessing
 
 SCHEMA_VERSION = 3
 #: Fields that version 2 added. Version 3 added only fields whose default means "not recorded".
 _NEW_IN_2 = ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint")
+
+#: Bound on the unpacked outcomes of a cell; those of 50,000 samples have a few millions of bytes.
+_MOST_OUTCOME_BYTES = 2**28
 
 #: Name of the stage in which a cell waited for a file that another cell was making.
 WAIT = "wait"
@@ -284,9 +286,8 @@ def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
     if (problem := outcomes_problem(record, folder)) is not None:
         raise CheckpointError(problem)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            content = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        content = read_arrays(path, _MOST_OUTCOME_BYTES)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"The outcomes {path} are damaged ({error}): {again}") from error
     shapes = {array.shape for array in content.values()}
     if "sample" not in content or len(shapes) != 1 or content["sample"].ndim != 1:
