@@ -1,6 +1,5 @@
 """Loading of CLIP models: the demo model, and open_clip models with open_clip's own text tower."""
 
-import json
 import logging
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import Field
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from fimaq_core.documents import Strict
+from fimaq_core.documents import Strict, read_json
 from fimaq_core.errors import ModelError
 from tasks.common.models import building
 from tasks.common.models.safe_reader import is_torchscript
@@ -205,12 +204,12 @@ def _quick_gelu(stored: StoredWeights) -> bool | None:
     if stored.state.keys() >= _OPENAI:
         return True
     path = stored.path.parent / "open_clip_config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        quick = content["model_cfg"].get("quick_gelu", False)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    if stored.path.name not in tags.FILES or not path.exists():
         return None
-    return quick if stored.path.name in tags.FILES and isinstance(quick, bool) else None
+    content = read_json(path, ModelError, "configuration of the weights")
+    config = content.get("model_cfg") if isinstance(content, dict) else None
+    quick = config.get("quick_gelu", False) if isinstance(config, dict) else None
+    return quick if isinstance(quick, bool) else None
 
 
 def _configuration(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

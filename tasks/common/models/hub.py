@@ -1,6 +1,5 @@
 """Names of models, their weight files, and the Hugging Face hub. The import is fast."""
 
-import json
 import os
 import socket
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from fimaq_core.documents import read_json
 from fimaq_core.errors import ModelError
 from tasks.common.hashing import SUFFIXES, file_sha256, require_file
 from tasks.common.request import Missing, ModelRequest
@@ -130,7 +130,7 @@ def demo_metadata(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     if not path.is_file():
         raise ModelError(f"No demo weights of {name}: run `python scripts/train_demo.py`.")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(path, ModelError, "description of demo weights")
     return content
 
 

@@ -63,6 +63,7 @@ _STORAGES = {
     "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
     "QInt8Storage": torch.int8, "QUInt8Storage": torch.uint8, "QInt32Storage": torch.int32,
 }  # fmt: skip
+_TORCH_MODULES = "torch", "torch.cuda", "torch.storage"
 _TORCH_TYPES = torch.dtype | torch.layout | torch.qscheme | torch.memory_format
 
 
@@ -251,10 +252,8 @@ class _Machine:
 def _named(module: str, name: str) -> _Name:
     """Return the stand-in for a name. Raises ForeignObjectError."""
     text = f"{'builtins' if module == '__builtin__' else module}.{name}"
-    if module in ("torch", "torch.cuda", "torch.storage"):
-        if name in _STORAGES or isinstance(vars(torch).get(name), _TORCH_TYPES):
-            return _Name(text)
-    if text not in _KNOWN:
+    of_torch = name in _STORAGES or isinstance(vars(torch).get(name), _TORCH_TYPES)
+    if text not in _KNOWN and not (of_torch and module in _TORCH_MODULES):
         raise ForeignObjectError(text)
     return _Name(text)
 
