@@ -134,6 +134,13 @@ def unpickle(file: BinaryIO, read_storage: ReadStorage) -> Any:
         Exception: any other, for a damaged pickle; the reason is its text.
     """
     machine = _Machine(read_storage)
+    try:
+        return _result(machine, file)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"its pickle does not make sense ({type(error).__name__})") from error
+
+
+def _result(machine: "_Machine", file: BinaryIO) -> Any:
     for count, (instruction, argument, _) in enumerate(pickletools.genops(file)):
         if count >= MOST_INSTRUCTIONS:
             raise ValueError(f"its pickle has more than {MOST_INSTRUCTIONS} instructions")
@@ -259,19 +266,20 @@ def _named(module: str, name: str) -> _Name:
 
 
 def _fill(target: Any, pairs: Iterable[Any]) -> Any:
-    """Put the pairs of key and value into ``target`` and return it."""
+    """Put the pairs of key and value into ``target`` and return it.
+
+    Only texts and small integers are kept as keys. Others do not name weights, and a file could
+    choose them so that their hashes are equal or take years.
+    """
     if isinstance(target, Inert):
         return target
     if not isinstance(target, dict):
         raise ValueError("its pickle puts a key into what is no dictionary")
     for key, value in pairs:
-        # Nested tuples can be small in a file, and their hash can take years.
-        parts = key if isinstance(key, tuple) else (key,)
-        if any(isinstance(part, tuple) for part in parts):
-            raise ValueError("its pickle has a nested key")
-        if key in target:
-            raise ValueError(f"its pickle has the key {str(key)[:100]!r} twice")
-        target[key] = value
+        if isinstance(key, str) or (type(key) is int and abs(key) < 2**32):
+            if key in target:
+                raise ValueError(f"its pickle has the key {str(key)[:100]!r} twice")
+            target[key] = value
     return target
 
 

@@ -18,8 +18,8 @@ from fimaq_core.errors import ModelError
 from tasks.common.hashing import SUFFIXES, require_file
 from tasks.common.models.pickles import MOST_BYTES, ForeignObjectError, Unusable, unpickle
 
-#: Bounds on the header of safetensors and on the directory of an archive, for 200,000 tensors.
-_MOST_HEADER_BYTES = 2**24
+#: Bound on the header of safetensors and on the directory of an archive, for 40,000 tensors.
+_MOST_HEADER_BYTES = 2**22
 #: Number at the start of files that torch.save wrote before PyTorch 1.6.
 _MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -160,7 +160,9 @@ def _archive(archive: zipfile.ZipFile, size: int) -> Any:
 
     def storage(dtype: torch.dtype, key: str, count: int) -> Tensor:
         if key not in read:
-            read[key] = _bytes(archive.read(members[f"{root}data/{key}"]))
+            if (place := f"{root}data/{key}") not in members:
+                raise ValueError(f"its storage {key[:20]!r} is missing")
+            read[key] = _bytes(archive.read(members[place]))
         return _sized(read[key], dtype, key, count)
 
     return unpickle(io.BytesIO(pickled), storage)
