@@ -266,12 +266,17 @@ def _create(
 ) -> nn.Module:
     own = {key: config[key] for key in arguments}
     own |= {"pretrained_image": False, "pretrained_text": False}
+
+    def build(device: str) -> nn.Module:
+        model: nn.Module = open_clip.create_model(name, device=device, **deepcopy(own))
+        if device == "meta":  # so that the resized embeddings count
+            _resize_trunk(model, arguments)
+        return model
+
     # open_clip warns of random weights, but the caller replaces these weights at once.
     logging.root.addFilter(_serious)
     try:
-        return building.build_bounded(
-            lambda device: open_clip.create_model(name, device=device, **deepcopy(own)), weights
-        )
+        return building.build_bounded(build, weights)
     except _MISFIT as error:
         raise ModelError(f"open_clip cannot build {name} with {arguments}: {error}") from error
     finally:

@@ -488,6 +488,10 @@ def test_other_image_sizes_resize_position_embeddings_only_if_asked_for(
         )
     )
     assert timm.input_shape == (3, 96, 96)
+    tower = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 8192}
+    large = {**SIGLIP, "vision_cfg": tower}
+    with pytest.raises(ModelError, match=r"would have [\d,]+ values"):
+        load_model(siglip_request(tmp_path / "large", large))
     with torch.no_grad():
         assert timm.model.encode_image(images(2, 96)).shape == (2, 64)
 
