@@ -1,10 +1,12 @@
 """Kinds of weight files, and hashes of files. Imports nothing heavy."""
 
 import hashlib
+import sys
 from functools import lru_cache
 from pathlib import Path
 
 from fimaq_core.errors import DataError, ModelError
+from fimaq_core.files import open_regular
 
 #: Kinds of weight files, in the order in which a folder is searched.
 SUFFIXES = (".safetensors", ".pth", ".bin", ".pt", ".ckpt", ".pth.tar", ".tar")
@@ -35,5 +37,5 @@ def file_sha256(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _sha256(path: Path, changed: int, size: int) -> str:
-    with path.open("rb") as file:
+    with open_regular(path, sys.maxsize) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -165,7 +165,7 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
         if own is not None and value.shape == own.shape and not torch.equal(value, own):
             raise ModelError(
                 f"The weights {where} number the positions in a window differently than mmdet: "
-                f"'{name}'."
+                f"{name!r}."
             )
     return found
 

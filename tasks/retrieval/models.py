@@ -32,7 +32,8 @@ _OPENAI = {"input_resolution", "context_length", "vocab_size"}
 _LEGACY = _OPENAI | {"text.transformer.embeddings.position_ids"}
 #: Errors that open_clip and timm raise for settings or weights that do not fit.
 _MISFIT = (
-    TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, ArithmeticError,
+    TypeError, ValueError, AssertionError, RuntimeError, LookupError, AttributeError,
+    ArithmeticError,
 )  # fmt: skip
 
 
@@ -199,7 +200,8 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
 def _quick_gelu(stored: StoredWeights) -> bool | None:
     """Return True for weights trained with QuickGELU, False for GELU, None if the file is unclear.
 
-    The names of OpenAI's tensors, or open_clip's configuration beside the file, tell it.
+    The names of OpenAI's tensors, or open_clip's configuration beside the file, tell it. Raises
+    ModelError: the configuration cannot be read.
     """
     if stored.state.keys() >= _OPENAI:
         return True

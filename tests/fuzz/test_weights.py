@@ -53,6 +53,8 @@ def bounded() -> Iterator[None]:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     limit = pages * resource.getpagesize() + GIGABYTE
+    if before[1] != resource.RLIM_INFINITY:
+        limit = min(limit, before[1])
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
     try:
         yield

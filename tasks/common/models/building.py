@@ -25,6 +25,10 @@ _MORE_VALUES = 2**24
 _RESIZED = ("pos_embed", "positional_embedding", "bias_table", "patch_embed.proj.weight")
 
 
+#: Values of a tensor before it is resized, per value after it.
+_MOST_SHRUNK = 1024
+
+
 def _listed(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
@@ -87,6 +91,7 @@ def check_resizable(state: dict[str, Tensor], model: nn.Module) -> None:
     have kernels of 10,000 pixels, or its position embedding millions of channels.
     """
     sizes: dict[str, set[tuple[int, ...]]] = {}
+    most: dict[str, int] = {}
     for tensors in (model.state_dict(), state):
         for name, value in tensors.items():
             kind = next((one for one in _RESIZED if name.endswith(one)), None)
@@ -95,9 +100,10 @@ def check_resizable(state: dict[str, Tensor], model: nn.Module) -> None:
             fixed = tuple(value.shape[:2] if kind.endswith("weight") else value.shape[-1:])
             if tensors is not state:
                 sizes.setdefault(kind, set()).add(fixed)
-            elif kind in sizes and fixed not in sizes[kind]:
+                most[kind] = max(most.get(kind, 0), _MOST_SHRUNK * value.numel())
+            elif kind in sizes and (fixed not in sizes[kind] or value.numel() > most[kind]):
                 wanted = " or ".join(map(str, sorted(sizes[kind])[:3]))
                 raise ModelError(
-                    f"The weights do not fit the model: the sizes of {name!r} that stay are "
-                    f"{fixed} in the file, {wanted} in the model. {ADVICE}"
+                    f"The weights do not fit the model: {name!r} is {tuple(value.shape)} in the "
+                    f"file, and cannot be resized to {wanted} in the model. {ADVICE}"
                 )

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fimaq_core.documents import parse_json
 from fimaq_core.errors import ModelError
 from tasks.common.hashing import SUFFIXES, require_file
 from tasks.common.models.pickles import MOST_BYTES, ForeignObjectError, Unusable, unpickle
@@ -73,7 +74,7 @@ def is_torchscript(path: Path) -> bool:
     try:
         with path.open("rb") as file, _opened(file, path.stat().st_size) as archive:
             return any(name.endswith("constants.pkl") for name in archive.namelist())
-    except (OSError, ValueError, RuntimeError, LookupError, zipfile.BadZipFile, struct.error):
+    except Exception:  # noqa: BLE001 - the reader says later what is wrong with the file
         return False
 
 
@@ -90,6 +91,9 @@ def _content(path: Path, file: BinaryIO, size: int) -> Any:
     if start[8:9] == b"{" and length < size:
         if length > _MOST_HEADER_BYTES:
             raise ValueError(f"its header has {length} bytes, more than {_MOST_HEADER_BYTES}")
+        # The library takes the last of two tensors of one name.
+        header = file.read(8 + length)[8:].decode()
+        parse_json(header, "its header", ModelError)
         return _safetensors(path)
     if start[:2] == b"PK":
         with _opened(file, size) as archive:

@@ -35,7 +35,12 @@ _AVERAGED = re.compile(r"(?i:(?<![a-z])(?:ema|swa)(?![a-z])|averag)|(?<![A-Z])(?
 _OPTIMIZER = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 #: Name of the entry for tensors at the top of a file that has other entries too.
 _TOP = "."
+#: Types that are read. Others are packed (float8, int4), and PyTorch cannot convert all of them.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OTHERS = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64,
+    torch.complex128,
+)  # fmt: skip
 #: End of messages.
 ADVICE = "Give weights of this model, or the model (--model, --model-args) of these weights."
 #: Bounds on the entries of a file and on the length of a name; messages compare names.
@@ -143,7 +148,7 @@ def _chosen(names: list[str], wanted: str | None, path: Path) -> str:
     if not given:
         lone = " The file is one state dict: leave the option out."
         known = suggest(str(wanted), names[:20]) if any(names) else lone
-        raise ModelError(f"The weights {path} have no entry '{wanted}' (--weights-entry).{known}")
+        raise ModelError(f"The weights {path} have no entry {wanted!r} (--weights-entry).{known}")
     best = _preferred(given)
     averaged = [name for name in given if _AVERAGED.search(name)]
     if len(best) > 1 or (wanted is None and averaged and best[0] not in averaged):
@@ -180,7 +185,7 @@ def _renamed(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
             start = f"{name[:50]!r}"
             raise ModelError(f"The weights {path} have a name of {len(name)} letters: {start}.")
         problem = value.problem if isinstance(value, Unusable) else None
-        if problem is None and value.is_floating_point() and value.dtype not in _FLOATS:
+        if problem is None and value.dtype not in (*_FLOATS, *_OTHERS):
             problem = f"as {_type_name(value.dtype)}"
         if problem:
             advice = "save it as a dense tensor of float32, float16 or bfloat16"
