@@ -7,6 +7,7 @@ memory are bounded by the size of the pickle and by the bytes that the file stor
 """
 
 import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -258,7 +259,9 @@ class _Machine:
 
 def _named(module: str, name: str) -> _Name:
     """Return the stand-in for a name. Raises ForeignObjectError."""
-    text = f"{'builtins' if module == '__builtin__' else module}.{name}"
+    # Pickles of protocol 2 have Python 2's names, such as ``__builtin__.unicode`` for ``str``.
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    text = f"{module}.{name}"
     of_torch = name in _STORAGES or isinstance(vars(torch).get(name), _TORCH_TYPES)
     if text not in _KNOWN and not (of_torch and module in _TORCH_MODULES):
         raise ForeignObjectError(text)
