@@ -8,6 +8,8 @@ STAMP := $(VENV)/.setup-done
 PROFILE ?= quickstart
 # One more than the cores, since some tests wait for processes that they start.
 TEST_JOBS ?= 3
+# Time of `make fuzz`.
+MINUTES ?= 10
 RUN := $(PY) -m benchmarks
 
 # Filters and settings become options only where they are given.
@@ -30,7 +32,7 @@ BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) \
 	$(if $(THREADS),--threads $(THREADS)) $(if $(BUDGET),--budget $(BUDGET))
 
 .PHONY: help setup tables reproduce-table diff report doctor bench test test-quick test-portable \
-	lint format clean
+	fuzz lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +94,9 @@ test-quick: $(STAMP) ## run all tests but the slow ones
 
 test-portable: $(STAMP) ## run all tests as on other processors (RUNS="avx2-1 busy")
 	@$(PY) scripts/test_portable.py --jobs $(TEST_JOBS) $(RUNS)
+
+fuzz: $(STAMP) ## try random files of every kind for MINUTES=10, and count the cases
+	@$(PY) scripts/fuzz.py --minutes $(MINUTES)
 
 lint: $(STAMP) ## ruff, mypy (strict on fimaq_core), and which package may import which
 	@$(PY) -m ruff check .

@@ -48,7 +48,7 @@ def read_text(
     name = f"the {what} {path}" if what else str(path)
     try:
         with open_regular(path, most_bytes) as file:
-            return file.read(most_bytes).decode("utf-8").removeprefix("\ufeff")
+            return file.read().decode("utf-8").removeprefix("\ufeff")
     except OSError as problem:
         raise error(f"Cannot read {name}: {problem.strerror}.") from problem
     except UnicodeDecodeError as problem:
@@ -100,7 +100,11 @@ def parse_json(
 
 def shown(value: object, most: int = 100) -> str:
     """Return ``value`` as Python writes it, at most ``most`` characters, for messages."""
-    text = repr(value)
+    return clipped(repr(value), most)
+
+
+def clipped(text: str, most: int = _MOST_TEXT) -> str:
+    """Return at most ``most`` characters of a text, for messages."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -187,11 +191,10 @@ def _reason(problem: Exception) -> str:
     if isinstance(problem, RecursionError):
         return _TOO_DEEP
     if isinstance(problem, yaml.MarkedYAMLError) and (mark := problem.problem_mark) is not None:
-        words = str(problem.problem)[:_MOST_TEXT]
-        return f"{words} in line {mark.line + 1}, column {mark.column + 1}"
+        return f"{clipped(str(problem.problem))} in line {mark.line + 1}, column {mark.column + 1}"
     if isinstance(problem, LookupError):
         return "a value does not fit its tag"
-    text = " ".join(str(problem).split())[:_MOST_TEXT]
+    text = clipped(" ".join(str(problem).split()))
     return _TOO_LARGE if "integer string conversion" in text else text
 
 
@@ -225,7 +228,7 @@ def validate(model: type[Model], content: Any, where: str, error: type[FimaqErro
     except ValidationError as problem:
         raise error(f"{where}: {problems(problem, model)}") from problem
     except FimaqError as problem:
-        raise error(f"{where}: {problem}") from problem
+        raise error(f"{where}: {clipped(str(problem), 1000)}") from problem
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> str:
@@ -236,8 +239,8 @@ def problems(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _sentence(item: Any, model: type[BaseModel]) -> str:
-    place = ".".join(str(part) for part in item["loc"] if part != "[key]")
-    message = item["msg"].removeprefix("Value error, ")
+    place = clipped(".".join(str(part) for part in item["loc"] if part != "[key]"))
+    message = clipped(item["msg"].removeprefix("Value error, "), 1000)
     if item["type"] == "extra_forbidden":
         known = _owner(model, item["loc"][:-1]).model_fields
         return f"Unknown key '{place}'.{suggest(str(item['loc'][-1]), known)}"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fimaq_core.documents import Strict, problems, read_yaml
+from fimaq_core.documents import Strict, problems, read_yaml, shown
 from fimaq_core.errors import RecipeError, suggest
 
 #: Bit-width that switches a quantizer off.
@@ -306,7 +306,7 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
         RecipeError: unknown method or key (with a suggestion), or a value that does not fit.
     """
     if method not in METHODS:
-        raise RecipeError(f"Unknown method '{method}'.{suggest(method, METHODS)}")
+        raise RecipeError(f"Unknown method {shown(method)}.{suggest(method, METHODS)}")
     given: dict[str, Any] = {"method": method}
     for override in overrides:
         _check_keys(override, "the recipe")
@@ -339,4 +339,4 @@ def _check_keys(content: Mapping[str, Any], where: str) -> None:
     for key in content:
         if key not in Recipe.model_fields:
             known = suggest(str(key), Recipe.model_fields)
-            raise RecipeError(f"Unknown key '{key}' in {where}.{known}")
+            raise RecipeError(f"Unknown key {shown(str(key))} in {where}.{known}")

@@ -18,6 +18,7 @@ from benchmarks.costs.sources import REFERENCE, cost_row, costs_path, costs_text
 from benchmarks.grid.schema import Grid
 from benchmarks.results import scores
 from benchmarks.results.scores import COLUMNS, FULL, Items, Measured, count
+from fimaq_core.documents import parse_json, read_json
 from fimaq_core.errors import FimaqError
 from tasks.common.cell.machine import processor
 
@@ -55,7 +56,7 @@ def _settings(grid: Grid) -> dict[str, Any]:
             sections[section] = own
     found = {"variant": grid.variant, "overrides": grid.overrides}
     found |= {k: v for k, v in (("sections", sections), ("axes", grid.axes)) if v}
-    return dict(json.loads(json.dumps(found)))
+    return dict(parse_json(json.dumps(found), "The settings", FimaqError))
 
 
 def _settings_of(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
@@ -131,11 +132,11 @@ def _read(grid: Grid, folder: Path) -> tuple[pd.DataFrame, dict[str, Any]] | Non
     if not path.is_file() or not about.is_file():
         return None
     try:
-        content = json.loads(about.read_text(encoding="utf-8"))
+        content = read_json(about, FimaqError, "provenance")
         if missing := sorted(_ABOUT - content.keys()):
             raise ValueError(f"{about.name} lacks {', '.join(missing)}")
         return read_csv(path), content
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (FimaqError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FimaqError(f"The reference {path.name} cannot be read: {error}") from error
 
 

@@ -6,7 +6,6 @@ minutes in publications. An estimate uses times of CPUs or times of GPUs, never 
 
 import csv
 import io
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from benchmarks.costs.estimate import METHOD, MODEL, OWN, Estimator
 from benchmarks.grid.cell import Adapter, Cell, CellName, Key, finished
 from benchmarks.grid.names import PUBLISHED, load_names
+from fimaq_core.documents import parse_json, read_text
 from fimaq_core.errors import FimaqError, first_problem
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common import registry
@@ -98,15 +98,17 @@ def read_costs(path: Path) -> list[CostRow]:
     if path.suffix == ".json":
         what, fix = "rehearsal", "delete it, or rehearse again"
     try:
-        text = path.read_text(encoding="utf-8")
+        if not path.is_file():
+            return []
+        text = read_text(path, FimaqError)
         found = csv.DictReader(io.StringIO(text, newline=""))
-        rows = json.loads(text)["cells"] if path.suffix == ".json" else list(found)
+        rows = (
+            parse_json(text, "it", FimaqError)["cells"] if path.suffix == ".json" else list(found)
+        )
         if any(None in row for row in rows):
             raise ValueError("a line has more fields than the first")
         return [CostRow.model_validate({**row, "seed": row.get("seed") or None}) for row in rows]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+    except (FimaqError, ValueError, LookupError, TypeError, csv.Error) as error:
         why = first_problem(error) if isinstance(error, ValidationError) else error
         raise FimaqError(f"Cannot read the {what} {path}: {why} ({fix}).") from error
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.grid.cell import default_adapter
+from fimaq_core.documents import parse_json, read_text
+from fimaq_core.errors import FimaqError
 from fimaq_core.progress import OnProgress, Progress
 from tasks.common.cell.lease import is_running, this_process
 from tasks.common.request import CellRequest
@@ -29,8 +31,8 @@ class Note(NamedTuple):
 def read_notes(results: Path) -> list[Note]:
     """Return all notes in the folder `results`, the oldest first."""
     file = results / "audit.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [Note(*json.loads(line)) for line in lines]
+    lines = read_text(file, FimaqError).splitlines() if file.is_file() else []
+    return [Note(*parse_json(line, str(file), FimaqError)) for line in lines]
 
 
 def write_note(results: Path, kind: str, cell: str) -> None:

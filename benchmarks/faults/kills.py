@@ -24,6 +24,7 @@ from benchmarks.grid.cell import RunOptions, default_adapter, finished
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import load_grid
 from benchmarks.run.ray import check_folder
+from fimaq_core.documents import parse_json
 from fimaq_core.errors import FimaqError
 
 GRID = Path(__file__).with_name("grid.yaml")
@@ -54,7 +55,8 @@ def _content(file: Path) -> bytes:
     if file.suffix != ".safetensors":
         return content
     end = 8 + int.from_bytes(content[:8], "little")
-    return json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
+    header = parse_json(content[8:end].decode(), str(file), FimaqError)
+    return json.dumps(header, sort_keys=True).encode() + content[end:]
 
 
 def victims(kind: str) -> list[psutil.Process]:

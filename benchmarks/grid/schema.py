@@ -1,5 +1,6 @@
 """Profiles: YAML files with a grid, how they are read and checked."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from benchmarks.grid.cell import CellName
-from fimaq_core.documents import Strict, read_yaml, validate
+from fimaq_core.documents import Strict, read_yaml, shown, validate
 from fimaq_core.errors import FimaqError, suggest
 from fimaq_core.recipe import METHODS, OFF, make_recipe
 from tasks.common import registry
@@ -15,6 +16,8 @@ from tasks.common import registry
 GRIDS = Path(__file__).parents[1] / "grids"
 #: Method name of full precision.
 FP = "fp"
+#: Bound on the cells of a grid. The largest grid here has a few hundred.
+_MOST_CELLS = 100_000
 #: Recipe fields that come from the lists of a grid, so overrides must not change them.
 _NOT_OVERRIDABLE = ("method", "seed", "w_bits", "a_bits", "scope")
 
@@ -25,9 +28,9 @@ class GridError(FimaqError):
 
 def parse_bits(text: str) -> tuple[int, int]:
     """Return weight and activation bits of a name such as ``w3a3``; raise GridError."""
-    match = re.fullmatch(r"w(\d+)a(\d+)", text)
+    match = re.fullmatch(r"w(\d{1,3})a(\d{1,3})", text)
     if match is None:
-        raise GridError(f"'{text}' is no bit-width: write such as w3a3 or w4a8.")
+        raise GridError(f"{shown(text)} is no bit-width: write such as w3a3 or w4a8.")
     bits = (int(match[1]), int(match[2]))
     for value in bits:
         if value != OFF and not 2 <= value <= 8:
@@ -40,14 +43,14 @@ def parse_bits(text: str) -> tuple[int, int]:
 def known_method(name: str) -> str:
     """Return ``name`` if a method has this name; raise GridError otherwise."""
     if name != FP and name not in METHODS:
-        raise GridError(f"Unknown method '{name}'.{suggest(name, [FP, *METHODS])}")
+        raise GridError(f"Unknown method {shown(name)}.{suggest(name, [FP, *METHODS])}")
     return name
 
 
 def _point(name: str) -> str:
     if not re.fullmatch(r"[^\s,|=]+", name):
         words = "cannot name an axis or point: leave out blanks and the characters , | ="
-        raise ValueError(f"'{name}' {words}")
+        raise ValueError(f"{shown(name)} {words}")
     return name
 
 
@@ -55,7 +58,7 @@ def _fields(fields: dict[str, Any]) -> dict[str, Any]:
     for name in fields:
         if name in _NOT_OVERRIDABLE:
             words = "cannot be an override: the grid's own lists give it to each cell"
-            raise ValueError(f"'{name}' {words}")
+            raise ValueError(f"{shown(name)} {words}")
     return fields
 
 
@@ -116,8 +119,8 @@ class Grid(Strict):
     overrides: Overrides = {}
     variant: str | None = None  #: name of the settings in tables; None: the released settings
     device: str = "cpu"  #: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``
-    threads: int | None = Field(None, ge=1)  #: CPU threads per cell; None: PyTorch's choice
-    jobs: int | None = Field(None, ge=1)  #: cells at a time; None: by cores and threads
+    threads: int | None = Field(None, ge=1, le=4096)  #: of a cell on CPUs; None: PyTorch's
+    jobs: int | None = Field(None, ge=1, le=4096)  #: cells at a time; None: by cores and threads
     extra: tuple[Extra, ...] = ()  #: further cells, without axis points
     axes: Axes = {}  #: ablations: each point changes the settings above on one axis
     next: tuple[str, ...] = ()  #: advice that a run prints at its end
@@ -129,13 +132,24 @@ class Grid(Strict):
         for extra in self.extra:
             if extra.task not in self.tasks:
                 hint = suggest(extra.task, self.tasks)
-                raise GridError(f"unknown task '{extra.task}' in extra.{hint}")
+                raise GridError(f"unknown task {shown(extra.task)} in extra.{hint}")
+        if (count := sum(map(self._cells, self.tasks))) > _MOST_CELLS:
+            raise GridError(f"{count:,} cells are more than {_MOST_CELLS:,}: make several grids")
         points = [changes for axis in self.axes.values() for changes in axis.values()]
         for section in self.tasks:
             for method in self.methods_of(section):
                 for changes in ({}, *points) if method != FP else ():
                     make_recipe(method, self.overrides_of(section), changes)
         return self
+
+    def _cells(self, section: str) -> int:
+        """Return the number of cells of a section at most, with those that a filter may add."""
+        part, points = self.tasks[section], sum(map(len, self.axes.values()))
+        lists = (self.methods_of(section), part.bits or self.bits, part.seeds or self.seeds)
+        count = (len(part.models) + len(part.available)) * math.prod(map(len, lists))
+        own = [extra for extra in self.extra if extra.task == section]
+        further = (math.prod(map(len, (x.models, x.methods, x.bits, x.seeds))) for x in own)
+        return (count * (1 + points) + sum(further)) * max(1, len(part.scopes))
 
     def task_of(self, section: str) -> str:
         """Return the name of a section's task."""

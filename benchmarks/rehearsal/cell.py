@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from fimaq_core.documents import parse_json, read_text
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import OnProgress, Progress
 from fimaq_core.recipe import Recipe, make_recipe
@@ -134,5 +135,5 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     seconds, and ``memory``: the peak in bytes since the stage began.
     """
     path = folder / _EVENTS
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    lines = read_text(path, FimaqError).split("\n")[:-1] if path.is_file() else []
+    return [parse_json(line, str(path), FimaqError) for line in lines]

@@ -17,6 +17,7 @@ from benchmarks.grid.cell import Cell, Places
 from benchmarks.rehearsal.cell import few_classes
 from fimaq_core.files import replaced_whole
 from tasks.common.data.imagenet import wordnet_ids
+from tasks.common.data.images import open_image
 
 #: (width, height), colour mode and file format of images. Like ImageNet, they include grey and CMYK
 #: images, and a PNG file with the name of a JPEG file.
@@ -100,7 +101,7 @@ def _coco(folder: Path) -> None:
         annotations: list[dict[str, Any]] = []
         images: list[dict[str, Any]] = []
         for number, path in enumerate(_images(folder / part), 1):
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 width, height = image.size
             images.append({"id": number, "file_name": path.name, "width": width, "height": height})
             for category in range(number, len(categories), _FEW):

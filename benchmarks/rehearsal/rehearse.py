@@ -21,6 +21,8 @@ from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
 from benchmarks.rehearsal.full_cost import real_memory, real_seconds, spent
 from benchmarks.run.local import default_jobs
 from benchmarks.run.options import RunRequest, settled
+from fimaq_core.documents import read_json
+from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
 from tasks.common.cell.machine import container_limits
 
@@ -144,7 +146,7 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
 def _save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows to a file. Rows of other cells that are already in the file stay."""
     keys = ("section", "model", "scope", "method", "bits", "seed", "point", "device")
-    kept = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+    kept = read_json(path, FimaqError, "rehearsal")["cells"] if path.is_file() else []
     merged = {tuple(str(row[name]) for name in keys): row for row in [*kept, *rows]}
     content = {"cells": [row for _, row in sorted(merged.items())]}
     with replaced_whole(path) as temporary:

@@ -10,7 +10,6 @@ import errno
 import faulthandler
 import gc
 import importlib
-import json
 import multiprocessing
 import os
 import pickle
@@ -26,6 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.run.executor import Failed, Finished, Kind, Message, Started
+from fimaq_core.documents import parse_json
 from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
 from fimaq_core.progress import OnProgress, Progress
@@ -201,4 +201,4 @@ def _preload(log: str, *modules: str) -> None:
 
 
 if PRELOAD in os.environ:
-    _preload(*json.loads(os.environ.pop(PRELOAD)))
+    _preload(*parse_json(os.environ.pop(PRELOAD), PRELOAD, FimaqError))

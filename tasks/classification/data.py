@@ -1,6 +1,7 @@
 """Images of classification: class folders, the demo's digit pairs, and calibration images."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -92,7 +93,7 @@ def _listed(
             ids[place] = paths[place].relative_to(root).as_posix()
         else:
             ids[place] = str(path)
-    absent = [str(path) for path in paths if not path.is_file()]
+    absent = [str(path) for path in paths if not os.path.isfile(path)]
     if absent:
         names = f"{len(absent)} files that are not there, such as {absent[0]}"
         raise DataError(f"The calibration list names {names}.")

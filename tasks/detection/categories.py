@@ -65,7 +65,7 @@ def _by_position(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
         f"The weights name no classes: the {count} categories, in the file's order, are taken for "
         "them"
     ]
-    unused = [entry for entry in categories if entry not in kept]
+    unused = [] if kept is categories else [one for one in categories if one["id"] not in used]
     if unused:
         notes.append(
             "Categories without annotations are left out, since only then their number fits: "
@@ -123,7 +123,7 @@ def _by_name(
             f"{absent[0]!r}: AP is over the other {len(ids)}, and detections of these classes do "
             "not count"
         )
-    kept = [entry for entry in categories if entry not in unknown]
+    kept = [entry for position, entry in enumerate(categories) if position in found]
     labels = tuple(ids.get(label) for label in range(len(names)))
     origin: Origin = "published" if published else "model"
     return Matched({**coco, "categories": kept}, labels, origin, tuple(notes))

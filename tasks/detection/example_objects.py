@@ -1,5 +1,6 @@
 """Detected and true objects of a few images, as outlines in pixels of the original image."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from tasks.detection.coco import DetectionSource
 _CORNERS = 60  # highest number per outline
 _OUTLINES = 20  # highest number per object
 _LEAST_AREA = 4  # of an outline, in pixels
+_POINTS = 5000  # highest number that is simplified: OpenCV may need time by the square of it
 #: Distance in pixels by which simplifying may move an outline, and the factor by which it grows
 #: while there are too many corners. With half a pixel, thin strokes would lose a tenth of their
 #: area.
@@ -73,10 +75,11 @@ def outlines(
         rings = [ring.clip(0, (width, height)).astype(np.float32) for ring in corners]
     else:
         rings = _traced(segmentation, width, height)
-    simple = [(float(cv2.contourArea(ring)), _simplified(ring)) for ring in rings if len(ring) > 2]
-    large = [(area, ring) for area, ring in simple if area >= _LEAST_AREA and len(ring) > 2]
-    kept = sorted(large, key=lambda pair: -pair[0])
-    return [[round(float(value), 2) for value in ring.ravel()] for _, ring in kept[:_OUTLINES]]
+    large = [ring for ring in rings if len(ring) > 2 and cv2.contourArea(ring) >= _LEAST_AREA]
+    large.sort(key=lambda ring: -cv2.contourArea(ring))
+    simple = (ring for ring in map(_simplified, large) if len(ring) > 2)
+    kept = itertools.islice(simple, _OUTLINES)
+    return [[round(float(value), 2) for value in ring.ravel()] for ring in kept]
 
 
 def _traced(code: dict[str, Any], width: int, height: int) -> list[np.ndarray]:
@@ -101,6 +104,8 @@ def _simplified(ring: np.ndarray) -> np.ndarray:
     """Reduce an outline to at most 60 corners (n, 2)."""
     import cv2
 
+    while len(ring) > _POINTS:
+        ring = np.ascontiguousarray(ring[::2])
     distance = _DISTANCE
     while len(simple := cv2.approxPolyDP(ring, distance, True)) > _CORNERS:
         distance *= _GROWTH

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fimaq_core.documents import shown
 from fimaq_core.errors import DataError
 from tasks.common.data.files import composed, image_id, parse_json, read_text, state_of
 
@@ -18,6 +19,8 @@ from tasks.common.data.files import composed, image_id, parse_json, read_text, s
 Splits = Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]
 #: Splits that a file may name; fimaq uses train and test.
 _SPLITS = ("train", "restval", "val", "test")
+#: Bound on the characters of a caption. Tokenizers need time by the square of a word's length.
+_MOST_TEXT = 5000
 
 
 class _Row(NamedTuple):
@@ -26,7 +29,7 @@ class _Row(NamedTuple):
     number: int  # of the line or entry
     where: str  # file and number, for messages
     image: object
-    captions: list[object]
+    captions: list[Any]
     split: object
 
 
@@ -52,7 +55,7 @@ def _read(path: Path, own: str | None, state: tuple[int, int]) -> Splits:
         split = own if named is None else named
         if not isinstance(split, str) or split not in _SPLITS:
             known = ", ".join(_SPLITS)
-            raise DataError(f"{where}: there is no split {split!r}; known are {known}.")
+            raise DataError(f"{where}: there is no split {shown(split)}; known are {known}.")
         if own is not None and split != own:
             raise DataError(f"{where}: the split {split!r} does not belong in this file.")
         image = image_id(name, where, path.parent if table else None)
@@ -61,18 +64,26 @@ def _read(path: Path, own: str | None, state: tuple[int, int]) -> Splits:
         key = image if table else number
         _, captions = splits.setdefault(split, {}).setdefault(key, (image, []))
         for text in texts:
-            if not isinstance(text, str):
-                raise DataError(f"{where}: the caption {text!r} is not text.")
+            check_text(text, f"{where}: the caption")
             if table:
-                before = first.setdefault((image, text), number)
-                if before != number or text in captions:
+                if (before := first.get((image, text))) is not None:
                     pair = f"repeats image and caption of line {before}"
                     raise DataError(f"{where} {pair}: remove one.")
+                first[image, text] = number
             captions.append(text)
     return {
         split: tuple((image, tuple(own)) for image, own in found.values())
         for split, found in splits.items()
     }
+
+
+def check_text(text: object, what: str) -> None:
+    """Check a caption or a class name, named ``what`` in messages. Raises DataError."""
+    if not isinstance(text, str):
+        raise DataError(f"{what} {shown(text)} is not text.")
+    if len(text) > _MOST_TEXT:
+        long = f"has {len(text):,} characters; at most {_MOST_TEXT:,} are read: shorten it"
+        raise DataError(f"{what} {shown(text)} {long}.")
 
 
 def _karpathy_rows(path: Path) -> Iterator[_Row]:
@@ -106,7 +117,7 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
         header = next(reader, [])
         if not {"image", "caption"} <= set(header) or len(set(header)) < len(header):
             wanted = "needs the columns image and caption, once each"
-            raise DataError(f"{path} {wanted}; its first line is {','.join(header)!r}.")
+            raise DataError(f"{path} {wanted}; its first line is {shown(','.join(header))}.")
         for cells in filter(None, reader):
             where = f"{path}, line {reader.line_num}"
             if len(cells) != len(header):

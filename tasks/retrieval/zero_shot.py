@@ -12,10 +12,13 @@ import torch
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
 
+from fimaq_core.documents import MOST_BYTES
 from fimaq_core.errors import DataError
 from fimaq_core.progress import OnProgress, Progress
+from tasks.common.data.files import read_text
 from tasks.common.data.imagenet import IMAGENET, is_imagenet, wordnet_ids
 from tasks.common.record import Dataset
+from tasks.retrieval.caption_files import check_text
 from tasks.retrieval.evaluate import Encode, Encoders, embed_texts, normalised
 
 CLASSNAMES_FILE = "classnames.txt"
@@ -49,14 +52,13 @@ def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
             f"{path}, one name per line (UTF-8), in the order of their labels, from "
             f"{folders[0]!r} to {folders[-1]!r}."
         )
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read class names from {path}: {error}.") from error
+    names = tuple(line.strip() for line in read_text(path, MOST_BYTES).splitlines())
     if len(names) != classes:
         raise DataError(f"{path} has {len(names)} lines for {classes} classes: {_FORM}.")
     if "" in names:
         raise DataError(f"Line {names.index('') + 1} of {path} is empty: {_FORM}.")
+    for number, name in enumerate(names, 1):
+        check_text(name, f"{path}, line {number}: the class name")
     return names
 
 

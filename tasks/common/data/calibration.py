@@ -1,13 +1,14 @@
 """Calibration images of all tasks: the first readable images in an order, or a given list."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fimaq_core import documents
+from fimaq_core.documents import shown
 from fimaq_core.errors import DataError
-from tasks.common.data.files import composed
+from tasks.common.data.files import MOST_BYTES, composed, parse_json
 from tasks.common.data.images import Images, seeded_item
 
 
@@ -58,7 +59,7 @@ def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str
     if unknown:
         raise DataError(
             f"The calibration list {path} names {len(unknown)} images that are not in {what}, such "
-            f"as {unknown[0]!r} (ids in the data are such as {ids[0]!r})."
+            f"as {shown(unknown[0])} (ids in the data are such as {ids[0]!r})."
         )
     chosen = [position for name in names if (position := found[name]) is not None]
     twice = [ids[position] for position, count in Counter(chosen).items() if count > 1]
@@ -80,17 +81,11 @@ def read_list(path: Path) -> Listed:
 
     Raises DataError: the file cannot be read, or is a JSON object without calibration ids.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read the calibration list {path}: {error}.") from error
+    text = documents.read_text(path, DataError, "calibration list", MOST_BYTES)
     if not text.lstrip().startswith("{"):
         return Listed([line.strip() for line in text.splitlines() if line.strip()], None)
-    try:
-        calibration = json.loads(text)["calibration"]
-        ids = calibration["ids"]
-        if isinstance(ids, list) and all(isinstance(name, str) for name in ids):
-            return Listed(ids, calibration)
-    except (ValueError, RecursionError, KeyError, TypeError):
-        pass
+    calibration = parse_json(text, f"The calibration list {path}").get("calibration")
+    ids = calibration.get("ids") if isinstance(calibration, dict) else None
+    if isinstance(ids, list) and all(isinstance(name, str) for name in ids):
+        return Listed(ids, calibration)
     raise DataError(f"{path} is not a result record with calibration ids.")

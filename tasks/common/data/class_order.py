@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fimaq_core.documents import shown
 from fimaq_core.errors import DataError, suggest
 from tasks.common.data.class_names import WORDNET_ID, by_name
 from tasks.common.data.files import composed, counted, parse_json, read_text
@@ -162,7 +163,10 @@ def names_by_label(content: object, turned: bool = False) -> list[str] | None:
         return [*content] if all(isinstance(name, str) for name in content) else None
     if not isinstance(content, dict):
         return None
-    swapped = {str(key) if type(key) is int else key: value for key, value in content.items()}
+    swapped = {
+        str(key) if type(key) is int and key.bit_length() < 64 else key: value
+        for key, value in content.items()
+    }
     ways = [[*content.items()], [(label, name) for name, label in swapped.items()]]
     for pairs in reversed(ways) if turned else ways:
         listed = [
@@ -184,7 +188,7 @@ def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: P
     folders = {composed(name): name for name in classes}
     listed = [*map(composed, listed)]
     if (twice := _first_twice(listed)) is not None:
-        raise DataError(f"{path} lists the class {twice!r} twice.")
+        raise DataError(f"{path} lists the class {shown(twice)} twice.")
     surplus = [name for name in listed if name not in folders]
     missing = sorted(folders.keys() - set(listed))
     problems = []
@@ -192,7 +196,7 @@ def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: P
         near = suggest(surplus[0], missing).strip() if missing else ""
         near = f" ({near})" if 0 < len(near) < 100 else ""
         names = counted(len(surplus), "name")
-        problems.append(f"{names} without a folder, such as {surplus[0]!r}{near}")
+        problems.append(f"{names} without a folder, such as {shown(surplus[0])}{near}")
     if missing:
         names = counted(len(missing), "folder")
         problems.append(f"{names} without a name in it, such as {missing[0]!r}")

@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -9,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fimaq_core import documents
+from fimaq_core.documents import shown
 from fimaq_core.errors import DataError
 
 #: Bound on the size of a data file in bytes. The largest of COCO 2017 has 450 million.
 MOST_BYTES = 2**31
+#: Control characters, which no name of a data file may hold: records and terminals show names.
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+#: Bound on the folders in a name that is searched for.
+_MOST_FOLDERS = 100
 
 #: Files and folders, in lower case, that operating systems and tools create among data.
 _LEFTOVERS = {
@@ -51,9 +57,10 @@ def image_id(name: object, where: str, root: Path | None = None) -> str:
         name = id_below(posixpath.normpath(name), root)
     # Names stay text: Path objects for all images of MS-COCO would take seconds.
     path = posixpath.normpath(name) if isinstance(name, str) else "."
-    if path == "." or path.startswith("/") or ".." in str(given).split("/"):
+    outside = path == "." or path.startswith("/") or ".." in str(given).split("/")
+    if outside or CONTROL.search(path) is not None:
         wanted = "is not the path of an image below the folder of the data"
-        raise DataError(f"{where}: {given!r} {wanted}.")
+        raise DataError(f"{where}: {shown(given)} {wanted}.")
     return path
 
 
@@ -85,6 +92,8 @@ class FilesBelow:
 
         Raises DataError: several files have this name, all in other Unicode forms.
         """
+        if name.count("/") > _MOST_FOLDERS:
+            return None
         parent, _, own = name.rpartition("/")
         if parent not in self._found:
             self._found[parent] = self.find(parent)
@@ -103,7 +112,7 @@ class FilesBelow:
     def _listing(self, place: str) -> dict[str, list[str]]:
         if place not in self._listings:
             names = self._listings[place] = {}
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # a NUL character is a ValueError
                 for entry in os.listdir(self.folder / place):
                     names.setdefault(composed(entry), []).append(entry)
         return self._listings[place]

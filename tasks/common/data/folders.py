@@ -2,19 +2,20 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 from PIL import Image
-from torchvision.datasets.folder import is_image_file, make_dataset
+from torchvision.datasets.folder import is_image_file
 
 from fimaq_core.errors import DataError
 from tasks.common.data.class_order import chosen, known_notes, ordered
 from tasks.common.data.files import composed, counted, is_hidden, named
 from tasks.common.data.imagenet import IMAGENET, LAYOUT, is_imagenet
 from tasks.common.data.images import file_reader, is_image
+from tasks.common.data.walk import files_by_class
 from tasks.common.record import Dataset
 
 #: Numbers of images in ImageNet-1k. Papers report results on the 50,000 images of ``val``.
@@ -34,6 +35,7 @@ class Source:
     class_names: Sequence[str] = ()  # names of the class folders by label
     class_order: str | None = None  # name of the class order; None if classes are no folders
     left_out: Sequence[str] = ()  # paths of files that are neither hidden nor images
+    again: Sequence[str] = ()  # paths of links to images or folders that are there already
     label_notes: Sequence[str] = ()  # notes on the class names in the weights file
 
     @cached_property
@@ -63,10 +65,14 @@ class Source:
         )
 
     def notes(self) -> list[str]:
-        """Describe files that were left out, and labels that follow the weights file."""
-        files = counted(len(self.left_out), "file")
-        note = f"{files} that Pillow cannot open as an image, left out: {named(self.left_out)}"
-        return [*([note] if self.left_out else []), *self.label_notes]
+        """Describe files and links that were left out, and labels that follow the weights file."""
+        files, links = counted(len(self.left_out), "file"), counted(len(self.again), "link")
+        notes = {
+            f"{files} that Pillow cannot open as an image": self.left_out,
+            f"{links} to what is there already": self.again,
+        }
+        left_out = [f"{what}, left out: {named(names)}" for what, names in notes.items() if names]
+        return [*left_out, *self.label_notes]
 
 
 def open_folder(
@@ -104,7 +110,8 @@ def open_folder(
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return [one.name for one in os.scandir(folder) if not is_hidden(one.name) and one.is_dir()]
+    names = (name for name in os.listdir(folder) if not is_hidden(name))
+    return [name for name in names if os.path.isdir(folder / name)]
 
 
 @lru_cache(maxsize=4)
@@ -113,35 +120,29 @@ def _listed_folder(
 ) -> Source:
     """List a folder once per process until it has ``changed``; listing ImageNet takes minutes."""
     folder = root / part
-    prefix = os.path.join(folder, "")
-    loose = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
-    left_out = [f"{part}/{name}" for name in loose if not is_hidden(name)]
-
-    def is_sample(path: str) -> bool:
-        below = path[len(prefix) :]
-        if any(map(is_hidden, below.split(os.sep))):
-            return False
-        # Only files with unusual suffixes are opened here. Damaged files are found when read.
-        if is_image_file(path) or is_image(Path(path)):
-            return True
-        left_out.append(f"{part}/{Path(below).as_posix()}")
-        return False
-
-    try:
-        labels = {name: label for label, name in enumerate(names)}
-        samples = make_dataset(folder, labels, is_valid_file=is_sample)
-    except FileNotFoundError as error:
-        problem = f"{folder} holds no images in class folders ({error})"
-        raise DataError(f"{problem}. {LAYOUT}.") from error
+    loose = sorted(name for name in os.listdir(folder) if not os.path.isdir(folder / name))
+    # Only files with unusual suffixes are opened here. Damaged files are found when read.
+    samples, others, repeated = files_by_class(
+        folder, names, lambda path: is_image_file(path) or is_image(Path(path))
+    )
+    without = sorted({*range(len(names))} - {label for _, label in samples})
+    if without:
+        classes = named([names[label] for label in without])
+        raise DataError(f"{folder} holds no images in class folders ({classes}). {LAYOUT}.")
     paths = [Path(path) for path, _ in samples]
-    ids = [path.relative_to(root).as_posix() for path in paths]
+    ids, left_out, again = (_below(root, found) for found in (paths, others, repeated))
+    left_out = [*(f"{part}/{name}" for name in loose if not is_hidden(name)), *left_out]
     odd = next((name for name in ids if not name.isprintable()), None)
     if odd is not None:  # records hold names as text
         problem = f"a file whose name is not UTF-8 or has control characters: {odd!r}"
         raise DataError(f"{folder} holds {problem}. Rename it.")
     targets, read = [label for _, label in samples], file_reader(paths)
     name = data_name(part, len(paths), names)
-    return Source(name, part, ids, targets, len(names), read, names, order, tuple(left_out))
+    return Source(name, part, ids, targets, len(names), read, names, order, left_out, again)
+
+
+def _below(root: Path, paths: Iterable[str | Path]) -> list[str]:
+    return [Path(path).relative_to(root).as_posix() for path in paths]
 
 
 def data_name(part: str, count: int, classes: Sequence[str]) -> str:

@@ -29,9 +29,11 @@ FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA",
     "TIFF", "WEBP",
 )  # fmt: skip
-#: Bounds on an image: bytes of the file, pixels (Pillow warns from there on), and the long side as
-#: a multiple of the short side, which preprocessing resizes to a fixed length.
-_MOST_BYTES, _MOST_PIXELS, _MOST_RATIO = 2**29, 89_478_485, 100
+#: Bound on the pixels of an image. Pillow warns from there on.
+MOST_PIXELS = 89_478_485
+#: Bounds on the bytes of a file, and on the long side of an image as a multiple of the short side,
+#: which preprocessing resizes to a fixed length.
+_MOST_BYTES, _MOST_RATIO = 2**29, 100
 #: Errors of Pillow for a file that cannot be read.
 _BROKEN = (
     OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError, LookupError,
@@ -76,7 +78,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     try:
         with open_regular(path, _MOST_BYTES) as file, Image.open(file, formats=FORMATS) as image:
             short, long = sorted(image.size)
-            if short * long > _MOST_PIXELS or long > _MOST_RATIO * short:
+            if short * long > MOST_PIXELS or long > _MOST_RATIO * short:
                 size = f"{image.width} x {image.height} pixels"
                 raise DamagedImage(f"{size} would take too much memory when they are resized")
             yield image

@@ -18,6 +18,13 @@ MINIMAL = {
     "bits": ["w3a3"],
     "seeds": [1],
 }
+EXTRA = {
+    "task": "classification",
+    "models": ["m"],
+    "methods": ["rtn"],
+    "bits": ["w3a3", "w8a8"],
+    "seeds": [1, 2],
+}
 
 
 def test_demo_grid_has_its_cells_with_full_precision_first():
@@ -151,6 +158,20 @@ def test_bad_filters_say_what_was_meant(filters: dict[str, str], words: str):
             },
             "tasks.classification.overrides: 'scope' cannot be an override",
         ),
+        ({"bits": ["w" + "9" * 5000 + "a4"]}, "is no bit-width: write such as w3a3"),
+        (
+            {"seeds": list(range(400)), "methods": ["rtn"] * 400},
+            "160,000 cells are more than 100,000: make several grids",
+        ),
+        (
+            {"axes": {"a": {f"p{n}": {} for n in range(60_000)}}},
+            "120,002 cells are more than 100,000",
+        ),
+        (
+            {"extra": [{**EXTRA, "seeds": list(range(1000)), "bits": ["w3a3"] * 1000}]},
+            "1,000,002 cells are more than 100,000",
+        ),
+        ({"jobs": 10**18}, "jobs: Input should be less than or equal to 4096"),
     ],
 )
 def test_bad_grids_say_what_was_meant(change: dict[str, object], words: str):
@@ -170,14 +191,7 @@ def test_profiles_are_names_or_files(tmp_path: Path):
 
 
 def test_extra_cells_are_added_once_and_obey_filters():
-    extra = {
-        "task": "classification",
-        "models": ["m"],
-        "methods": ["rtn"],
-        "bits": ["w3a3", "w8a8"],
-        "seeds": [1, 2],
-    }
-    grid = parse_grid({**MINIMAL, "extra": [extra]})
+    grid = parse_grid({**MINIMAL, "extra": [EXTRA]})
     assert [cell.label for cell in expand(grid, Filters(), RunOptions())] == [
         "m fp",
         "m rtn w3a3 seed 1",

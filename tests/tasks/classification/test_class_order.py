@@ -288,6 +288,9 @@ def test_files_of_an_order(tmp_path: Path) -> None:
         "{}",
         '{"a": 0.0}',
         '{"classes": ["a"]}',
+        '{"a": "' + "9" * 5000 + '"}',
+        '{"a": ' + "9" * 5000 + "}",
+        "[" * 10**5,
     ):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(

@@ -300,15 +300,23 @@ def test_bad_lists_are_explained(root: Path, tmp_path: Path) -> None:
     path.write_text("train/ant/0.jpg\n")
     with pytest.raises(DataError, match="2 calibration images are asked for, but there are 1"):
         draw(2)
-    for text in ('{"calibration": null}', '{"metrics": 3}', "{broken"):
+    for text in ("{broken", "{" * 10**5, '{"a": ' + "9" * 5000 + "}"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"The calibration list .* is not valid JSON"):
+            draw()
+    for text in ('{"calibration": null}', '{"metrics": 3}'):
         path.write_text(text)
         with pytest.raises(DataError, match="is not a result record with calibration ids"):
             draw()
     path.write_text("")
     with pytest.raises(DataError, match="there are 0"):
         draw()
+    for name in ("x" * 5000, "a/" * 5000, "a\0b"):
+        path.write_text(f"{name}\n")
+        with pytest.raises(DataError, match="names 1 files that are not there"):
+            draw()
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="Cannot read the calibration list"):
+    with pytest.raises(DataError, match=r"The calibration list .* is not UTF-8 text"):
         draw()
 
 

@@ -139,6 +139,49 @@ def first(**changes: Any) -> Change:
         ),
         (first(segmentation={"size": [60, 80], "counts": "PPYo"}), "run lengths that are damaged"),
         (first(segmentation={"size": [60, 80]}), "run lengths that are damaged"),
+        (
+            first(segmentation={"size": [60, 80], "counts": "o" * 99}),
+            "run lengths that are damaged",
+        ),
+        (
+            first(segmentation={"size": [60.0, 80], "counts": [4800]}),
+            "run lengths that are damaged",
+        ),
+        (
+            first(segmentation={"size": [60, 80], "counts": [0] * 1000001}),
+            "more than 1,000,000 run",
+        ),
+        (
+            first(segmentation={"size": [60, 80], "counts": "0" * 1000001}),
+            "more than 1,000,000 run",
+        ),
+        (
+            first(segmentation=[[0, 0, 1e8, 0, 1e8, 1e8]]),
+            "holds a point which is more than 10 times",
+        ),
+        (first(segmentation=[[0, 0, 9, 0, 9, -801]]), "holds a point which is more than 10 times"),
+        (first(segmentation=[[0, 0, 9, 0, 9, 9]] * 10001), "more than 10,000 polygons"),
+        (first(segmentation=[[0, 0] * 100001]), "more than 10,000 polygons or 200,000 numbers"),
+        (first(segmentation=[[0, 0, 800, 800] * 2501]), "outlines of more than 2,000,000 pixels"),
+        (first(bbox=[0, 0, 801, 4]), "bbox is .* more than 10 times the side of the image away"),
+        (first(bbox=[1e300, 0, 3, 4]), "bbox is .*; x, y, width and height are expected"),
+        (first(area=1e11), "area is 100000000000.0; the object's area"),
+        (first(id=2**63), "an integer has more than 64 bits"),
+        (first(id=1e30), "annotation 1e\\+30: id is 1e\\+30; a whole number is expected"),
+        (first(category_id=10**400), "an integer has more than 64 bits"),
+        (
+            lambda c: c["images"][2].update(width=2**33, height=1),
+            "its size is 8589934592 x 1, not 1 to",
+        ),
+        (
+            lambda c: c["images"][2].update(file_name="a\nb"),
+            "image 2 .* is not the path of an image",
+        ),
+        (
+            lambda c: c["images"][2].update(file_name="a\0"),
+            "image 2 .* is not the path of an image",
+        ),
+        (first(bbox=["x" * 10**6]), "bbox is .{,120}; x, y"),
         (first(segmentation=0), "is not of the image's size"),
     ],
 )

@@ -346,3 +346,13 @@ def test_missing_data_is_told(tmp_path: Path) -> None:
             DataRequest(root / "annotations" / "instances_val2017.json"),
             ["val2017/000000000004.png"],
         )
+
+
+def test_an_outline_of_very_many_points() -> None:
+    """It is thinned out first: OpenCV would need time by the square of the number of points."""
+    turns = np.linspace(0, 2 * np.pi, 40_000, endpoint=False)
+    ring = np.stack([200 + 150 * np.cos(turns), 200 + 150 * np.sin(turns)], 1)
+    (found,) = outlines([ring.ravel().tolist()], 400, 400)
+    assert 20 < len(found) // 2 <= 60
+    enclosed = cv2.contourArea(np.array(found, np.float32).reshape(-1, 2))
+    assert abs(enclosed / (np.pi * 150**2) - 1) < 0.01

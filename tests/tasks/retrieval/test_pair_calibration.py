@@ -331,7 +331,8 @@ def test_bad_lists_are_explained(tmp_path: Path) -> None:
     )
     refused("img/3.png\n", "2 calibration images are asked for, but there are 1", 2)
     refused("", "there are 0")
-    refused("{broken", "is not a result record with calibration ids")
+    refused("{broken", r"The calibration list .* is not valid JSON")
+    refused('{"calibration": {"ids": [' + "9" * 5000 + "]}}", "an integer has more than 64 bits")
     refused({"ids": "img/3.png"}, "is not a result record with calibration ids")
     refused({"ids": [3]}, "is not a result record with calibration ids")
     ids, first = list(pairs.image_ids[:2]), pairs.captions[0]

@@ -185,5 +185,8 @@ def test_class_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Line 2 of .* is empty"):
         class_names(tmp_path, THREE)
     file.write_bytes("grün".encode("latin-1"))
-    with pytest.raises(DataError, match="Cannot read class names"):
+    with pytest.raises(DataError, match=r"classnames\.txt is not UTF-8 text"):
         class_names(tmp_path, THREE[:1])
+    file.write_text("a\n" + "b" * 5001 + "\nc\n")
+    with pytest.raises(DataError, match=r"line 2: the class name .{100} has 5,001 characters"):
+        class_names(tmp_path, THREE)
