@@ -34,7 +34,7 @@ def pytest_runtest_makereport(
     """Add the cases of a test to the count of the run."""
     if call.when == "call":
         said = getattr(item, "hypothesis_statistics", "")
-        found = re.findall(r"(\d+) (?:passing|failing|invalid) examples", said)
+        found = re.findall(r"(\d+) (?:passing|failing|invalid)", said)
         item.config.stash[_CASES] = item.config.stash.get(_CASES, 0) + sum(map(int, found))
     return (yield)
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import weight_files as made
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
@@ -39,10 +39,7 @@ from tasks.retrieval.models import ClipArguments, TextArguments, VisionArguments
 from tasks.retrieval.models import load_model as load_clip
 
 FEW = max(5, settings.default.max_examples // 20)  # for cases of a tenth of a second
-FILES = settings(
-    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
-MODELS = settings(FILES, max_examples=FEW)
+MODELS = settings(max_examples=FEW)
 GIGABYTE = 2**30
 
 
@@ -123,7 +120,6 @@ BYTES = st.one_of(
 )  # fmt: skip
 
 
-@FILES
 @given(st.data())
 def test_bytes_of_real_files_are_changed(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from(SEEDS)))
@@ -196,7 +192,6 @@ PROGRAMS = (st.recursive(PLAIN, nested, max_leaves=12) | INSTRUCTIONS).map(made.
 VALUES = {"0": bytes(16), "1": struct.pack("<4f", 1, float("nan"), 3, 4), "2": bytes(8)}
 
 
-@FILES
 @given(PROGRAMS, st.sampled_from(["zip", "old format", "plain"]))
 def test_pickles_of_any_instructions(tmp_path: Path, program: bytes, form: str) -> None:
     content = {
@@ -220,7 +215,6 @@ MEMBERS = st.lists(
 )  # fmt: skip
 
 
-@FILES
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @given(MEMBERS, PROGRAMS, BYTES, st.integers(-400, -1))
 def test_archives_of_any_members(
@@ -257,7 +251,6 @@ HEADERS = st.dictionaries(
 )
 
 
-@FILES
 @given(HEADERS, st.none() | st.dictionaries(TEXTS, TEXTS, max_size=2) | JSON, INTEGERS)
 def test_headers_of_safetensors(
     tmp_path: Path, header: dict[str, Any], metadata: Any, added: int
