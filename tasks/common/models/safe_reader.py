@@ -129,15 +129,10 @@ def _safetensors(path: Path) -> dict[str, Tensor | Unusable]:
 
 def _opened(file: BinaryIO, size: int) -> zipfile.ZipFile:
     """Return the archive; Python would read a directory of any size. Raises ValueError."""
-    file.seek(max(0, size - 2**16 - 100))
-    end = file.read()
-    at, long = end.rfind(b"PK\x05\x06"), end.rfind(b"PK\x06\x06")
-    length = int.from_bytes(end[at + 12 : at + 16], "little") if at >= 0 else 0
-    if long >= 0:  # zip64
-        length = int.from_bytes(end[long + 40 : long + 48], "little")
-    if length > _MOST_HEADER_BYTES:
+    record: Any = zipfile._EndRecData(file)  # type: ignore[attr-defined] - as ZipFile reads it
+    length = record[zipfile._ECD_SIZE] if record else 0  # type: ignore[attr-defined]
+    if length > min(size, _MOST_HEADER_BYTES):
         raise ValueError(f"its directory has {length} bytes, more than {_MOST_HEADER_BYTES}")
-    file.seek(0)
     return zipfile.ZipFile(file)
 
 

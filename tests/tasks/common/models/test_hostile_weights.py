@@ -243,6 +243,10 @@ def test_archives_that_unpack_to_more_than_they_are(tmp_path: Path) -> None:
     at = long.rindex(b"PK\x05\x06")
     long = long[: at + 12] + struct.pack("<I", 2**30) + long[at + 16 :]
     assert "directory has 1073741824 bytes" in refused(path, long)
+    at, real = len(long) - 22, made.archive(content)
+    for zeros in (0, 22):  # the end that counts is the last one, or one before a comment
+        end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 5, 5, 2**32 - 2, 0, zeros)
+        assert "directory has" in refused(path, real[:at] + end + bytes(zeros))
 
 
 def test_files_of_the_old_format(tmp_path: Path) -> None:
