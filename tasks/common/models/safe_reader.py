@@ -141,8 +141,11 @@ def _archive(archive: zipfile.ZipFile, size: int) -> Any:
     members = {one.filename: one for one in archive.infolist()}
     if len(members) < len(archive.infolist()):
         raise ValueError("two members of the archive have one name")
-    packed = [name for name, one in members.items() if one.compress_type or one.flag_bits & 1]
-    if packed or sum(one.file_size for one in members.values()) > size:
+    stored = all(
+        one.compress_type == zipfile.ZIP_STORED and one.compress_size == one.file_size
+        for one in members.values()
+    )
+    if not stored or sum(one.file_size for one in members.values()) > size:
         raise ValueError("its members are packed, and torch.save packs none: save it again")
     (name, *more) = [one for one in members if one.endswith("/data.pkl")] or [""]
     root = name.removesuffix("data.pkl")

@@ -231,6 +231,10 @@ def test_archives_that_unpack_to_more_than_they_are(tmp_path: Path) -> None:
     bomb = made.archive(content, {"0": bytes(10**8)}, packed=zipfile.ZIP_DEFLATED)
     assert len(bomb) < 200_000
     assert "members are packed" in refused(path, bomb)
+    larger = bytearray(made.archive(content))
+    at = larger.index(b"PK\x01\x02")
+    larger[at + 20 : at + 24] = struct.pack("<I", 2**31)  # as if 2 GB were packed into a few bytes
+    assert "members are packed" in refused(path, bytes(larger))
     assert "big-endian" in refused(path, made.archive(content, byteorder=b"big"))
     twice = io.BytesIO(made.archive(content))
     with zipfile.ZipFile(twice, "a") as writer, pytest.warns(UserWarning, match="Duplicate"):
