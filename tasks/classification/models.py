@@ -1,24 +1,25 @@
 """Classifiers with weights and transforms: demo models, and any timm ViT, DeiT or Swin."""
 
-import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import timm
 import torch
 from pydantic import ValidationError
 from timm.data import create_transform, resolve_data_config
 from timm.layers import PatchEmbed
-from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Grayscale
 
+from fimaq_core.documents import Strict
 from fimaq_core.errors import ModelError, first_problem
 from tasks.classification.demo import digit_pairs
 from tasks.classification.demo.models import DEMO
 from tasks.classification.tags import CATALOGUE, DEMO_NAMES, full_name
+from tasks.common.models import building
 from tasks.common.models.weights import load_state, read_weights
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.request import ModelRequest, describe_missing
@@ -29,6 +30,52 @@ _REFUSALS = (
     *(TypeError, ValueError, AssertionError, RuntimeError),
     *(LookupError, AttributeError, ArithmeticError),
 )
+
+
+class TimmArguments(Strict):
+    """Arguments of ``--model-args``: those of timm's ViT, DeiT and Swin that JSON can hold."""
+
+    img_size: building.Sides = [1]
+    patch_size: building.Sides = [1]
+    in_chans: building.Count = 1
+    num_classes: building.Number = 0
+    embed_dim: building.Count = 1
+    depth: building.Depth = 1
+    depths: building.Depths = [1]
+    num_heads: building.Counts = [1]
+    head_dim: building.Count | None = None
+    window_size: building.Sides = [1]
+    reg_tokens: building.Number = 0
+    mlp_ratio: building.Positive = 1
+    init_values: building.Real | None = None
+    global_pool: Literal["", "avg", "avgmax", "max", "token", "map", "prr"] = ""
+    pos_embed: Literal["", "none", "learn"] = ""
+    weight_init: Literal["skip", "reset", "jax", "jax_nlhb", "moco", "nlhb", ""] = ""
+    norm_layer: building.Word | None = None
+    act_layer: building.Word | None = None
+    embed_norm_layer: building.Word | None = None
+    fc_norm: building.Flag | None = None
+    qkv_bias: building.Flag = False
+    qk_norm: building.Flag = False
+    scale_attn_norm: building.Flag = False
+    scale_mlp_norm: building.Flag = False
+    proj_bias: building.Flag = False
+    class_token: building.Flag = False
+    no_embed_class: building.Flag = False
+    pre_norm: building.Flag = False
+    final_norm: building.Flag = False
+    pool_include_prefix: building.Flag = False
+    dynamic_img_size: building.Flag = False
+    dynamic_img_pad: building.Flag = False
+    strict_img_size: building.Flag = False
+    always_partition: building.Flag = False
+    fix_init: building.Flag = False
+    drop_rate: building.Share = 0
+    pos_drop_rate: building.Share = 0
+    patch_drop_rate: building.Share = 0
+    proj_drop_rate: building.Share = 0
+    attn_drop_rate: building.Share = 0
+    drop_path_rate: building.Share = 0
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
@@ -44,7 +91,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         data = "digit-pairs", (1, *digit_pairs.CANVAS_SIZE)
         return LoadedModel(model, *facts, *own, *data, entry=stored.entry, entries=stored.entries)
     path = weights or CATALOGUE.fetch(tag)
-    model = _create(full_name(request.name), request.model_args)
+    model = _create(full_name(request.name), request.model_args, path)
     stored = read_weights(path, request.weights_entry)
     load_state(model, _adapted(stored.state, model), str(path) if weights else tag)
     preprocessing = _preprocessing(model.eval(), request.preprocessing)
@@ -60,6 +107,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         entries=stored.entries,
         class_names=stored.class_names,
         preprocessing=preprocessing,
+        notes=stored.notes(),
     )
 
 
@@ -125,23 +173,19 @@ def _transform(preprocessing: Preprocessing, is_training: bool) -> Callable[[Any
     return Compose([Grayscale(), *transform.transforms]) if grey else transform
 
 
-def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
-    # Parameters of timm itself name weights, files and caches: only the request may name these.
-    builders = timm.create_model, build_model_with_cfg
-    own = {option for build in builders for option in inspect.signature(build).parameters}
-    wrong = sorted((own - {"kwargs"}) & arguments.keys())
-    if wrong:
-        raise ModelError(
-            f"--model-args are only for the model's constructor: leave out {', '.join(wrong)}."
-        )
+def _create(name: str, arguments: dict[str, Any], weights: Path) -> nn.Module:
+    building.check_arguments(TimmArguments, arguments)
     try:
-        return timm.create_model(name, pretrained=False, **arguments)
+        return building.build_bounded(
+            lambda device: timm.create_model(name, pretrained=False, **arguments), weights
+        )
     except _REFUSALS as error:
         raise ModelError(f"timm cannot build {name} with {arguments}: {error}") from error
 
 
 def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Convert weights of older layouts with timm's function for the model's architecture."""
+    building.check_resizable(state, model)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         return state if convert is None else convert(state, model)

@@ -41,6 +41,7 @@ class LoadedModel:
     entries: tuple[str, ...] = ()  # all entries of the file that hold weights
     class_names: tuple[str, ...] | None = None  # by label, from the file; () if unreadable
     preprocessing: Preprocessing | None = None  # None if the task has a preprocessing of its own
+    notes: list[str] = field(default_factory=list)  # on the weights, for the user
 
     @property
     def weights(self) -> Weights:

@@ -11,13 +11,44 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import nn
+
+from fimaq_core.documents import Strict
+from tasks.common.models import building
 
 Config = dict[str, Any]
 Kind = Literal["mask_rcnn", "cascade_mask_rcnn"]
 KINDS: tuple[Kind, ...] = ("mask_rcnn", "cascade_mask_rcnn")
+
+
+_FOUR, _THREE = (Field(min_length=count, max_length=count) for count in (4, 3))
+_Layers = Annotated[int, Field(strict=True, ge=0, le=200)]
+_Objects = Annotated[int, Field(strict=True, ge=1, le=10_000)]
+
+
+class DetectorArguments(Strict):
+    """Arguments of ``--model-args``: the fields of :class:`DetectorSizes`, with bounds."""
+
+    embed_dims: building.Count = 1
+    depths: Annotated[list[building.Depth], _FOUR] = [1] * 4
+    num_heads: Annotated[list[building.Count], _FOUR] = [1] * 4
+    window_size: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
+    drop_path_rate: building.Share = 0
+    classes: building.Count = 1
+    channels: building.Count = 1
+    fc_channels: building.Count = 1
+    box_convs: _Layers = 1
+    mask_convs: _Layers = 1
+    anchor_scale: building.Count = 1
+    anchor_ratios: Annotated[list[building.Positive], Field(min_length=1, max_length=16)] = [1]
+    finest_scale: building.Side = 1
+    proposals: _Objects = 1
+    detections: _Objects = 1
+    pixel_mean: Annotated[list[building.Real], _THREE] = [0] * 3
+    pixel_std: Annotated[list[building.Positive], _THREE] = [1] * 3
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ fit.
 import copy
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
+from tasks.common.models import building
 from tasks.common.models.weights import StoredWeights, load_state, read_weights
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
 from tasks.detection import mm
-from tasks.detection.configs import RESIZE, build, published_config
+from tasks.detection.configs import RESIZE, DetectorArguments, build, published_config
 from tasks.detection.tags import CATALOGUE, DEMO_NAMES, full_name, missing_weights
 
 #: Patterns of the Swin repository's names, and mmdet's names. They are applied in this order.
@@ -79,7 +81,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
     else:
         if path is None:
             raise ModelError(f"There is no weights file of {tag}.")
-        model, stored = _published(request), read_weights(path, request.weights_entry)
+        model, stored = _published(request, path), read_weights(path, request.weights_entry)
         load_state(model, adapted(stored.state, model, str(path)), str(path))
         # The shape of a photograph of usual proportions, resized and padded.
         resize, data, shape = RESIZE, None, (3, 800, 1344)
@@ -103,18 +105,21 @@ def load_model(request: ModelRequest) -> LoadedModel:
         entry=stored.entry,
         entries=stored.entries,
         class_names=names,
+        notes=stored.notes(),
     )
 
 
-def _published(request: ModelRequest) -> nn.Module:
-    """Build a published detector with random weights. Raises ModelError."""
+def _published(request: ModelRequest, weights: Path) -> nn.Module:
+    """Build a published detector with random weights; ``weights`` bounds it. Raises ModelError."""
     if request.preprocessing:
         raise ModelError(
             "Detectors have their own preprocessing: give pixel_mean and pixel_std in --model-args."
         )
     name, arguments = full_name(request.name).partition(".")[0], request.model_args
+    building.check_arguments(DetectorArguments, arguments)
     try:
-        return build(published_config(name, **arguments))
+        config = published_config(name, **arguments)
+        return building.build_bounded(lambda device: build(config), weights)
     except (
         *(TypeError, ValueError, LookupError, AssertionError),
         *(RuntimeError, AttributeError, ArithmeticError),
@@ -152,7 +157,7 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
         if value is not None and not torch.equal(value.flatten().float(), own):
             raise ModelError(
                 f"The weights {where} are for images with another {name}: "
-                f"{value.flatten().tolist()}."
+                f"{value.flatten().tolist()[:3]}."
             )
     expected = model.state_dict()
     for name in [name for name in found if name.endswith("relative_position_index")]:
@@ -160,20 +165,26 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
         if own is not None and value.shape == own.shape and not torch.equal(value, own):
             raise ModelError(
                 f"The weights {where} number the positions in a window differently than mmdet: "
-                f"'{name}'."
+                f"{name!r}."
             )
     return found
 
 
 def of_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert weights of the Swin repository's detectors to mmdet's names and order."""
+    """Convert weights of the Swin repository's detectors to mmdet's names and order.
+
+    Raises ModelError: a weight has both names.
+    """
     if not any(name.startswith("backbone.layers.") for name in state):
         return dict(state)
     converted = {}
     for name, value in state.items():
         for pattern, replacement in _RENAMED:
             name = re.sub(pattern, replacement, name)
-        converted[name] = merging_order(value) if _MERGING.match(name) else value
+        if name in converted:
+            raise ModelError(f"The weights have {name!r} twice: in mmdet's and in Swin's names.")
+        whole = value.ndim > 0 and value.shape[-1] % 4 == 0  # others do not fit any model
+        converted[name] = merging_order(value) if whole and _MERGING.match(name) else value
     return converted
 
 

@@ -1,20 +1,22 @@
 """Loading of CLIP models: the demo model, and open_clip models with open_clip's own text tower."""
 
-import inspect
-import json
 import logging
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import open_clip
 from open_clip import convert
 from open_clip import model as clip_model
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from pydantic import Field
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from fimaq_core.documents import Strict, read_json
 from fimaq_core.errors import ModelError
+from tasks.common.models import building
 from tasks.common.models.safe_reader import is_torchscript
 from tasks.common.models.weights import StoredWeights, load_state, read_weights
 from tasks.common.preprocessing import Preprocessing
@@ -30,8 +32,83 @@ _OPENAI = {"input_resolution", "context_length", "vocab_size"}
 _LEGACY = _OPENAI | {"text.transformer.embeddings.position_ids"}
 #: Errors that open_clip and timm raise for settings or weights that do not fit.
 _MISFIT = (
-    TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, ArithmeticError,
+    TypeError, ValueError, AssertionError, RuntimeError, LookupError, AttributeError,
+    ArithmeticError,
 )  # fmt: skip
+
+
+#: Settings of norms and activations.
+_Settings = dict[
+    Literal["eps", "elementwise_affine", "bias", "approximate"],
+    building.Flag | building.Real | building.Word,
+]
+
+
+class VisionArguments(Strict):
+    """Arguments of ``vision_cfg``: settings of open_clip's vision tower."""
+
+    layers: building.Depths = [1]
+    width: building.Count = 1
+    head_width: building.Count = 1
+    mlp_ratio: building.Positive = 1
+    patch_size: building.Sides = [1]
+    image_size: building.Sides = [1]
+    ls_init_value: building.Real | None = None
+    patch_dropout: building.Share = 0
+    attentional_pool: building.Flag = False
+    attn_pooler_queries: building.Count = 1
+    attn_pooler_heads: building.Count = 1
+    no_ln_pre: building.Flag = False
+    pos_embed_type: building.Word = ""
+    final_ln_after_pool: building.Flag = False
+    pool_type: building.Word = ""
+    output_tokens: building.Flag = False
+    act_kwargs: _Settings | None = None
+    norm_kwargs: _Settings | None = None
+    timm_model_name: building.Word | None = None
+    timm_pool: building.Word = ""
+    timm_proj: building.Word | None = None
+    timm_proj_bias: building.Flag = False
+    timm_drop: building.Share = 0
+    timm_drop_path: building.Share | None = None
+
+
+class TextArguments(Strict):
+    """Arguments of ``text_cfg``: settings of open_clip's own text tower.
+
+    The tokenizer is that of the model. Another one would have to be fetched, so it has no argument.
+    """
+
+    context_length: Annotated[int, Field(strict=True, ge=1, le=8192)] = 1
+    vocab_size: building.Count = 1
+    width: building.Count = 1
+    heads: building.Count = 1
+    layers: building.Depth = 1
+    mlp_ratio: building.Positive = 1
+    ls_init_value: building.Real | None = None
+    embed_cls: building.Flag = False
+    pad_id: building.Number = 0
+    eos_id: building.Number = 0
+    no_causal_mask: building.Flag = False
+    final_ln_after_pool: building.Flag = False
+    pool_type: building.Word = ""
+    proj_bias: building.Flag = False
+    proj_type: Literal["linear", "none"] = "linear"
+    output_tokens: building.Flag = False
+    act_kwargs: _Settings | None = None
+    norm_kwargs: _Settings | None = None
+
+
+class ClipArguments(Strict):
+    """Arguments of ``--model-args``: those of open_clip's CLIP models that JSON can hold."""
+
+    embed_dim: building.Count = 1
+    vision_cfg: VisionArguments = VisionArguments()
+    text_cfg: TextArguments = TextArguments()
+    quick_gelu: building.Flag = False
+    init_logit_scale: building.Real = 0
+    init_logit_bias: building.Real | None = None
+    nonscalar_logit_scale: building.Flag = False
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
@@ -53,10 +130,10 @@ def load_model(request: ModelRequest) -> LoadedModel:
     ambiguous &= not training and "quick_gelu" not in request.model_args
     quick = _quick_gelu(stored) if ambiguous else None
     arguments = request.model_args if quick is None else {**request.model_args, "quick_gelu": quick}
-    model = _create(name, arguments, {"quick_gelu": quick, **config})
+    model = _create(name, arguments, {"quick_gelu": quick, **config}, path)
     vocabulary = int(open_clip.get_model_tokenize_cfg(model)["vocab_size"])
     folder = tags.tokenizer_folder(request)
-    tokenizer = build_tokenizer(name, config["text_cfg"], folder, vocabulary)
+    tokenizer = build_tokenizer(name, config["text_cfg"], folder, vocabulary, request.from_file)
     adapted = _adapted(stored.state, model, request.model_args)
     load_state(model, adapted, str(path) if weights else tag)
     if ambiguous and quick is None:
@@ -93,6 +170,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         entry=stored.entry,
         entries=stored.entries,
         preprocessing=Preprocessing(input_size=shape, crop_mode=preprocess.resize_mode, **own),
+        notes=stored.notes(),
     )
 
 
@@ -122,53 +200,35 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
 def _quick_gelu(stored: StoredWeights) -> bool | None:
     """Return True for weights trained with QuickGELU, False for GELU, None if the file is unclear.
 
-    The names of OpenAI's tensors, or open_clip's configuration beside the file, tell it.
+    The names of OpenAI's tensors, or open_clip's configuration beside the file, tell it. Raises
+    ModelError: the configuration cannot be read.
     """
     if stored.state.keys() >= _OPENAI:
         return True
     path = stored.path.parent / "open_clip_config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        quick = content["model_cfg"].get("quick_gelu", False)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    if stored.path.name not in tags.FILES or not path.exists():
         return None
-    return quick if stored.path.name in tags.FILES and isinstance(quick, bool) else None
+    content = read_json(path, ModelError, "configuration of the weights")
+    config = content.get("model_cfg") if isinstance(content, dict) else None
+    quick = config.get("quick_gelu", False) if isinstance(config, dict) else None
+    return quick if isinstance(quick, bool) else None
 
 
 def _configuration(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return open_clip's configuration of ``name``, changed by ``arguments`` (of --model-args).
 
-    A tower keeps the settings that ``arguments`` do not name. Raises ModelError: unknown or unsafe
-    arguments, or a tower that open_clip or timm would fetch by itself.
+    A tower keeps the settings that ``arguments`` do not name. Raises ModelError: arguments that are
+    unknown or out of bounds, or a tower that open_clip would fetch by itself.
     """
+    building.check_arguments(ClipArguments, arguments)
     config: dict[str, Any] = open_clip.get_model_config(name)
-    own = {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"}
-    if wrong := sorted(arguments.keys() & own):
-        raise ModelError(
-            f"--model-args are for the model's constructor, {', '.join(wrong)} are not: "
-            f"give {', '.join(config)}."
-        )
-    quick = arguments.get("quick_gelu", False)
-    if not isinstance(quick, bool):
-        given = f"not {json.dumps(quick)}"
-        raise ModelError(f"--model-args: quick_gelu is true or false, without quotes, {given}.")
     for key, value in arguments.items():
-        tower = key in ("vision_cfg", "text_cfg")
-        if tower and not isinstance(value, dict):
-            raise ModelError(f"--model-args: {key} takes an object of settings, not {value!r}.")
-        config[key] = {**config[key], **value} if tower else value
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
     if foreign := config["text_cfg"].get("hf_model_name"):
         raise ModelError(
             f"The text tower of {name} is a model of transformers ({foreign}), which open_clip "
             "would fetch by itself: choose a model with open_clip's own text tower."
         )
-    if arguments.get("vision_cfg", {}).get("timm_model_pretrained"):
-        advice = "weights come from --weights or the model's tag"
-        raise ModelError(f"--model-args cannot ask for a pretrained tower: {advice}.")
-    trunk = str(config["vision_cfg"].get("timm_model_name") or "")
-    if ":" in trunk:
-        problem = "is an address, which timm would read or fetch: give the name of a model"
-        raise ModelError(f"The vision tower '{trunk}' {problem}.")
     config["vision_cfg"].pop("timm_model_pretrained", None)
     return config
 
@@ -203,18 +263,26 @@ def _preprocess(name: str, training: str, given: dict[str, Any]) -> PreprocessCf
     return PreprocessCfg(**found[0])
 
 
-def _create(name: str, arguments: dict[str, Any], config: dict[str, Any]) -> nn.Module:
+def _create(
+    name: str, arguments: dict[str, Any], config: dict[str, Any], weights: Path
+) -> nn.Module:
     own = {key: config[key] for key in arguments}
     own |= {"pretrained_image": False, "pretrained_text": False}
+
+    def build(device: str) -> nn.Module:
+        model: nn.Module = open_clip.create_model(name, device=device, **deepcopy(own))
+        if device == "meta":  # so that the resized embeddings count
+            _resize_trunk(model, arguments)
+        return model
+
     # open_clip warns of random weights, but the caller replaces these weights at once.
     logging.root.addFilter(_serious)
     try:
-        model: nn.Module = open_clip.create_model(name, **own)
+        return building.build_bounded(build, weights)
     except _MISFIT as error:
         raise ModelError(f"open_clip cannot build {name} with {arguments}: {error}") from error
     finally:
         logging.root.removeFilter(_serious)
-    return model
 
 
 def _serious(record: logging.LogRecord) -> bool:
@@ -230,9 +298,12 @@ def _adapted(
     ``logit_bias`` stays missing; open_clip would resize and add them silently.
     """
     expected = model.state_dict()
+    building.check_resizable(state, model)
     try:
         adapted: dict[str, Tensor] = convert.convert_state_dict(model, dict(state))
         if "positional_embedding" in adapted and not hasattr(model, "positional_embedding"):
+            if twice := next((name for name in adapted if f"text.{name}" in adapted), None):
+                raise ModelError(f"The weights have {twice!r} twice, also as {f'text.{twice}'!r}.")
             adapted = clip_model.convert_to_custom_text_state_dict(adapted)
         for name in ("logit_scale", "logit_bias"):  # files store a number or a vector of one
             if name in adapted and name in expected and adapted[name].numel() == 1:

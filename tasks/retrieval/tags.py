@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fimaq_core.errors import ModelError, suggest
 from tasks.common.data.imagenet import missing_imagenet
-from tasks.common.models.hub import Catalogue, Repository, cached_file, hub_answers
+from tasks.common.models.hub import Catalogue, Repository, cached_file, hub_answers, not_fetched
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
 COCO_FILE, FLICKR30K_FILE = "dataset_coco.json", "dataset_flickr30k.json"
@@ -207,12 +207,17 @@ def missing_tokenizer(request: ModelRequest) -> Missing | None:
     repo = tokenizer_repository(model)
     if repo is None or tokenizer_folder(request) is not None:
         return None
-    if cached_file(Repository(repo, VOCABULARIES)) is not None or hub_answers():
+    if cached_file(Repository(repo, VOCABULARIES)) is not None:
+        return None
+    what = f"the tokenizer of {model} (repository {repo})"
+    if request.from_file:
+        return not_fetched(what, "a folder <folder of weights>/<model>-tokenizer")
+    if hub_answers():
         return None
     given = request.weights_folder
     folder = "the folder of weights" if given is None else f"the folder {given}"
     return Missing(
-        f"the tokenizer of {model} (repository {repo})",
+        what,
         f"Looked for <model>-tokenizer in {folder}, in the Hugging Face cache and at its hub, "
         "which does not answer. Run once with a network, or put the repository's tokenizer files "
         "(tokenizer.json, tokenizer_config.json) into <folder of weights>/<model>-tokenizer: "

@@ -16,6 +16,8 @@ from tasks.common.hashing import file_sha256
 from tasks.common.models.hub import Repository, cached_file, hub_answers
 from tasks.retrieval.tags import VOCABULARIES
 
+#: Bound on a file of a tokenizer, in bytes. The largest of open_clip's models has 34 million.
+_MOST_BYTES = 2**27
 #: Captions for the check that a tokenizer agrees with its file.
 _PROBES = (
     "a photo of a cat",
@@ -62,18 +64,19 @@ class Tokenizer:
 
 
 def build_tokenizer(
-    model: str, text: Mapping[str, Any], folder: Path | None, vocabulary: int
+    model: str, text: Mapping[str, Any], folder: Path | None, vocabulary: int, local: bool = False
 ) -> Tokenizer:
     """Return the tokenizer of ``model``; ``text`` is the text part of open_clip's configuration.
 
-    ``folder`` holds the files of the tokenizer; None takes those of the Hugging Face hub.
+    ``folder`` holds the files of the tokenizer; None takes those of the Hugging Face hub, and
+    ``local`` takes them only from its cache.
     Raises ModelError: the tokenizer is missing, does not work, or differs from its file.
     """
     length = int(text.get("context_length", DEFAULT_CONTEXT_LENGTH))
     settings = dict(text.get("tokenizer_kwargs") or {})
     if repo := text.get("hf_tokenizer_name"):
         settings |= {"context_length": length, "tokenizer_mode": text.get("tokenizer_mode")}
-        found, file = _hugging_face(model, str(repo), folder, settings)
+        found, file = _hugging_face(model, str(repo), folder, settings, local)
         origin = f"; tokenizer {repo} sha256 {file_sha256(file)[:16]}"
         return Tokenizer(found, length, vocabulary, origin)
     if "siglip" in model.lower():  # open_clip would download a vocabulary from a fixed address
@@ -87,20 +90,23 @@ def build_tokenizer(
 
 
 def _hugging_face(
-    model: str, repo: str, folder: Path | None, settings: dict[str, Any]
+    model: str, repo: str, folder: Path | None, settings: dict[str, Any], local: bool
 ) -> tuple[HFTokenizer, Path]:
     """Return the tokenizer that transformers builds, and its file, which agrees with it."""
     complete = cached_file(Repository(repo, ("tokenizer.json",))) is not None
-    local = folder is not None or complete or not hub_answers()
+    local = local or folder is not None or complete or not hub_answers()
     source = repo if folder is None else str(folder)
     try:
+        for part in [] if folder is None else folder.iterdir():
+            if part.is_file() and part.stat().st_size > _MOST_BYTES:
+                raise ValueError(f"{part.name} has more than {_MOST_BYTES} bytes.")
         found = HFTokenizer(source, trust_remote_code=False, local_files_only=local, **settings)
         found(["a photo"])  # fails if it cannot pad
-    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # damaged files end transformers in many ways
         place = f"in {source}" if folder is not None else "in the Hugging Face cache or at its hub"
         raise ModelError(
             f"The tokenizer of {model} could not be read {place}: "
-            f"{' '.join(str(error).split())[:300]} Its files (tokenizer.json, "
+            f"{' '.join(ascii(str(error))[1:-1].split())[:300]} Its files (tokenizer.json, "
             f"tokenizer_config.json) are in the Hugging Face repository {repo}; for local weights "
             f"copy them into <folder of weights>/{model}-tokenizer."
         ) from error
@@ -113,7 +119,10 @@ def _hugging_face(
         raise ModelError(f"The tokenizer in {source} has no vocabulary: there is none of {files}.")
     if file.name != "tokenizer.json":
         return found, file
-    own = tokenizers.Tokenizer.from_file(str(file))
+    try:
+        own = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise ModelError(f"The tokenizer's file {file} is damaged: {error!a}.") from error
     own.no_truncation()
     own.no_padding()
     for caption in map(found.clean_fn, _PROBES):

@@ -83,7 +83,8 @@ class PreparedCell:
         """Notes for the user on weights, preprocessing and calibration images."""
         own = self.loaded.preprocessing
         said = [] if own is None else [f"preprocessing: {own.text()}"]
-        return [*self.loaded.weights.notes(), *said, *(self.images.notes if self.images else [])]
+        weights = [*self.loaded.weights.notes(), *self.loaded.notes]
+        return [*weights, *said, *(self.images.notes if self.images else [])]
 
     def keep_teachers(self) -> None:
         """Copy each chain before its MLPs change; reconstruction takes the copy as target."""

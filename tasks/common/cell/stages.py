@@ -214,5 +214,6 @@ def _with_origin(request: CellRequest, origin: Origin, recipe: Recipe | None = N
         model_args=origin.model_args,
         weights_entry=request.model.weights_entry or origin.weights_entry,
         preprocessing=origin.preprocessing.fields() | request.model.preprocessing,
+        from_file=True,
     )
     return replace(request, model=model, recipe=recipe)

@@ -1,6 +1,5 @@
 """Options of a task's commands. Recipe options are made from the fields of :class:`Recipe`."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
+from fimaq_core.documents import parse_json
 from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
 from fimaq_core.resources import EngineChoice, Placement
@@ -168,10 +168,7 @@ out = click.option("--out", required=True, type=PATH, help="Checkpoint to write 
 
 
 def _json_object(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"--model-args is not JSON: {error}.") from error
+    content = parse_json(text, "--model-args", RecipeError)
     if not isinstance(content, dict):
         raise RecipeError("--model-args must be a JSON object, such as '{\"img_size\": 256}'.")
     return content

@@ -1,6 +1,5 @@
 """Names of models, their weight files, and the Hugging Face hub. The import is fast."""
 
-import json
 import os
 import socket
 from collections.abc import Callable
@@ -10,10 +9,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from fimaq_core.documents import read_json
 from fimaq_core.errors import ModelError
-from tasks.common.hashing import SUFFIXES, file_sha256
+from tasks.common.hashing import SUFFIXES, file_sha256, require_file
 from tasks.common.request import Missing, ModelRequest
 
+_NAMED_BY_A_FILE = (
+    "A checkpoint names the model, so nothing is fetched from the Hugging Face hub, and its cache "
+    "has no such file: give {}, or run once with --model."
+)
 _NOT_AT_THE_HUB = (
     "The Hugging Face hub does not have them, and there is no other place to fetch them from: "
     "give the file with --weights."
@@ -57,8 +61,8 @@ class Catalogue:
         Raises ModelError: the model is unknown, or there is neither a tag nor a weights file.
         """
         weights = self.local_weights(request)
-        if weights is not None and not weights.is_file():
-            raise ModelError(f"There is no weights file {weights}.")
+        if weights is not None:
+            require_file(weights)
         demo = request.name in self.demo_names
         if demo and weights is None:
             return f"{request.name}.{demo_metadata(self.demo_folder, request.name)['tag']}"
@@ -93,9 +97,13 @@ class Catalogue:
         found = self.repository(tag)
         if found is None:
             return Missing(f"the weights of {tag}", _NOT_AT_THE_HUB)
-        if cached_file(found) is not None or hub_answers():
+        if cached_file(found) is not None:
             return None
         what = f"the weights of {tag} (repository {found.repo})"
+        if request.from_file:
+            return not_fetched(what, "--weights or --weights-folder")
+        if hub_answers():
+            return None
         folder = f"in the folder {request.weights_folder}, " if request.weights_folder else ""
         return Missing(
             what,
@@ -112,12 +120,17 @@ class Catalogue:
         return cached_file(found) or download(found, f"weights of {tag}")
 
 
+def not_fetched(what: str, options: str) -> Missing:
+    """Return a missing part that is not fetched, since a file asks for it and not the user."""
+    return Missing(what, _NAMED_BY_A_FILE.format(options))
+
+
 def demo_metadata(folder: Path, name: str) -> dict[str, Any]:
     """Return training settings, accuracies, tag and sha256 of demo weights. Raises ModelError."""
     path = folder / f"{name}.json"
     if not path.is_file():
         raise ModelError(f"No demo weights of {name}: run `python scripts/train_demo.py`.")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(path, ModelError, "description of demo weights")
     return content
 
 

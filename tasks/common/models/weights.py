@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from fimaq_core.checkpoint import state_sha256
 from fimaq_core.errors import ModelError, NumericsError, suggest
 from tasks.common.data.class_order import names_by_label
 from tasks.common.hashing import file_sha256
-from tasks.common.models.safe_reader import Array, Inert, read_content
+from tasks.common.models.pickles import Array, Inert, Unusable
+from tasks.common.models.safe_reader import read_content
 
 #: Names of entries that hold weights, in timm's order of preference: averaged weights come first
 #: (``timm.models._helpers.load_state_dict``).
@@ -33,7 +35,16 @@ _AVERAGED = re.compile(r"(?i:(?<![a-z])(?:ema|swa)(?![a-z])|averag)|(?<![A-Z])(?
 _OPTIMIZER = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 #: Name of the entry for tensors at the top of a file that has other entries too.
 _TOP = "."
+#: Types that are read. Others are packed (float8, int4), and PyTorch cannot convert all of them.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OTHERS = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64,
+    torch.complex128,
+)  # fmt: skip
+#: End of messages.
+ADVICE = "Give weights of this model, or the model (--model, --model-args) of these weights."
+#: Bounds on the entries of a file and on the length of a name; messages compare names.
+_MOST_ENTRIES, _MOST_LETTERS = 1000, 500
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,13 @@ class StoredWeights:
         """
         return state_sha256(model) if altered or len(self.entries) > 1 else file_sha256(self.path)
 
+    def notes(self) -> list[str]:
+        """Return one line if tensors are stored in another floating-point type than float32."""
+        floats = Counter(one.dtype for one in self.state.values() if one.is_floating_point())
+        others = {kind: count for kind, count in floats.items() if kind != torch.float32}
+        found = ", ".join(f"{count} as {_type_name(kind)}" for kind, count in others.items())
+        return [f"weights: converted to float32, stored {found}"] if found else []
+
 
 def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
     """Read weights from a file of safetensors or ``torch.save``; its suffix does not matter.
@@ -63,9 +81,14 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
     and timm prefers none of them.
     """
     content = read_content(path)
-    states: dict[str, dict[str, Tensor]] = {}
+    states: dict[str, dict[str, Any]] = {}
     if isinstance(content, dict):
-        states = _states(content) if content else {"": {}}
+        states = _states(content, {}) if content else {"": {}}
+        if len(states) > _MOST_ENTRIES:
+            raise ModelError(f"The weights {path} have more than {_MOST_ENTRIES} entries.")
+        for name in states:
+            if len(name) > _MOST_LETTERS or not name.isprintable():
+                raise ModelError(f"The weights {path} have the odd entry {name[:50]!r}.")
         if len(states) > 1 and "" in states:
             states = {name or _TOP: state for name, state in states.items()}
     if not states:
@@ -86,26 +109,36 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
     return StoredWeights(path, state, name or None, entries, _class_names(content))
 
 
-def _states(content: dict[Any, Any], depth: int = 4) -> dict[str, dict[str, Tensor]]:
+def _states(
+    content: dict[Any, Any], found: dict[tuple[int, int], Any], depth: int = 4
+) -> dict[str, dict[str, Any]]:
     """Return every state dict in ``content`` by its path of entries, joined by dots.
 
     The path ``""`` means the tensors of ``content`` itself. Entries of optimizers are skipped,
     since they have the tensor names of the model. Tensors beside an inner state dict are skipped
-    if none of their names has a dot, since they are no weights of a model.
+    if none of their names has a dot, since they are no weights of a model. ``found`` keeps results,
+    because a small file can hold one dictionary at many places.
     """
-    inner: dict[str, dict[str, Tensor]] = {}
+    if (id(content), depth) in found:
+        return found[id(content), depth]
+    inner: dict[str, dict[str, Any]] = {}
     for name, value in content.items():
         known = isinstance(name, str) and not name.startswith("optim")
-        if depth and known and isinstance(value, dict):
-            for rest, state in _states(value, depth - 1).items():
+        if depth and known and isinstance(value, dict) and len(inner) <= _MOST_ENTRIES:
+            for rest, state in _states(value, found, depth - 1).items():
                 inner[f"{name}.{rest}" if rest else name] = state
-    own = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    weights = any(value.is_floating_point() and value.ndim for value in own.values())
+    tensors = Tensor | Unusable
+    own = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, tensors)}
+    weights = any(
+        isinstance(value, Unusable) or (value.is_floating_point() and value.ndim)
+        for value in own.values()
+    )
     named = not inner or any("." in name for name in own)
     wrapped = any(name.partition(".")[0] in (*_PREFERRED, *_WRAPPERS) for name in inner)
     arrays = any(isinstance(value, Array) for value in content.values())
     if weights and named and not wrapped and not arrays and not own.keys() & _OPTIMIZER:
-        return {"": own, **inner}
+        inner = {"": own, **inner}
+    found[id(content), depth] = inner
     return inner
 
 
@@ -114,13 +147,13 @@ def _chosen(names: list[str], wanted: str | None, path: Path) -> str:
     given = [one for one in names if wanted in (None, one) or one.startswith(f"{wanted}.")]
     if not given:
         lone = " The file is one state dict: leave the option out."
-        known = suggest(str(wanted), names) if any(names) else lone
-        raise ModelError(f"The weights {path} have no entry '{wanted}' (--weights-entry).{known}")
+        known = suggest(str(wanted), names[:20]) if any(names) else lone
+        raise ModelError(f"The weights {path} have no entry {wanted!r} (--weights-entry).{known}")
     best = _preferred(given)
     averaged = [name for name in given if _AVERAGED.search(name)]
     if len(best) > 1 or (wanted is None and averaged and best[0] not in averaged):
         raise ModelError(
-            f"The weights {path} have several entries with weights: {', '.join(map(repr, given))}. "
+            f"The weights {path} have several entries with weights: {_first_names(given)}. "
             f"Choose one with --weights-entry, such as --weights-entry {given[0]}."
         )
     return best[0]
@@ -140,25 +173,25 @@ def _preferred(names: list[str]) -> list[str]:
     return names
 
 
-def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _renamed(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Return the weights by the names of the model, without the parts that wrappers added.
 
     Raises ModelError: a tensor has no float values that can be loaded, or a name appears twice.
     """
     found: dict[str, Tensor] = {}
+    given: dict[str, str] = {}  # names in the file, by names of the model
     for name, value in state.items():
-        if name == "n_averaged" and value.ndim == 0:  # of torch.optim.swa_utils.AveragedModel
-            continue
-        problem = None
-        if value.is_meta:
-            problem = "on the device 'meta', without values"
-        elif value.layout is not torch.strided:
-            problem = f"in the layout {_type_name(value.layout)}"
-        elif value.is_quantized or (value.is_floating_point() and value.dtype not in _FLOATS):
+        if len(name) > _MOST_LETTERS:
+            start = f"{name[:50]!r}"
+            raise ModelError(f"The weights {path} have a name of {len(name)} letters: {start}.")
+        problem = value.problem if isinstance(value, Unusable) else None
+        if problem is None and value.dtype not in (*_FLOATS, *_OTHERS):
             problem = f"as {_type_name(value.dtype)}"
         if problem:
             advice = "save it as a dense tensor of float32, float16 or bfloat16"
-            raise ModelError(f"The weights {path} have '{name}' {problem}: {advice}.")
+            raise ModelError(f"The weights {path} have {name!r} {problem}: {advice}.")
+        if name == "n_averaged" and value.ndim == 0:  # of torch.optim.swa_utils.AveragedModel
+            continue
         own = name
         for part in _INSERTED:
             own = own.replace(part, "")
@@ -166,10 +199,10 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             own = own.partition(".")[2]
         if own in found:
             raise ModelError(
-                f"The weights {path} have '{own}' more than once, with and without a prefix such "
-                f"as '{name.removesuffix(own)}': save the weights of one model alone."
+                f"The weights {path} have {own!r} more than once, as {given[own]!r} and as "
+                f"{name!r}: save the weights of one model alone."
             )
-        found[own] = value
+        found[own], given[own] = value, name
     return found
 
 
@@ -201,12 +234,18 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
     Raises ModelError: names, shapes or types differ. Raises NumericsError: NaN or infinite values.
     """
+    expected = model.state_dict()
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NumericsError(
-                f"The weights {where} have NaN or infinite values in '{name}': use another file."
-            )
-    problem = _misfit(model.state_dict(), state)
+        if not tensor.is_floating_point():
+            continue
+        own = expected.get(name, tensor)
+        cast = tensor.to(own.dtype) if own.is_floating_point() else tensor
+        if not bool(torch.isfinite(cast).all()):
+            kind = "NaN or infinite values"
+            if bool(torch.isfinite(tensor).all()):
+                kind = f"values too large for {_type_name(own.dtype)}"
+            raise NumericsError(f"The weights {where} have {kind} in {name!r}: use another file.")
+    problem = _misfit(expected, state)
     try:
         if not problem:
             model.load_state_dict(state, strict=True)
@@ -225,12 +264,15 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     surplus = [name for name in state if name not in expected]
     common = [(name, expected[name], state[name]) for name in state if name in expected]
     shapes = [name for name, own, given in common if own.shape != given.shape]
-    kinds = [
-        f"{name} is {_type_name(given.dtype)}"
-        for name, own, given in common
-        if own.is_floating_point() and not given.is_floating_point()
-    ]
-    if not (missing or surplus or shapes or kinds):
+    kinds, integers = (
+        [
+            f"{name} is {_type_name(given.dtype)}"
+            for name, own, given in common
+            if own.is_floating_point() is floating and not _is_kept(given, own)
+        ]
+        for floating in (True, False)
+    )
+    if not (missing or surplus or shapes or kinds or integers):
         return ""
     pairs = _similar_names(missing, surplus)
     found = {
@@ -238,14 +280,23 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
         "Unexpected names": [*(given for _, given in pairs), *surplus],
         "Shape mismatch": shapes,
         "Not floating point, as quantized weights are": kinds,
+        "Not the same as integers": integers,
     }
     lines = [". ".join(f"{what}: {_brief(names)}" for what, names in found.items() if names) + "."]
-    lines += [f"  similar: the model has '{own}', the file '{given}'" for own, given in pairs[:3]]
+    lines += [f"  similar: the model has {own!r}, the file {given!r}" for own, given in pairs[:3]]
     for name in shapes[:3]:
         given, own = tuple(state[name].shape), tuple(expected[name].shape)
-        lines.append(f"  '{name}' is {given} in the file, {own} in the model")
-    advice = "Give weights of this model, or the model (--model, --model-args) of these weights."
-    return "\n".join([*lines, advice])
+        lines.append(f"  {name!r} is {given} in the file, {own} in the model")
+    return "\n".join([*lines, ADVICE])
+
+
+def _is_kept(given: Tensor, own: Tensor) -> bool:
+    """Return True if ``given`` keeps its values in the type of ``own``; floats may be rounded."""
+    if own.is_floating_point() or own.is_complex():
+        return given.is_floating_point() is own.is_floating_point()
+    if given.is_floating_point() or given.is_complex():
+        return False
+    return given.dtype == own.dtype or torch.equal(given.to(own.dtype).to(given.dtype), given)
 
 
 def _similar_names(missing: list[str], surplus: list[str]) -> list[tuple[str, str]]:
@@ -262,5 +313,9 @@ def _similar_names(missing: list[str], surplus: list[str]) -> list[tuple[str, st
 def _brief(names: Iterable[str]) -> str:
     """Return the count of distinct names and the first three."""
     listed = list(dict.fromkeys(names))
-    more = " and more" if len(listed) > 3 else ""
-    return f"{len(listed)} ({', '.join(map(repr, listed[:3]))}{more})"
+    return f"{len(listed)} ({_first_names(listed, 3)})"
+
+
+def _first_names(names: list[str], most: int = 10) -> str:
+    more = " and more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more

@@ -215,11 +215,28 @@ def test_code_in_weights_does_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"no_such_argument": 1}, {"num_heads": 5}, {"img_size": "big"}]
+    ("arguments", "message"),
+    [
+        ({"no_such_argument": 1}, "Unknown key 'no_such_argument'"),
+        ({"num_heads": 5}, "timm cannot build"),
+        ({"depths": [2, 2]}, "timm cannot build"),
+        ({"img_size": "big"}, "img_size.0: Input should be a valid integer"),
+        ({"img_size": True}, "img_size.0: Input should be a valid integer"),
+        ({"depth": 10_000_000}, "depth: Input should be less than or equal to 200"),
+        ({"embed_dim": 10**30}, "embed_dim: "),
+        ({"embed_dim": 2**20, "num_heads": 1}, r"would have [\d,]+ values.*do not fit"),
+        ({"img_size": 8192, "patch_size": 1}, r"would have [\d,]+ values.*do not fit"),
+        ({"norm_layer": "os.system"}, "norm_layer: String should match"),
+        ({"act_layer": "no_such_layer"}, "timm cannot build"),
+        ({"cache_dir": "/x"}, "Unknown key 'cache_dir'"),
+        ({"pretrained": True}, "Unknown key 'pretrained'"),
+    ],
 )
-def test_arguments_the_model_does_not_take(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_arguments_the_model_does_not_take(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
     path = write(tiny(), tmp_path / "weights.pth")
-    with pytest.raises(ModelError, match=r"timm cannot build|do not fit"):
+    with pytest.raises(ModelError, match=message):
         load_model(ModelRequest(VIT, {**ARGUMENTS, **arguments}, weights=path))
 
 

@@ -437,6 +437,20 @@ def test_weights_of_no_detector_with_swin(tmp_path: Path) -> None:
             load_model(ModelRequest(NAMES[0], SMALL, path))
 
 
+def test_weights_in_both_layouts_or_of_odd_width_are_refused(tmp_path: Path) -> None:
+    state = dict(small().state_dict())
+    name = "backbone.stages.0.blocks.0.norm1.bias"
+    twice = {**state, name.replace("stages", "layers"): state[name]}
+    with pytest.raises(ModelError, match=f"'{name}' twice"):
+        load_model(ModelRequest(NAMES[0], SMALL, write(twice, tmp_path / "twice.pth")))
+    theirs = original(state)
+    name = "backbone.layers.0.downsample.norm.weight"
+    for odd in (torch.ones(7), torch.tensor(1.0)):
+        path = write({**theirs, name: odd}, tmp_path / "odd.pth")
+        with pytest.raises(ModelError, match=r"Shape mismatch: 1 .*stages.0.downsample.norm"):
+            load_model(ModelRequest(NAMES[0], SMALL, path))
+
+
 def test_weights_for_other_images_or_other_windows_are_refused() -> None:
     model = small()
     state = dict(model.state_dict())
@@ -459,12 +473,25 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"widths": 3}, {"kind": "retinanet"}, {"depths": (2, 2)}, {"num_heads": (3, 3, 3, 3)}],
+    ("arguments", "message"),
+    [
+        ({"widths": 3}, "Unknown key 'widths'"),
+        ({"kind": "retinanet"}, "Unknown key 'kind'"),
+        ({"init_cfg": {"type": "Pretrained"}}, "Unknown key 'init_cfg'"),
+        ({"depths": (2, 2)}, "depths: List should have at least 4"),
+        ({"num_heads": (3, 3, 3, 3)}, r"Shape mismatch: 6 .*bias_table"),
+        ({"depths": (2, 2, 10_000_000, 2)}, "depths.2: Input should be less than or equal to 200"),
+        ({"embed_dims": 2**19, "num_heads": (1, 1, 1, 1)}, r"would have [\d,]+ values"),
+        ({"window_size": 10**9}, "window_size: Input should be less than"),
+        ({"proposals": 2**40}, "proposals: Input should be less than"),
+        ({"pixel_std": [0, 1, 1]}, "pixel_std.0: Input should be greater than 0"),
+    ],
 )
-def test_arguments_that_the_model_does_not_take(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_arguments_that_the_model_does_not_take(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
     path = write(dict(small().state_dict()), tmp_path / "weights.pth")
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match=message):
         load_model(ModelRequest(NAMES[0], {**SMALL, **arguments}, path))
 
 

@@ -128,7 +128,7 @@ def test_a_second_run_measures_nothing_and_a_list_repeats_the_images(tmp_path: P
         (["run", "--model", "demo_vit", "--w-bits", "1"], "1 bits is outside 2 to 8"),
         (["run", "--model", "demo_vit", "--loss", "msee"], "Did you mean 'mse'?"),
         (["run", "--model", "demo_vit", "--device", "cuda:99"], "not available"),
-        (["run", "--model", "demo_vit", "--model-args", "{"], "not JSON"),
+        (["run", "--model", "demo_vit", "--model-args", "{"], "not valid JSON"),
         (["run", "--model", "vit_small_patch16_224", "--data", "nowhere"], "names no weights"),
         (["run", "--model", "demo_vit", "--weights", "nowhere.safetensors"], "no weights file"),
         (["evaluate", "nowhere.safetensors"], "no checkpoint"),

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import socket
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,10 @@ from fimaq_core.errors import CheckpointError, FimaqError, ModelError
 from fimaq_core.progress import silent
 from fimaq_core.recipe import make_recipe
 from tasks.common.cell import stages
+from tasks.common.models import hub
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
+from tasks.retrieval import tags, tokenizers
+from tasks.retrieval.models import load_model as load_clip
 
 QUICK: dict[str, Any] = {
     "calibration_images": 8, "range_images": 4, "range_candidates": 16, "range_rounds": 1,
@@ -196,6 +200,60 @@ def test_arguments_of_a_checkpoint_name_nothing_elsewhere(
         )
 
 
+@pytest.fixture
+def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cache, and a test fails if it opens a connection."""
+
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    for module in (hub, tags, tokenizers):
+        monkeypatch.setattr(module, "cached_file", lambda repository: None)
+    monkeypatch.setattr(socket, "create_connection", asked)
+    monkeypatch.setattr(socket.socket, "connect", asked)
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "arguments"),
+    [
+        ("classification", "vit_gigantic_patch14_clip_224.laion2b", {}),
+        ("retrieval", "siglip_b16", {}),
+        ("retrieval", "ViT-B-32.openai", {"text_cfg": {"hf_tokenizer_name": "gpt2"}}),
+    ],
+)
+def test_a_checkpoint_makes_no_one_ask_the_hub(
+    task: str,
+    model: str,
+    arguments: dict[str, Any],
+    calibrated: Path,
+    tmp_path: Path,
+    nothing_asked: None,
+) -> None:
+    """The name of a published model is valid, but only the user's own command fetches it."""
+
+    def change(parts: dict[str, Any]) -> None:
+        parts["facts"].update(task=task, model=model, model_args=arguments)
+
+    path = with_header(calibrated, tmp_path / "published.safetensors", change)
+    for text in refusals(path, tmp_path, task):
+        assert "A checkpoint names the model, so nothing is fetched" in text
+
+
+def test_a_tokenizer_of_a_checkpoints_model_is_not_fetched(
+    tmp_path: Path, nothing_asked: None
+) -> None:
+    """With weights at hand, the tokenizer is the last thing that the hub has."""
+    weights = tmp_path / "weights.safetensors"
+    save_file({"a": torch.ones(1)}, weights)
+    request = ModelRequest("siglip_b16", weights=weights, from_file=True)
+    with pytest.raises(ModelError, match=r"tokenizer of ViT-B-16-SigLIP .*nothing is fetched"):
+        load_clip(request)
+    text = {"context_length": 8, "hf_tokenizer_name": "gpt2"}
+    with pytest.raises(ModelError, match="could not be read in the Hugging Face cache"):
+        tokenizers.build_tokenizer("x", text, None, 60, local=True)
+
+
 def test_code_does_not_run(calibrated: Path, tmp_path: Path) -> None:
     """A pickle under a checkpoint's name, and one of PyTorch's archives."""
 
@@ -257,6 +315,9 @@ def test_tensors_that_are_not_the_models(calibrated: Path, tmp_path: Path) -> No
     [
         {"input_size": "huge"},
         {"input_size": [1, 2, 3, 4]},
+        {"input_size": [3, 100_000, 100_000]},
+        {"crop_pct": 1e-6},
+        {"mean": [0.5] * 5000},
         {"mean": [float("inf")]},
         {"interpolation": "/x"},
         {"code": "x"},
@@ -293,7 +354,7 @@ def test_what_timm_takes_for_itself_is_no_argument_of_a_model(key: str, tmp_path
 
     weights = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(1)}, weights)
-    with pytest.raises(ModelError, match=f"are only for the model's constructor: leave out {key}"):
+    with pytest.raises(ModelError, match=f"Unknown key '{key}'"):
         load_model(
             ModelRequest("vit_tiny_patch16_224", {key: str(tmp_path / "x.pth")}, weights=weights)
         )
@@ -306,7 +367,7 @@ def test_a_vision_tower_is_no_address(name: str, tmp_path: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(1)}, weights)
     request = ModelRequest("ViT-B-32", {"vision_cfg": {"timm_model_name": name}}, weights=weights)
-    with pytest.raises(ModelError, match=f"The vision tower '{name}' is an address"):
+    with pytest.raises(ModelError, match=r"vision_cfg.timm_model_name: String should match"):
         load_model(request)
 
 
@@ -319,6 +380,6 @@ def test_training_of_detectors_names_no_modules(kind: object, tmp_path: Path) ->
     save_file({"a": torch.ones(1)}, weights)
     training = {"rpn": {"assigner": {"type": kind, "path": str(ran)}}}
     for name in ("training", "train_cfg"):
-        with pytest.raises(ModelError, match=f"unexpected keyword argument '{name}'"):
+        with pytest.raises(ModelError, match=f"Unknown key '{name}'"):
             load_model(ModelRequest("mask_rcnn_swin_tiny", {name: training}, weights=weights))
     assert not ran.exists()
