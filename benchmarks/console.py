@@ -1,45 +1,8 @@
-"""Terminal output of all commands: user errors, unprintable text, sizes and durations."""
+"""Sizes, durations and the width of the terminal, for the output of all commands."""
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import click
 from rich.console import Console
-
-from fimaq_core.errors import FimaqError
-
-
-@contextmanager
-def user_errors(context: click.Context, interrupted: str) -> Iterator[None]:
-    """Print the message of user errors on stderr and exit with 2; exit with 130 after Ctrl-C.
-
-    ``interrupted`` is the sentence that Ctrl-C prints.
-    """
-    try:
-        yield
-        return
-    except FimaqError as error:
-        click.echo(f"error: {error}", err=True)
-    except KeyboardInterrupt:
-        click.echo(f"\nInterrupted. {interrupted}", err=True)
-        context.exit(130)
-    except BrokenPipeError:
-        # The reader of the output is gone (`| head`); without this, Python complains at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    context.exit(2)
-
-
-def plain(text: str, most: int | None = None) -> str:
-    """Return ``text`` as one printable line of at most ``most`` (None: any) characters."""
-    line = printable(" ".join(text.split()))
-    return line if most is None or len(line) <= most else line[: most - 1] + "…"
-
-
-def printable(line: str) -> str:
-    """Return a line with U+FFFD in place of each unprintable character, such as ESC."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in line)
 
 
 def terminal_width() -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,37 @@ class EngineError(FimaqError):
 
 class NumericsError(FimaqError):
     """Weights, activations or a loss are NaN or infinite."""
+
+
+#: Parts of messages about memory that ran out, for exceptions whose class does not tell.
+_NO_MEMORY = (
+    "can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory",
+    "alloc_failed", "can't start new thread", "failed to map segment", "bad_alloc",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an exception, or one that it came from, says that memory ran out.
+
+    Systems report a limit of memory also as a thread that cannot start, or as a library that
+    cannot be loaded.
+    """
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    torch = sys.modules.get("torch")
+    classes = (MemoryError, getattr(torch, "OutOfMemoryError", MemoryError))
+    return any(
+        isinstance(one, classes)
+        or (isinstance(one, OSError) and one.errno == errno.ENOMEM)
+        or (
+            isinstance(one, RuntimeError | ImportError | OSError)
+            and any(words in str(one).lower() for words in _NO_MEMORY)
+        )
+        for one in seen
+    )
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
