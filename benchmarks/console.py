@@ -1,8 +1,14 @@
-"""Sizes, durations and the width of the terminal, for the output of all commands."""
+"""Texts in the output of all commands: sizes, durations, cells of Markdown and CSV tables."""
 
 import sys
 
 from rich.console import Console
+
+from fimaq_core.terminal import one_line
+
+#: First characters of texts that spreadsheets take for formulas, and the sign that prevents it.
+_TEXT = "'"
+_SIGNS = tuple(f"=+-@\t\r\n＝＋－＠{_TEXT}")
 
 
 def terminal_width() -> int | None:
@@ -24,3 +30,24 @@ def duration(seconds: float) -> str:
         return f"{round(seconds, 2):.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def markdown_cell(text: object) -> str:
+    """Return a text as one line that stays in its cell of a Markdown table."""
+    return one_line(str(text)).replace("|", r"\|")
+
+
+def csv_cell(value: object) -> object:
+    """Return a value for a CSV file. Spreadsheets take no text for a formula; see `csv_value`."""
+    if isinstance(value, str) and value.startswith(_SIGNS):
+        return _TEXT + value
+    return value
+
+
+def csv_value(cell: object) -> object:
+    """Return the value of a cell that `csv_cell` made."""
+    if isinstance(cell, str) and cell.startswith(
+        tuple(_TEXT + sign for sign in (*_FORMULA, _TEXT))
+    ):
+        return cell[1:]
+    return cell

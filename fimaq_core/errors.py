@@ -47,28 +47,24 @@ _NO_MEMORY = (
 )  # fmt: skip
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an exception, or one that it came from, says that memory ran out.
+def out_of_memory(error: BaseException) -> BaseException | None:
+    """Return the exception that says that memory ran out: ``error`` or a cause of it; or None.
 
     Systems report a limit of memory also as a thread that cannot start, or as a library that
     cannot be loaded.
     """
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        seen.append(cause)
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    torch = sys.modules.get("torch")
+    torch, seen, found = sys.modules.get("torch"), set[int](), None
     classes = (MemoryError, getattr(torch, "OutOfMemoryError", MemoryError))
-    return any(
-        isinstance(one, classes)
-        or (isinstance(one, OSError) and one.errno == errno.ENOMEM)
-        or (
-            isinstance(one, RuntimeError | ImportError | OSError)
-            and any(words in str(one).lower() for words in _NO_MEMORY)
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        told = isinstance(cause, RuntimeError | ImportError | OSError) and any(
+            words in str(cause).lower() for words in _NO_MEMORY
         )
-        for one in seen
-    )
+        if told or isinstance(cause, classes) or getattr(cause, "errno", None) == errno.ENOMEM:
+            found = cause  # the last one, which is the first that was raised, is the clearest
+        seen.add(id(cause))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return found
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.run.executor import Failed, Finished, Kind, Message, Started
-from fimaq_core.errors import FimaqError, is_out_of_memory
+from fimaq_core.errors import FimaqError, out_of_memory
 from fimaq_core.files import replaced_whole
 from fimaq_core.progress import OnProgress, Progress
 from fimaq_core.terminal import guard
@@ -133,7 +133,7 @@ def _kind(error: Exception) -> Kind:
         return "busy"
     if isinstance(error, FimaqError):
         return "error" if isinstance(error, LeaseLost) else "user"
-    return "memory" if is_out_of_memory(error) else "error"
+    return "memory" if out_of_memory(error) else "error"
 
 
 def _on_progress(send: Callable[[Message], None]) -> OnProgress:

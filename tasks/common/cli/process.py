@@ -6,6 +6,7 @@ cannot run; 130 stopped by Ctrl-C, SIGTERM or SIGHUP. An unexpected exception en
 
 import importlib
 import logging
+import resource
 import signal
 import sys
 import threading
@@ -15,13 +16,15 @@ from typing import Any
 
 import click
 
-from fimaq_core.errors import FimaqError, is_out_of_memory
-from fimaq_core.terminal import Guarded, guarded
+from fimaq_core.errors import FimaqError, out_of_memory
+from fimaq_core.terminal import Guarded, guarded, one_line
 
 _KEPT = (
     "Finished cells are kept, and finished blocks of other cells: the same command, without "
     "--force, continues where it stopped."
 )
+#: Bytes of address space below which numerical libraries cannot be loaded.
+_LEAST = 2**29
 _MEMORY = (
     "Not enough memory ({reason}). Give the process more memory (ulimit -v, container, batch "
     "system), or use fewer jobs, threads and smaller batches. Finished results are kept."
@@ -67,6 +70,9 @@ def start(command: str, arguments: list[str] | None = None, **settings: Any) -> 
     """
     module, _, name = command.partition(":")
     with reported():
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY and limit < _LEAST:  # libraries would end the process
+            raise MemoryError(f"its address space is limited to {limit / 1e6:.0f} MB")
         found = getattr(importlib.import_module(module), name)
         run(found, arguments, **settings)
 
@@ -115,13 +121,17 @@ def message(error: BaseException) -> str:
     """
     if isinstance(error, FimaqError):
         return str(error)
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
     logging.getLogger(__name__).info("The command ended with an exception", exc_info=error)
-    if is_out_of_memory(error):
-        return _MEMORY.format(reason=reason[:200])
+    if (cause := out_of_memory(error)) is not None:
+        return _MEMORY.format(reason=_reason(cause, 200))
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}. Check the path, its permissions and its disk."
-    return f"Unexpected {reason[:1000]}. Repeat the command with --verbose for the details."
+    text = f"Unexpected error, {_reason(error, 1000)}. Give --verbose before the command's name"
+    return f"{text} to see the details, and report them if the cause is not clear."
+
+
+def _reason(error: BaseException, most: int) -> str:
+    return one_line(f"{type(error).__name__}: {error}".removesuffix(": "), most)
 
 
 @contextmanager
