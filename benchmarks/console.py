@@ -6,7 +6,7 @@ from rich.console import Console
 
 from fimaq_core.terminal import one_line
 
-#: First characters of texts that spreadsheets take for formulas, and the sign that prevents it.
+#: Sign that makes a text of a cell in a spreadsheet, and the first signs of texts that need it.
 _TEXT = "'"
 _SIGNS = tuple(f"=+-@\t\r\n＝＋－＠{_TEXT}")
 
@@ -46,8 +46,6 @@ def csv_cell(value: object) -> object:
 
 def csv_value(cell: object) -> object:
     """Return the value of a cell that `csv_cell` made."""
-    if isinstance(cell, str) and cell.startswith(
-        tuple(_TEXT + sign for sign in (*_FORMULA, _TEXT))
-    ):
+    if isinstance(cell, str) and cell.startswith(_TEXT) and cell[1:].startswith(_SIGNS):
         return cell[1:]
     return cell

@@ -10,6 +10,7 @@ from fimaq_core.documents import Strict
 from fimaq_core.errors import RecipeError, first_problem
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Side = Annotated[int, Field(ge=1, le=16384)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Mean = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(ge=1e-3, le=1)]
@@ -39,7 +40,7 @@ class Preprocessing(Strict):
 class GivenPreprocessing(Strict):
     """Fields of :class:`Preprocessing` given by a user; None keeps the model's own value."""
 
-    input_size: Annotated[list[PositiveInt], Field(min_length=2, max_length=3)] | None = None
+    input_size: Annotated[list[Side], Field(min_length=2, max_length=3)] | None = None
     crop_pct: Share | None = None
     mean: Annotated[list[Mean], Field(min_length=1)] | None = None
     std: Annotated[list[Deviation], Field(min_length=1)] | None = None
