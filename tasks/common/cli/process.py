@@ -101,16 +101,16 @@ def reported() -> Iterator[None]:
             error.show()
             sys.exit(2)
         except (KeyboardInterrupt, click.Abort):
-            click.echo(f"\nInterrupted. {_KEPT}", err=True)
+            print(f"\nInterrupted. {_KEPT}", file=sys.stderr)
             sys.exit(130)
         except BaseException as error:  # noqa: BLE001 also panics of libraries in Rust
-            click.echo(f"error: {message(error)}", err=True)
+            print(f"error: {message(error)}", file=sys.stderr)
             sys.exit(2)
         finally:
             problem = sys.stdout.problem() if is_outer and isinstance(sys.stdout, Guarded) else None
             if problem is not None:
                 text = f"error: The output cannot be written: {problem.strerror}."
-                click.echo(f"{text} Free space, then repeat the command.", err=True)
+                print(f"{text} Free space, then repeat the command.", file=sys.stderr)
                 sys.exit(2)
 
 
