@@ -112,7 +112,7 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
     if not address:
         private = os.path.dirname(place)
         os.mkdir(private, 0o700)  # Ray lets all users write to its own folder `r`
-        atexit.register(_leave, ray, private)
+        atexit.register(leave)
     try:
         ray.init(**settings, configure_logging=False)
         hosts = {node["NodeManagerAddress"] for node in ray.nodes()}
@@ -127,13 +127,15 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
         raise EngineError(f"Ray listens on {', '.join(hosts)}, not on this machine alone.")
 
 
-def _leave(ray: Any, folder: str) -> None:
-    """End the cluster that this process started, and remove its files."""
+def leave() -> None:
+    """Leave the cluster. If this process started it, end it and remove its files."""
+    import ray
+
     ray.shutdown()
-    for _ in range(50):  # its processes may still be writing
-        shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.exists(folder):
+    for _ in range(50):  # the processes may still be writing
+        if private is None or not os.path.exists(private):
             break
+        shutil.rmtree(private, ignore_errors=True)
         time.sleep(0.1)
 
 

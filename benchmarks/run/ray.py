@@ -175,4 +175,4 @@ class RayExecutor(Executor):
 
     def close(self) -> None:
         self._token.unlink(missing_ok=True)
-        self._ray.shutdown()  # ends the tasks, which end the processes of their cells
+        cluster.leave()  # ends the tasks, which end the processes of their cells
