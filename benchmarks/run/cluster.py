@@ -141,7 +141,7 @@ def leave() -> None:
 
 def check_folder() -> None:
     """Raise EngineError if Ray cannot write its sockets and logs on this machine."""
-    os.makedirs(_folder("ray"), exist_ok=True)
+    _folder("ray")
 
 
 def _folder(name: str) -> str:
@@ -157,9 +157,12 @@ def _folder(name: str) -> str:
         problem = f"has {length} bytes; at most {most} leave room for the names of sockets"
     else:
         try:
-            if not os.path.exists(folder):
-                os.makedirs(folder)
-            tempfile.TemporaryFile(dir=folder).close()
+            parent = (
+                f"{folder}/ray" if name == "ray" else folder
+            )  # the folder of clusters is shared
+            if not os.path.exists(parent):
+                os.makedirs(parent)
+            tempfile.TemporaryFile(dir=parent).close()
         except OSError as error:
             problem = f"is not writable ({error.strerror})"
     if problem:
