@@ -1,6 +1,6 @@
 """``python -m benchmarks``. Worker processes import this file too, hence the guard."""
 
-if __name__ == "__main__":
-    from benchmarks.cli import cli
+from tasks.common.cli.process import start
 
-    cli(prog_name="python -m benchmarks")
+if __name__ == "__main__":
+    start("benchmarks.cli:cli", prog_name="python -m benchmarks")

@@ -1,7 +1,8 @@
 """The command line: ``python -m benchmarks COMMAND``.
 
 Exit codes: 0 done; 1 cells failed, or measured numbers differ from published numbers; 2 cannot
-run, or nothing can be compared (``diff`` and published tables); 130 interrupted by Ctrl-C.
+run, or nothing can be compared (``diff`` and published tables); 130 interrupted, see
+:mod:`tasks.common.cli.process`.
 """
 
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import click
 
-from benchmarks.console import terminal_width, user_errors
+from benchmarks.console import terminal_width
 from benchmarks.doctor import doctor
 from benchmarks.grid import options as given
 from benchmarks.grid.cell import RunOptions
@@ -23,27 +24,19 @@ from benchmarks.run.options import RunRequest
 from benchmarks.run.plan import plan_text
 from benchmarks.run.published import published
 from benchmarks.watch.command import status
-
-
-class _Commands(click.Group):
-    """Command group that prints user errors as one line on stderr."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        words = "the same command, without --force, continues where it stopped"
-        with user_errors(ctx, f"Finished cells are kept: {words}."):
-            return super().invoke(ctx)
-
+from tasks.common.cli import numbers, process
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(cls=_Commands, context_settings=_SETTINGS)
+@click.group(cls=process.Commands, context_settings=_SETTINGS)
+@process.verbose
 def cli() -> None:
     """Run grids of models and methods, make tables, compare with published numbers."""
 
 
 def _gpus(_: click.Context, __: click.Parameter, value: float) -> float:
-    if value > 1 and value != int(value):
+    if value > 1 and not value.is_integer():
         words = "a number above 1 must be whole: cells can share one GPU, but not several."
         raise click.BadParameter(words)
     return value
@@ -80,15 +73,15 @@ _GPUS = "GPUs that Ray gives to a cell; 0.5: two cells share one."
 _RETRIES = "Attempts in a row at a cell whose process dies without progress; 0: no second attempt."
 _REHEARSE = "Run shortened cells on random weights and images; estimate time and memory."
 _PLACES, _ENGINES = click.Choice(["device", "host", "disk"]), click.Choice(["local", "ray"])
-_COUNT, _SHARE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
-_RETRY_COUNT = {"type": click.IntRange(min=0), **_default(RunOptions.retries)}
+_SHARE = numbers.FiniteRange(0, 1024, min_open=True)
+_RETRY_COUNT = {"type": numbers.COUNT_OR_NONE, **_default(RunOptions.retries)}
 _CHANGES: dict[str, dict[str, Any]] = {
     "device": {"help": "cpu, cuda, cuda:N or auto instead of the profile's device."},
-    "threads": {"type": _COUNT, "help": "CPU threads per cell, instead of the profile's."},
+    "threads": {"type": numbers.THREADS, "help": "CPU threads per cell, instead of the profile's."},
     "placement": {"type": _PLACES, "help": "Place of the inputs and targets of blocks."},
     "force": {"is_flag": True, "help": _FORCE},
     "engine": {"type": _ENGINES, "help": "Executor of the cells.", **_default("local")},
-    "jobs": {"type": _COUNT, "help": _JOBS},
+    "jobs": {"type": numbers.COUNT, "help": _JOBS},
     "ray_address": {"default": "", "metavar": "HOST:PORT", "help": _RAY},
     "gpus_per_cell": {"type": _SHARE, "callback": _gpus, "help": _GPUS, **_default(1.0)},
     "retries": {"help": _RETRIES, **_RETRY_COUNT},
@@ -180,7 +173,7 @@ _METRICS = (
     "main metric of several pairs."
 )
 _LEVEL = "Level of the confidence intervals; a difference is significant if p < 1 - level."
-_LEVELS = click.FloatRange(0.5, 0.9999)
+_LEVELS = numbers.FiniteRange(0.5, 0.9999)
 
 
 @cli.command()

@@ -1,45 +1,14 @@
-"""Terminal output of all commands: user errors, unprintable text, sizes and durations."""
+"""Texts in the output of all commands: sizes, durations, cells of Markdown and CSV tables."""
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import click
 from rich.console import Console
 
-from fimaq_core.errors import FimaqError
+from fimaq_core.terminal import one_line
 
-
-@contextmanager
-def user_errors(context: click.Context, interrupted: str) -> Iterator[None]:
-    """Print the message of user errors on stderr and exit with 2; exit with 130 after Ctrl-C.
-
-    ``interrupted`` is the sentence that Ctrl-C prints.
-    """
-    try:
-        yield
-        return
-    except FimaqError as error:
-        click.echo(f"error: {error}", err=True)
-    except KeyboardInterrupt:
-        click.echo(f"\nInterrupted. {interrupted}", err=True)
-        context.exit(130)
-    except BrokenPipeError:
-        # The reader of the output is gone (`| head`); without this, Python complains at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    context.exit(2)
-
-
-def plain(text: str, most: int | None = None) -> str:
-    """Return ``text`` as one printable line of at most ``most`` (None: any) characters."""
-    line = printable(" ".join(text.split()))
-    return line if most is None or len(line) <= most else line[: most - 1] + "…"
-
-
-def printable(line: str) -> str:
-    """Return a line with U+FFFD in place of each unprintable character, such as ESC."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in line)
+#: Sign that makes a text of a cell in a spreadsheet, and the first signs of texts that need it.
+_TEXT = "'"
+_SIGNS = tuple(f"=+-@\t\r\n＝＋－＠{_TEXT}")
 
 
 def terminal_width() -> int | None:
@@ -61,3 +30,22 @@ def duration(seconds: float) -> str:
         return f"{round(seconds, 2):.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def markdown_cell(text: object) -> str:
+    """Return a text as one line that stays in its cell of a Markdown table."""
+    return one_line(str(text)).replace("|", r"\|")
+
+
+def csv_cell(value: object) -> object:
+    """Return a value for a CSV file. Spreadsheets take no text for a formula; see `csv_value`."""
+    if isinstance(value, str) and value.startswith(_SIGNS):
+        return _TEXT + value
+    return value
+
+
+def csv_value(cell: object) -> object:
+    """Return the value of a cell that `csv_cell` made."""
+    if isinstance(cell, str) and cell.startswith(_TEXT) and cell[1:].startswith(_SIGNS):
+        return cell[1:]
+    return cell

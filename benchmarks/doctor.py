@@ -23,6 +23,7 @@ from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.preflight import missing
 from benchmarks.grid.schema import load_grid
 from fimaq_core.errors import FimaqError
+from fimaq_core.progress import PrintableConsole
 from tasks.common.cell.machine import container_limits, processor
 
 SETUP = "make setup"
@@ -198,12 +199,15 @@ def doctor(profile: str, options: RunOptions, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
+        console = PrintableConsole()
         for title, found in report["findings"].items():
-            click.secho(title, bold=True)
+            console.print(title, style="bold")
             for one in found:
                 state = "PROBLEM" if one["state"] == "problem" else one["state"]
                 fix = f"\n{' ' * 11}fix: {one['fix']}" if one["fix"] else ""
-                click.secho(f"  {state:<8} {one['text']}{fix}", fg=_COLOURS[one["state"]])
+                line, colour = f"  {state:<8} {one['text']}{fix}", _COLOURS[one["state"]]
+                console.print(line, style=colour, soft_wrap=True)
         words = "can run." if can_run else "cannot run: see the lines marked PROBLEM."
-        click.secho(f"\nProfile {profile} {words}", fg=_COLOURS["ok" if can_run else "problem"])
+        colour = _COLOURS["ok" if can_run else "problem"]
+        console.print(f"\nProfile {profile} {words}", style=colour, soft_wrap=True)
     click.get_current_context().exit(0 if can_run else 1)

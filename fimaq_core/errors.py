@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,33 @@ class EngineError(FimaqError):
 
 class NumericsError(FimaqError):
     """Weights, activations or a loss are NaN or infinite."""
+
+
+#: Parts of messages about memory that ran out, for exceptions whose class does not tell.
+_NO_MEMORY = (
+    "can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory",
+    "alloc_failed", "can't start new thread", "failed to map segment", "bad_alloc",
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> BaseException | None:
+    """Return the exception that says that memory ran out: ``error`` or a cause of it; or None.
+
+    Systems report a limit of memory also as a thread that cannot start, or as a library that
+    cannot be loaded.
+    """
+    torch, seen, found = sys.modules.get("torch"), set[int](), None
+    classes = (MemoryError, getattr(torch, "OutOfMemoryError", MemoryError))
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        told = isinstance(cause, RuntimeError | ImportError | OSError) and any(
+            words in str(cause).lower() for words in _NO_MEMORY
+        )
+        if told or isinstance(cause, classes) or getattr(cause, "errno", None) == errno.ENOMEM:
+            found = cause  # the last one, which is the first that was raised, is the clearest
+        seen.add(id(cause))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return found
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

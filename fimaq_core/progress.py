@@ -1,17 +1,20 @@
 """Progress of a run, as the caller receives it."""
 
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import SupportsFloat
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.segment import Segment
 
 from fimaq_core.errors import NumericsError
+from fimaq_core.terminal import printable
 
 #: Largest number of steps per block for which every step is reported.
 FEW_STEPS = 10
@@ -58,17 +61,39 @@ def losses_to(on_progress: OnProgress, begin: Progress, steps: int, what: str, a
     return tick
 
 
+class PrintableConsole(Console):
+    r"""Console of rich for text from files: no markup, and invisible characters as escapes.
+
+    Example:
+        >>> PrintableConsole().print("[red]\x1b[2J")
+        [red]\x1b[2J
+    """
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        """Make a console on the standard output or error stream of this moment."""
+        stream = sys.stderr if stderr else sys.stdout
+        file = getattr(stream, "direct", stream)
+        super().__init__(file=file, width=width, markup=False, emoji=False, highlight=False)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Yield the segments of a renderable with printable text."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
 @contextmanager
 def progress_bars() -> Iterator[OnProgress]:
     """Show one bar per stage on a terminal or, with ipywidgets, in a notebook."""
-    console = Console(stderr=True)
+    console = PrintableConsole(stderr=True)
     drawn = console.is_jupyter and find_spec("ipywidgets") is not None
     bars = Bars(
-        TextColumn("{task.description:28s}"),
+        TextColumn("{task.description:28s}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         console=console,
         disable=not (console.is_terminal or drawn),
         transient=True,

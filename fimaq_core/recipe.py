@@ -34,6 +34,7 @@ Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
 #: determine an MLP reconstruction.
 Fields = Literal["all", "ranges", "mlp"]
 
+_SEED = 2**63 - 1  #: largest seed of PyTorch
 _Arithmetic = Literal["float32", "tf32", "bfloat16"]
 #: Fields that older recipes lack. The default of such a field is the older behaviour, and a digest
 #: counts the field only if its value differs, so that older cells keep their folders.
@@ -44,6 +45,8 @@ _LATER: tuple[str, ...] = (
 
 
 def _field(group: str, default: Any, help: str, **kwargs: Any) -> Any:
+    if type(default) is int:
+        kwargs.setdefault("le", 2**31 - 1)
     return Field(default, description=help, json_schema_extra={"group": group}, **kwargs)
 
 
@@ -62,7 +65,9 @@ class Recipe(Strict, allow_inf_nan=False):
     """
 
     method: str = _method("fimaq", "Method that the recipe started from.")
-    seed: int = _method(3407, "Seed of calibration images, batches, dropping, Fisher passes.", ge=0)
+    seed: int = _method(
+        3407, "Seed of calibration images, batches, dropping, Fisher passes.", ge=0, le=_SEED
+    )
     scope: str | None = _method(
         None,
         "Quantized part of the model, as the task names it (retrieval: both, vision, text; "

@@ -46,13 +46,13 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN
 
-.venv/bin/python -m benchmarks.run.ray  # fails if Ray cannot use its folder
+.venv/bin/python -m benchmarks.run.cluster  # fails if Ray cannot use its folder
 
 steps=()
 driver=
 stop() {
     trap - EXIT
-    trap '' TERM INT
+    trap '' TERM INT HUP
     if [[ -n "$driver" ]] && kill -0 "$driver" 2>/dev/null; then
         kill -TERM -- "-$driver" 2>/dev/null || true
         wait "$driver" || true
@@ -65,7 +65,7 @@ stop() {
 }
 trap stop EXIT
 kept="Stopped: finished cells are kept; submit the same job again to continue."
-trap 'echo "$kept" >&2; exit 143' TERM INT
+trap 'echo "$kept" >&2; exit 143' TERM INT HUP
 
 # Start Ray on one machine, in a job step that lasts as long as Ray.
 # Arguments: the machine, then those of ray start.
@@ -89,10 +89,10 @@ follow() {
 }
 
 start "$head" --head --node-ip-address="$ip" --port="${address##*:}" --include-dashboard=false
-follow .venv/bin/python -m benchmarks.run.ray "$address" 1 "${FIMAQ_START_SECONDS:-300}"
+follow .venv/bin/python -m benchmarks.run.cluster "$address" 1 "${FIMAQ_START_SECONDS:-300}"
 for node in "${nodes[@]:1}"; do
     start "$node" --address="$address"
 done
-follow .venv/bin/python -m benchmarks.run.ray \
+follow .venv/bin/python -m benchmarks.run.cluster \
     "$address" "${#nodes[@]}" "${FIMAQ_START_SECONDS:-300}"
 follow make reproduce-table ENGINE=ray RAY_ADDRESS="$address" "$@"

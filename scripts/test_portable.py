@@ -40,7 +40,13 @@ def busy_loops(count: int = 2) -> Iterator[None]:
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(list(RUNS)))
-@click.option("--jobs", default=2, show_default=True, help="Processes x threads of each run.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 1024),
+    default=2,
+    show_default=True,
+    help="Processes x threads of each run.",
+)
 def main(names: tuple[str, ...], jobs: int) -> None:
     """Run the tests once per setting (NAMES, or all of them); print a line of counts for each."""
     failed = False

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demo_training import classification, detection, retrieval
 
 from fimaq_core.errors import suggest
+from tasks.common.cli import numbers
 from tasks.common.demo.digits import PARTS
 
 TASKS = (classification, retrieval, detection)
 TRAINERS = {name: trainer for trainer in TASKS for name in trainer.DEMO.names}
-_COUNT = click.IntRange(min=1)
 
 
 def save(
@@ -58,12 +58,14 @@ def save(
 
 @click.command()
 @click.option("--models", default=",".join(TRAINERS), help="Comma-separated names (default: all).")
-@click.option("--epochs", type=_COUNT, help="Default: the model's own.")
-@click.option("--lr", type=float, help="Default: the model's own.")
-@click.option("--batch-size", type=_COUNT, help="Default: the model's own.")
-@click.option("--seed", default=0)
+@click.option("--epochs", type=numbers.COUNT, help="Default: the model's own.")
+@click.option(
+    "--lr", type=numbers.FiniteRange(0, 1e30, min_open=True), help="Default: the model's own."
+)
+@click.option("--batch-size", type=numbers.COUNT, help="Default: the model's own.")
+@click.option("--seed", type=numbers.COUNT_OR_NONE, default=0)
 # The committed weights were trained by one thread; the order of sums depends on the threads.
-@click.option("--threads", type=_COUNT, default=1)
+@click.option("--threads", type=numbers.THREADS, default=1)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder (default: each task's own).")
 @click.option("--val-only", is_flag=True, help="Measure the val part only; write no files.")
 def main(models: str, threads: int, out: Path | None, val_only: bool, **settings: Any) -> None:

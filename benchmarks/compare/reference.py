@@ -14,6 +14,7 @@ import pandas as pd
 
 from benchmarks.compare import known_answers
 from benchmarks.compare.agreement import ALPHA, FIGURES, RATIOS, compared, observations
+from benchmarks.console import csv_cell, csv_value
 from benchmarks.costs.sources import REFERENCE, cost_row, costs_path, costs_text
 from benchmarks.grid.schema import Grid
 from benchmarks.results import scores
@@ -116,14 +117,14 @@ def add_processor(grid: Grid, measured: Items, folder: Path = REFERENCE) -> Path
 
 def _csv(table: pd.DataFrame) -> str:
     columns = table[[*COLUMNS, "processor"]]
-    return str(columns.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return str(columns.map(csv_cell).to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
 def read_csv(path: Path) -> pd.DataFrame:
     """Read a table of scores or of a reference, with the column ``bits``."""
     missing = {"seed": [""], "fp_value": [""]}
     table = pd.read_csv(path, dtype={"seed": "Int64"}, keep_default_na=False, na_values=missing)
-    return scores.with_bits(table)
+    return scores.with_bits(table.map(csv_value))
 
 
 def _read(grid: Grid, folder: Path) -> tuple[pd.DataFrame, dict[str, Any]] | None:

@@ -8,7 +8,6 @@ from typing import Any
 from benchmarks.compare.pair_tests import ComparedPair, MetricComparison, p_text
 from benchmarks.compare.pairs import Pair, RecordFile, Side, alone
 from benchmarks.compare.statistics import RESAMPLES
-from benchmarks.console import printable
 
 
 def comparison_text(a: Side, b: Side, compared: Sequence[ComparedPair], level: float) -> str:
@@ -24,15 +23,13 @@ def comparison_text(a: Side, b: Side, compared: Sequence[ComparedPair], level: f
             name = f"{item.pair.label}, {found.metric}" if several else found.metric
             verdicts.append(f"- {name}: {found.verdict(level)}.")
     align = {"disable_numparse": True, "stralign": "right", "colalign": ("left",)}
-    text = "\n".join([
+    return "\n".join([
         f"A: {_side(a, [file for item in compared for file in item.pair.a.values()])}",
         f"B: {_side(b, [file for item in compared for file in item.pair.b.values()])}",
         f"Data: {'; '.join(dict.fromkeys(item.pair.key['data'] for item in compared))}",
         "", tabulate(rows, headers="keys", **align),
         "", *verdicts, "", *_notes(compared), *_left_out(a, b, compared),
     ])  # fmt: skip
-    # Names come from records, perhaps of other people: escape control characters.
-    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def _side(side: Side, files: Sequence[RecordFile]) -> str:

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from benchmarks.console import csv_cell, csv_value
 from benchmarks.costs.estimate import METHOD, MODEL, OWN, Estimator
 from benchmarks.grid.cell import Adapter, Cell, CellName, Key, finished
 from benchmarks.grid.names import PUBLISHED, load_names
@@ -84,7 +85,7 @@ def costs_text(rows: Iterable[CostRow]) -> str:
     names = [name for name in CostRow.model_fields if name != "disk_bytes"]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row.model_dump() for row in rows)
+    writer.writerows({k: csv_cell(v) for k, v in row.model_dump().items()} for row in rows)
     return text.getvalue()
 
 
@@ -102,9 +103,10 @@ def read_costs(path: Path) -> list[CostRow]:
             return []
         text = read_text(path, FimaqError)
         found = csv.DictReader(io.StringIO(text, newline=""))
-        rows = (
-            parse_json(text, "it", FimaqError)["cells"] if path.suffix == ".json" else list(found)
-        )
+        if path.suffix == ".json":
+            rows = parse_json(text, "it", FimaqError)["cells"]
+        else:
+            rows = [{key: csv_value(cell) for key, cell in row.items()} for row in found]
         if any(None in row for row in rows):
             raise ValueError("a line has more fields than the first")
         return [CostRow.model_validate({**row, "seed": row.get("seed") or None}) for row in rows]

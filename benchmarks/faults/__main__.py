@@ -1,5 +1,6 @@
-"""The command ``python -m benchmarks.faults``; see `benchmarks.faults.kills`."""
+"""``python -m benchmarks.faults``."""
 
-from benchmarks.faults.kills import main
+from tasks.common.cli.process import start
 
-main()
+if __name__ == "__main__":
+    start("benchmarks.faults.kills:main", prog_name="python -m benchmarks.faults")

@@ -18,14 +18,15 @@ import click
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.compare.reference import machine
-from benchmarks.console import user_errors
 from benchmarks.faults.audit import doubled, read_notes
 from benchmarks.grid.cell import RunOptions, default_adapter, finished
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import load_grid
-from benchmarks.run.ray import check_folder
+from benchmarks.run.cluster import check_folder
 from fimaq_core.documents import parse_json
 from fimaq_core.errors import FimaqError
+from tasks.common.cli import numbers
+from tasks.common.cli.process import Command, verbose
 
 GRID = Path(__file__).with_name("grid.yaml")
 #: Relative frequencies of the kinds of kills. The driver is the process that runs the grid.
@@ -157,17 +158,25 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
     }  # fmt: skip
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--kills", type=click.IntRange(min=1), default=30, help="Number of kills.")
-@click.option("--seed", type=int, default=0, help="Seed of the kinds and times of the kills.")
-@click.option("--pause", type=(float, float), default=(3, 9), help="Seconds between two kills.")
+_PAUSE = click.Tuple([numbers.SECONDS, numbers.SECONDS])
+
+
+@click.command(
+    cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+)
+@verbose
+@click.option("--kills", type=numbers.COUNT, default=30, help="Number of kills.")
+@click.option(
+    "--seed",
+    type=numbers.COUNT_OR_NONE,
+    default=0,
+    help="Seed of the kinds and times of the kills.",
+)
+@click.option("--pause", type=_PAUSE, default=(3, 9), help="Seconds between two kills.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Folder that keeps all files.")
-@click.pass_context
-def main(
-    context: click.Context, kills: int, seed: int, pause: tuple[float, float], folder: Path | None
-) -> None:
+def main(kills: int, seed: int, pause: tuple[float, float], folder: Path | None) -> None:
     """Kill processes of a small grid on two Ray nodes; compare with a run without kills."""
-    with user_errors(context, ""), tempfile.TemporaryDirectory(prefix="fimaq-faults-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="fimaq-faults-") as temporary:
         check_folder()  # at once, because Ray starts only after minutes
         place = Path(folder or temporary).absolute()
         figures = measure(place, kills, seed, pause) | {"machine": machine()}

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from benchmarks.console import csv_cell
 from benchmarks.grid.cell import MAIN_METRIC, Adapter, Cell, Key, finished
 from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import METHODS, OFF
+from fimaq_core.terminal import printable
 from tasks.common.record import ResultRecord, bits_name, read_record
 
 #: Columns of the CSV files in ``results/tables``.
@@ -222,11 +224,11 @@ def columns_of(cells: Cells) -> list[Column]:
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """Return a table as CSV with 4 decimals."""
-    return str(table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
+    """Return a table as CSV with 4 decimals, see `benchmarks.console.csv_cell`."""
+    return str(table.map(csv_cell).to_csv(index=False, float_format="%.4f", lineterminator="\n"))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all. Invisible characters become escapes."""
     with replaced_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_text(printable(text), encoding="utf-8", newline="")

@@ -6,7 +6,6 @@ survive a fork, so PyTorch uses one thread in the fork server.
 
 import contextlib
 import ctypes
-import errno
 import faulthandler
 import gc
 import importlib
@@ -26,21 +25,16 @@ from pathlib import Path
 
 from benchmarks.run.executor import Failed, Finished, Kind, Message, Started
 from fimaq_core.documents import parse_json
-from fimaq_core.errors import FimaqError
+from fimaq_core.errors import FimaqError, out_of_memory
 from fimaq_core.files import replaced_whole
 from fimaq_core.progress import OnProgress, Progress
+from fimaq_core.terminal import guard
 
 #: Environment variable of the fork server: a JSON list of its log file and of modules to import.
 PRELOAD = "FIMAQ_PRELOAD"
 
 #: Seconds between two progress messages of the same stage and block.
 _QUIET = 0.25
-
-#: Parts of messages about memory that ran out, for exceptions whose class does not tell.
-_NO_MEMORY = (
-    "can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory",
-    "alloc_failed",
-)  # fmt: skip
 
 #: Number of threads that PyTorch chose in the fork server; None in other processes.
 _threads: int | None = None
@@ -88,6 +82,7 @@ def _end_with(connection: Connection, temporary: Path) -> None:
 
 def redirect(log: Path) -> None:
     """Append the output of this process to `log`; drop the output if `log` is not writable."""
+    guard()
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("ab")
@@ -138,14 +133,7 @@ def _kind(error: Exception) -> Kind:
         return "busy"
     if isinstance(error, FimaqError):
         return "error" if isinstance(error, LeaseLost) else "user"
-    torch = sys.modules.get("torch")
-    is_memory = (
-        isinstance(error, MemoryError)
-        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, RuntimeError) and any(t in str(error).lower() for t in _NO_MEMORY))
-    )
-    return "memory" if is_memory else "error"
+    return "memory" if out_of_memory(error) else "error"
 
 
 def _on_progress(send: Callable[[Message], None]) -> OnProgress:

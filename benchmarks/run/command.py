@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
-
-from rich.console import Console
 
 from benchmarks.grid.cell import Cell, Key, finished
 from benchmarks.grid.preflight import missing
 from benchmarks.run.options import RunRequest, make_executor, settled
 from fimaq_core.errors import FimaqError
+from fimaq_core.progress import PrintableConsole
 from tasks.common.record import ResultRecord, own_seconds
 
 if TYPE_CHECKING:
@@ -39,30 +35,39 @@ def run_grid(request: RunRequest) -> int:
     measured = {key: done[0] for key, done in found if done is not None}
     todo = [cell for cell in cells if request.options.force or cell.key not in measured]
     failures: list[Failure] = []
-    if todo:
-        messages = missing(todo, adapter)
-        if messages:
-            lines = ["\nerror: ".join(messages), *_runnable_sections(request, todo)]
-            raise FimaqError("\n".join(lines))
-        request = settled(request)
-        failures = _measure(request, {cell.key for cell in todo}, measured)
-    else:
-        print(f"All {len(cells)} cells are done already.")
-    code = _write(request, cells)
-    if failures:
-        print(f"\n{len(failures)} of {len(cells)} cells failed:", file=sys.stderr)
-        for failure in failures:
-            log = f" (details: {failure.log})" if failure.log else ""
-            print(f"  {failure.cell.label}: {failure.message}{log}", file=sys.stderr)
-        words = "To run the failed cells again, repeat the command without --force"
-        print(f"{words}: it skips finished cells.", file=sys.stderr)
+    try:
+        if todo:
+            messages = missing(todo, adapter)
+            if messages:
+                lines = ["\nerror: ".join(messages), *_runnable_sections(request, todo)]
+                raise FimaqError("\n".join(lines))
+            request = settled(request)
+            _measure(request, {cell.key for cell in todo}, measured, failures)
+        else:
+            print(f"All {len(cells)} cells are done already.")
+        code = _write(request, cells)
+    finally:  # also if tables cannot be written, or the run is stopped
+        _print_failures(failures, len(cells))
     return 1 if failures else code
 
 
+def _print_failures(failures: Sequence[Failure], count: int) -> None:
+    """Print the failed cells of ``count`` cells on stderr."""
+    if not failures:
+        return
+    print(f"\n{len(failures)} of {count} cells failed:", file=sys.stderr)
+    for failure in failures:
+        log = f" (details: {failure.log})" if failure.log else ""
+        print(f"  {failure.cell.label}: {failure.message}{log}", file=sys.stderr)
+    words = "To run the failed cells again, repeat the command without --force"
+    print(f"{words}: it skips finished cells.", file=sys.stderr)
+
+
 def _measure(
-    request: RunRequest, keys: set[Key], measured: Mapping[Key, ResultRecord]
-) -> list[Failure]:
-    """Measure the cells with these keys; return the failures. ``measured`` helps to estimate."""
+    request: RunRequest, keys: set[Key], measured: Mapping[Key, ResultRecord],
+    failures: list[Failure],
+) -> None:  # fmt: skip
+    """Measure the cells with these keys; add to ``failures``. ``measured`` helps to estimate."""
     from benchmarks.run.runner import Runner
     from benchmarks.watch.live import Watch
     from tasks.common.cell.identity import forget
@@ -70,7 +75,7 @@ def _measure(
     options, adapter, cells = request.options, request.adapter, request.cells()
     todo = [cell for cell in cells if cell.key in keys]
     runs = options.results / "runs"
-    watch = Watch(Console(highlight=False), runs / ".state", options.engine)
+    watch = Watch(PrintableConsole(), runs / ".state", options.engine)
     if options.force:
         forget((cell.request for cell in todo), adapter.planned_folder)
         words = "Without --force, the same command continues where it stopped."
@@ -78,14 +83,12 @@ def _measure(
     # Runs of several machines may share the results folder.
     logs = runs / ".logs" / f"{platform.node()}-{os.getpid()}"
     make = partial(make_executor, request, logs)
-    with _interrupted_by_sigterm():
-        runner = Runner(adapter, watch, make, len(cells) - len(todo), options.retries)
-        known = ((cell, measured.get(cell.key)) for cell in cells)
-        runner.learn((cell, own_seconds(record)) for cell, record in known if record is not None)
-        failures = runner.run(todo)
+    runner = Runner(adapter, watch, make, len(cells) - len(todo), options.retries)
+    known = ((cell, measured.get(cell.key)) for cell in cells)
+    runner.learn((cell, own_seconds(record)) for cell, record in known if record is not None)
+    runner.run(todo, failures)
     if not failures:
         shutil.rmtree(logs, ignore_errors=True)
-    return failures
 
 
 def _write(request: RunRequest, cells: Sequence[Cell]) -> int:
@@ -109,24 +112,6 @@ def _write(request: RunRequest, cells: Sequence[Cell]) -> int:
         if line:
             print(line)
     return code
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C. Schedulers send SIGTERM shortly before the time limit."""
-    if threading.current_thread() is not threading.main_thread():  # no other thread gets signals
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def _runnable_sections(request: RunRequest, cells: Sequence[Cell]) -> list[str]:

@@ -71,7 +71,7 @@ def settled(request: RunRequest) -> RunRequest:
 
 
 def _ray_device(request: RunRequest, device: str) -> str:
-    from benchmarks.run.ray import connect, nodes
+    from benchmarks.run.cluster import connect, nodes
 
     options = request.options
     if device == "mps" or ":" in device:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import click
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.console import duration, size_text
@@ -17,6 +16,7 @@ from benchmarks.grid.preflight import fetch_weights, missing_data
 from benchmarks.published.table import load_table, table_names
 from benchmarks.run.options import RunRequest
 from benchmarks.run.plan import plan_text
+from fimaq_core.progress import PrintableConsole
 from tasks.common import registry
 from tasks.common.request import Missing, describe_missing
 
@@ -37,7 +37,7 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
 
     Nothing is run, downloaded or changed.
     """
-    console, options = Console(highlight=False), replace(options, device=device)
+    console, options = PrintableConsole(), replace(options, device=device)
     tables = [load_table(name) for name in ([table] if table else table_names())]
     requests = [RunRequest(t.grid(), options=options, adapter=adapter(), table=t) for t in tables]
     cells = [request.cells() for request in requests]
@@ -54,14 +54,14 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
         for request, own in zip(requests, cells, strict=True):
             listing.add_row(*_row(request, own, [costs.of(cell) for cell in own]))
         if not console.is_terminal:
-            console = Console(highlight=False, width=_WIDE)
+            console = PrintableConsole(width=_WIDE)
         console.print(listing)
         lines += [
             "Times are of the cells that are not done, one after another. Memory is the maximum.",
             "make tables TABLE=NAME shows the cells, make reproduce-table TABLE=NAME runs them.",
         ]
     for line in (*lines, *_missing(requests, every)):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _data(request: RunRequest, cells: Sequence[Cell]) -> dict[str, Missing | None]:

@@ -1,145 +1,24 @@
-"""Executor of cells on the machines of a Ray cluster. It needs the packages of ``fimaq[cluster]``.
-
-Two commands serve ``scripts/slurm.sh``. ``python -m benchmarks.run.ray`` checks the folder for
-Ray's files. With the arguments ``HOST:PORT MACHINES SECONDS`` it waits at most this number of
-seconds until this number of machines has joined the cluster.
-"""
+"""Executor of cells on the machines of a Ray cluster; see `benchmarks.run.cluster`."""
 
 import importlib
-import logging
 import os
 import platform
 import secrets
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from benchmarks.run import cluster
+from benchmarks.run.cluster import nodes, reason_of
 from benchmarks.run.executor import Executor, Failed, Finished, Message, Started
 from fimaq_core.errors import EngineError
 from fimaq_core.files import replaced_whole
 
-#: Seconds until a cluster must answer, and seconds between two counts of its machines.
-_PATIENCE, _COUNT_EVERY = 5.0, 3.0
-#: Bytes of Ray's object store, which holds only messages here.
-_STORE = 100 * 2**20
-#: Longest name of a socket in Ray's folder, and the largest number of bytes in a socket's path.
-_SOCKET = "/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-_LONGEST = 103 if sys.platform == "darwin" else 107
-
-
-class Node(NamedTuple):
-    """Machine of the cluster: its id, its name, and the numbers of its cores and GPUs."""
-
-    id: str
-    host: str
-    cpus: float
-    gpus: float
-
-
-def nodes() -> list[Node]:
-    """Return the machines that are alive now."""
-    import ray
-
-    found = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            cpus, gpus = (node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU"))
-            found.append(Node(node["NodeID"], node["NodeManagerHostname"], cpus, gpus))
-    return found
-
-
-def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
-    """Join the cluster at `address`, or start one that ends with this process.
-
-    Args:
-        address: ``host:port``, or ``auto``; empty to start a cluster on this machine.
-        cpus, gpus: cores and GPUs of the started cluster; None: all that Ray finds.
-
-    Raises:
-        EngineError: Ray is not installed, cannot start, or does not answer.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    settings: dict[str, Any] = {"address": address}
-    if not address:
-        check_folder()
-        # Without a token in the environment, Ray would write one to the home folder.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        settings = {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
-        settings |= {"include_dashboard": False, "object_store_memory": _STORE}
-    try:
-        import ray
-    except ImportError as error:
-        raise EngineError(
-            "The Ray engine needs Ray, which is not installed here: run make setup, or pip install "
-            "'fimaq[cluster]'. Without it, use --engine local."
-        ) from error
-    if ray.is_initialized():
-        return
-    action, advice = "start on this machine", "See the logs in ray/session_latest of its folder."
-    if address:
-        _check_address(address)
-        action = f"join the cluster at {address}"
-        advice = (
-            "A run must start on a machine of the cluster (ray start "
-            f"--address={address}), with the same versions of Python and Ray."
-        )
-    elif os.environ.get("RAY_ADDRESS"):
-        print(
-            f"RAY_ADDRESS ({os.environ['RAY_ADDRESS']}) in the environment is not used: Ray starts "
-            "on this machine. To join that cluster, give --ray-address (make: RAY_ADDRESS=...).",
-            file=sys.stderr,
-        )
-    settings |= {"logging_level": logging.ERROR, "log_to_driver": False}
-    try:
-        ray.init(**settings, configure_logging=False)
-    except Exception as error:  # Ray also raises bare exceptions
-        raise EngineError(f"Ray cannot {action}: {_reason(error)}. {advice}") from error
-
-
-def check_folder() -> None:
-    """Raise EngineError if Ray cannot write its sockets and logs on this machine."""
-    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
-    name = next((name for name in names if name in os.environ), "the default")
-    folder = os.environ.get(name, "/tmp")
-    length, most = len(os.fsencode(folder)), _LONGEST - len(_SOCKET)
-    problem = ""
-    if not os.path.isabs(folder):
-        problem = "is not an absolute path"
-    elif length > most:
-        problem = f"has {length} bytes; at most {most} leave room for the names of sockets"
-    else:
-        try:
-            os.makedirs(f"{folder}/ray", exist_ok=True)
-            tempfile.TemporaryFile(dir=f"{folder}/ray").close()
-        except OSError as error:
-            problem = f"is not writable ({error.strerror})"
-    if problem:
-        raise EngineError(
-            f"Ray cannot start: its folder {name}={folder} {problem}. Set RAY_TMPDIR to the short "
-            "absolute path of a writable folder, such as RAY_TMPDIR=/tmp."
-        )
-
-
-def _check_address(address: str) -> None:
-    """Raise EngineError at once if no cluster answers; Ray itself would wait for minutes."""
-    host, _, port = address.rpartition(":")
-    if address == "auto":
-        return
-    try:
-        if "://" in address or not host or not port.isdecimal():
-            raise OSError("which is not host:port")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
-    except (OSError, OverflowError) as error:
-        raise EngineError(
-            f"No Ray cluster answers at {address} ({error}). Give its address as host:port, as "
-            "`ray start --head` prints it (port 6379 unless you chose another), and start the run "
-            "on a machine of the cluster. Leave the address out to use this machine alone."
-        ) from error
+#: Seconds between two counts of the machines.
+_COUNT_EVERY = 3.0
 
 
 def _task() -> Any:
@@ -158,6 +37,7 @@ def _task() -> Any:
         if not os.path.isfile(token):
             yield node, f"{host} does not see the results folder {os.path.dirname(token)}"
             return
+        tempfile.tempdir = setup["temporary"]
         sys.path[:0] = [path for path in setup["path"] if path not in sys.path]
         importlib.invalidate_caches()
         try:
@@ -218,6 +98,7 @@ class RayExecutor(Executor):
             temporary.write_text("A run looks for this file from its other machines.\n", "utf-8")
         self._setup = {
             "token": str(self._token.absolute()), "logs": str(logs), "cwd": os.getcwd(),
+            "temporary": cluster.private,
             "path": sys.path, "threads": max(threads or 1, 1),
         }  # fmt: skip
         remote = ray.remote(
@@ -258,7 +139,7 @@ class RayExecutor(Executor):
             message = self._ray.get(next(self._streams[slot]))
         except (StopIteration, self._ray.exceptions.RayError) as error:
             where = f" on {self._where[slot]}" if slot in self._where else ""
-            message = Failed("died", f"its process{where} died ({_reason(error)})")
+            message = Failed("died", f"its process{where} died ({reason_of(error)})")
         if isinstance(message, tuple):
             node, problem = message
             if node not in self._left_out:
@@ -294,47 +175,4 @@ class RayExecutor(Executor):
 
     def close(self) -> None:
         self._token.unlink(missing_ok=True)
-        self._ray.shutdown()  # ends the tasks, which end the processes of their cells
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of an error of Ray, whose text is long."""
-    if "low on memory" in str(error):
-        return "ended by Ray, since the machine ran low on memory: try fewer jobs"
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def wait_for(address: str, count: int, seconds: float) -> None:
-    """Wait until `count` machines have joined the cluster at `address`, and print them.
-
-    Raises:
-        EngineError: fewer machines have joined after `seconds`.
-    """
-    deadline = time.monotonic() + seconds
-    found: list[str] = []
-    while len(found) < count:
-        problem = ""
-        try:
-            connect(address, None)
-            found = [f"{node.host} ({node.cpus:g} CPU, {node.gpus:g} GPU)" for node in nodes()]
-        except EngineError as error:
-            problem = f" {error}"
-        if len(found) < count and time.monotonic() >= deadline:
-            raise EngineError(
-                f"Only {len(found)} of {count} machines joined the Ray cluster at {address} in "
-                f"{seconds:g} s: {', '.join(found) or 'none'}.{problem} Read Ray's output above, "
-                "and check that the machines reach each other."
-            )
-        time.sleep(0.5)
-    print(f"Ray at {address}: {', '.join(found)}")
-
-
-if __name__ == "__main__":
-    try:
-        if arguments := sys.argv[1:]:
-            wait_for(arguments[0], int(arguments[1]), float(arguments[2]))
-        else:
-            check_folder()
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        cluster.leave()  # ends the tasks, which end the processes of their cells

@@ -116,7 +116,6 @@ class Runner:
         self._adapter, self._watch, self._make_executor = adapter, watch, make_executor
         self._ended, self._retries = done, retries
         self._estimator, self._observer = Estimator(), Observer()
-        self._failures: list[Failure] = []
         self._queue = CellQueue(())
         self._attempts: dict[Key, Attempts] = {}
         self._folders: dict[Key, Path | None] = {}
@@ -130,14 +129,14 @@ class Runner:
         for cell, seconds in costs:
             self._estimator.add(cell, seconds)
 
-    def run(self, cells: Sequence[Cell]) -> list[Failure]:
-        """Measure `cells`; return the failures.
+    def run(self, cells: Sequence[Cell], failures: list[Failure]) -> None:
+        """Measure `cells`. Each failure is added to `failures` at once.
 
         Raises:
             FimaqError: the executor cannot be used.
             KeyboardInterrupt: the user stopped the run. All processes end; finished cells are kept.
         """
-        self._queue = CellQueue(cells)
+        self._queue, self._failures = CellQueue(cells), failures
         imports = [name for cell in cells for name in self._adapter.imports(cell.request)]
         imports = list(dict.fromkeys([*imports, self._adapter.run_cell.__module__]))
         executor = self._make_executor(len(cells), imports)
@@ -149,7 +148,6 @@ class Runner:
                     self._handle(slot, message)
                 self._tick()
                 self._feed(executor)
-        return self._failures
 
     def _feed(self, executor: Executor) -> None:
         """Start the next cell in each idle slot."""

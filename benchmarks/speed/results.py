@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
+from benchmarks.console import markdown_cell
 from fimaq_core.errors import CheckpointError
 from fimaq_core.files import replaced_whole
 
@@ -109,7 +110,8 @@ def tables(records: Sequence[SpeedRecord], form: str = "github") -> str:
 
     def grid(rows: list[dict[str, str]]) -> str:
         settings = {"disable_numparse": True, "stralign": "right"}
-        return str(tabulate(rows, headers="keys", tablefmt=form, **settings))
+        cells = [{key: markdown_cell(cell) for key, cell in row.items()} for row in rows]
+        return str(tabulate(cells, headers="keys", tablefmt=form, **settings))
 
     parts = []
     for device in dict.fromkeys(record.device for record in records):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from benchmarks.console import markdown_cell
+
 #: First line of files with LaTeX tables.
 PREAMBLE = r"% Made by python -m benchmarks. In the preamble: \usepackage{booktabs}"
 #: Characters that fit in a line of \footnotesize in one column of an article.
@@ -33,7 +35,8 @@ def markdown(table: pd.DataFrame, width: int | None = None, words: Sequence[str]
 
     def text(columns: list[str]) -> str:
         part = table[columns]
-        part = part[~part.isin(["", "–"]).all(axis=1)]
+        part = part[~part.isin(["", "–"]).all(axis=1)].map(markdown_cell)
+        part = part.rename(index=markdown_cell, columns=markdown_cell)
         sides = ("left", *("left" if name in words else "right" for name in columns))
         return str(part.to_markdown(disable_numparse=True, stralign="right", colalign=sides))
 

@@ -16,6 +16,7 @@ from benchmarks.published.table import FULL, Line, PublishedTable, TableCell
 from benchmarks.results.scores import Measured, count, csv_text, seeds_of, unique
 from benchmarks.tables import formats
 from benchmarks.tables.summary import data_lines
+from fimaq_core.terminal import one_line
 
 NOT_MEASURED = "not measured"
 #: Text of a cell without a number.
@@ -175,7 +176,7 @@ class Reproduction:
             f"# {table.title}",
             f"{table.caption} Source: {table.paper}.",
             *formats.markdown(body, width),
-            "\n".join(f"- {line}" for line in [*lines, *self.notes]),
+            "\n".join(f"- {one_line(line)}" for line in [*lines, *self.notes]),
         ]
         return "\n\n".join(parts) + "\n"
 

@@ -13,6 +13,7 @@ from benchmarks.tables.ablation import NOTE, axis_tables
 from benchmarks.tables.expected_orders import order_lines
 from benchmarks.tables.formats import PREAMBLE, latex, markdown
 from benchmarks.tables.settings import MARKS, marks, settings_lines
+from fimaq_core.terminal import one_line
 
 
 def grid_markdown(
@@ -123,7 +124,7 @@ def _section_parts(
     parts = [f"## {section}: {title}", *markdown(marks(cells).join(main), width, MARKS)]
     for title, pair in tables:
         parts += [f"{title}:", *markdown(pair, width)]
-    parts.append("\n".join(f"- {line}" for line in lines))
+    parts.append("\n".join(f"- {one_line(line)}" for line in lines))
     means = pd.concat([_mean_over_models(rows, mark) for mark, rows in by_mark.items()], axis=1)
     if not means.empty and len({cell.model for cell in cells}) > 1:
         parts += ["Mean over models:", *markdown(means.loc[in_order(means.index)].fillna("-"))]

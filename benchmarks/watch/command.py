@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
-from benchmarks.console import duration, plain
+from benchmarks.console import duration
 from benchmarks.grid.options import results_option
 from fimaq_core.errors import FimaqError
+from fimaq_core.progress import PrintableConsole
+from fimaq_core.terminal import one_line
 
 if TYPE_CHECKING:
     from benchmarks.watch.events import Run
@@ -36,7 +38,7 @@ def status(results: Path, as_json: bool, watch: bool) -> None:
 
     from benchmarks.watch.events import read_runs
 
-    console = Console(highlight=False)
+    console = PrintableConsole()
     if watch and as_json:
         raise FimaqError("--json prints one object and ends: leave --watch out.")
     if watch and not console.is_terminal:
@@ -78,12 +80,12 @@ def page(
 
     chosen = _chosen(runs)
     parts: list[RenderableType] = [
-        Text(f"warning: {plain(problem)}", style="yellow") for problem in problems
+        Text(f"warning: {one_line(problem)}", style="yellow") for problem in problems
     ]
     if not chosen:
-        parts.append(Text(f"Nothing has run on {plain(str(results))} yet."))
+        parts.append(Text(f"Nothing has run on {one_line(str(results))} yet."))
     elif not chosen[0][1]:
-        parts.append(Text(f"Nothing runs on {plain(str(results))} now."))
+        parts.append(Text(f"Nothing runs on {one_line(str(results))} now."))
     for run, alive in chosen:
         state, now = run.state, time.time() if alive else run.heartbeat
         parts += [Text(_headline(run, alive), style="bold"), state_view(state, now, width, lines)]

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.console import plain
+from fimaq_core.terminal import one_line
 from tasks.common.cell.lease import is_running
 
 #: Least and most seconds between two ``progress`` lines of a cell, and between two ``tick`` lines.
@@ -33,8 +33,8 @@ _KEPT = 5
 # Fields of events have bounds that no grid reaches.
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
-Name = Annotated[str, AfterValidator(lambda text: plain(text, 200))]
-Text = Annotated[str, AfterValidator(lambda text: plain(text, 2000))]
+Name = Annotated[str, AfterValidator(lambda text: one_line(text, 200))]
+Text = Annotated[str, AfterValidator(lambda text: one_line(text, 2000))]
 
 
 class Event(BaseModel):

@@ -1,6 +1,6 @@
 """``python -m tasks.classification``."""
 
-from tasks.common.cli.commands import build_group, main
+from tasks.common.cli.process import start
 
-SUMMARY = "Quantize timm classifiers (simulated) and measure their accuracy."
-main(build_group("classification", SUMMARY))
+if __name__ == "__main__":
+    start("tasks.classification.command:group", prog_name="python -m tasks.classification")

@@ -1,23 +1,6 @@
-"""Command line of the detection task, ``python -m tasks.detection``."""
+"""``python -m tasks.detection``."""
 
-from tasks.common.cli.commands import build_group, main
-from tasks.common.cli.options import TaskOptions
-from tasks.detection.tags import SCOPES
-
-OPTIONS = TaskOptions(
-    scope="scope",
-    scopes=SCOPES,
-    calibration_data=True,
-    class_order=False,
-    keep_outputs="Keep all detections beside the record, as detections.json in COCO's format of "
-    "results.",
-    exif="Turn images as their EXIF orientation tags say, or read them as stored. Give this if the "
-    "annotated sizes do not tell.",
-    data="COCO 2017 (a folder with annotations/, train2017/ and val2017/), or an annotation file "
-    "in COCO's format (.json); demo models bring their own data.",
-    preprocessing=(),
-)
+from tasks.common.cli.process import start
 
 if __name__ == "__main__":
-    help_text = "Quantize detectors of mmdet (simulated) and measure COCO's average precisions."
-    main(build_group("detection", help_text, OPTIONS))
+    start("tasks.detection.command:group", prog_name="python -m tasks.detection")

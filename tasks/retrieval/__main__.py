@@ -1,20 +1,6 @@
-"""Command line ``python -m tasks.retrieval``."""
+"""``python -m tasks.retrieval``."""
 
-from tasks.common.cli.commands import build_group, main
-from tasks.common.cli.options import TaskOptions
-from tasks.retrieval.tags import EVALUATIONS, SCOPES
-
-OPTIONS = TaskOptions(
-    scope="towers",
-    scopes=SCOPES,
-    evaluations=EVALUATIONS,
-    calibration_data=True,
-    data="Data folder: MS-COCO or Flickr30k with its Karpathy JSON, or a folder with captions.csv "
-    "or captions.jsonl; for zero-shot a folder with train/ and val/ (demo models bring their own "
-    "data).",
-    preprocessing=("input_size", "mean", "std", "interpolation"),
-)
-TEXT = "Quantize CLIP models of open_clip (simulated) and measure retrieval or zero-shot."
+from tasks.common.cli.process import start
 
 if __name__ == "__main__":
-    main(build_group("retrieval", TEXT, OPTIONS))
+    start("tasks.retrieval.command:group", prog_name="python -m tasks.retrieval")

@@ -1,17 +1,15 @@
 """Commands of a task: ``run``, each stage alone, and facts about models."""
 
 import json
-import logging
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fimaq_core.errors import FimaqError, RecipeError
+from fimaq_core.errors import RecipeError
 from fimaq_core.progress import progress_bars
-from tasks.common.cli import options
+from tasks.common.cli import options, process
 from tasks.common.cli.options import TaskOptions
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
@@ -21,11 +19,10 @@ _checkpoint = click.argument("checkpoint", type=options.PATH)
 def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
     """Return the commands of a task. A command imports its libraries only when it runs."""
 
-    @click.group(help=summary, context_settings=_SETTINGS)
-    @click.option("--verbose", is_flag=True, help="Show the log.")
-    def group(verbose: bool) -> None:
-        level = logging.INFO if verbose else logging.ERROR
-        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    @click.group(cls=process.Commands, help=summary, context_settings=_SETTINGS)
+    @process.verbose
+    def group() -> None:
+        pass
 
     @group.command(cls=options.GroupedCommand)
     @options.model(own)
@@ -160,18 +157,5 @@ def _first_stage(task: str, stage: str, out: Path, given: dict[str, Any]) -> Non
 
 
 def main(group: click.Group, arguments: list[str] | None = None) -> None:
-    """Run a command group. An error for the user becomes one message and exit code 2.
-
-    ``arguments``: None for those of the process.
-    """
-    try:
-        group.main(arguments, standalone_mode=False)
-    except FimaqError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; finished blocks and cells are kept", err=True)
-        sys.exit(130)
+    """Run a command group, see `process.run`."""
+    process.run(group, arguments)

@@ -11,6 +11,7 @@ from fimaq_core.documents import parse_json
 from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
 from fimaq_core.resources import EngineChoice, Placement
+from tasks.common.cli import numbers
 from tasks.common.data import class_order
 from tasks.common.preprocessing import HELP, parse_preprocessing
 from tasks.common.registry import defaults
@@ -19,7 +20,6 @@ from tasks.common.request import CellRequest, DataRequest, ModelRequest
 Option = Callable[..., Any]
 
 PATH = click.Path(path_type=Path)
-_POSITIVE = click.IntRange(min=1)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def _recipe_option(name: str) -> Option:
         kind = click.Choice([str(choice) for choice in get_args(kind)])
     elif get_args(kind):  # such as int | None
         kind = next(part for part in get_args(kind) if part is not type(None))
+    if kind in (int, float):
+        kind = numbers.of_field(field, kind)
     return click.option(names, name, type=kind, default=None, help=text)
 
 
@@ -129,18 +131,18 @@ def run(own: TaskOptions) -> Option:
     limit = "Evaluate only the first samples, up to this number; the record says so."
     corrupt = "Leave damaged images out, and name them in the record."
     places, engines = click.Choice(get_args(Placement)), click.Choice(get_args(EngineChoice))
+    batch, workers = "Images per forward pass.", "Data-loading processes."
     steps = "Step engine; auto: graph on CUDA, compiled for long runs on CPUs, else fused."
-    workers = click.IntRange(min=0)
     return _joined(
         click.option("--data", "path", type=PATH, help=own.data),
         *_data_options(own),
         click.option("--calibration-list", type=PATH, help=images),
-        click.option("--limit", type=_POSITIVE, help=limit),
+        click.option("--limit", type=numbers.COUNT, help=limit),
         click.option("--skip-corrupt", is_flag=True, help=corrupt),
         click.option("--device", default="cpu", help="cpu, cuda or cuda:N."),
-        click.option("--threads", type=_POSITIVE, help="CPU threads."),
-        click.option("--eval-batch", default=32, type=_POSITIVE, help="Images per forward pass."),
-        click.option("--workers", default=0, type=workers, help="Data-loading processes."),
+        click.option("--threads", type=numbers.THREADS, help="CPU threads."),
+        click.option("--eval-batch", default=32, type=numbers.COUNT, help=batch),
+        click.option("--workers", default=0, type=numbers.PROCESSES, help=workers),
         click.option("--placement", default="device", type=places, help="Place of block inputs."),
         click.option("--step-engine", default="auto", type=engines, help=steps),
     )

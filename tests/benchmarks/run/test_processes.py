@@ -88,6 +88,21 @@ def test_a_cell_has_started_before_its_progress_is_told(executor: LocalExecutor,
     assert isinstance(heard[2], Finished)
 
 
+def test_a_full_disk_for_logs_hides_no_reason(tmp_path: Path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/worker-1.log").symlink_to("/dev/full")
+    executor = local(tmp_path)
+    first, second = cells_of(tmp_path)[:2]
+    plan(tmp_path, first, "error")
+    start(executor, first)
+    failed = end(executor)
+    start(executor, second)
+    assert isinstance(end(executor), Finished)
+    executor.close()
+    assert isinstance(failed, Failed)
+    assert (failed.kind, failed.message) == ("error", "ValueError: it broke")
+
+
 def test_a_killed_process_fails_its_cell_only(executor: LocalExecutor, tmp_path: Path):
     first, second = cells_of(tmp_path)[:2]
     plan(tmp_path, first, "kill")

@@ -1,11 +1,13 @@
 """The Ray executor on a real cluster of two nodes, which are processes of this machine."""
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,13 +201,66 @@ def test_no_address_is_this_machine_in_any_environment(alone: dict[str, str], tm
     assert not list(Path(alone["TMPDIR"]).glob("fimaq-*"))
 
 
+def listening(process: psutil.Process) -> set[str]:
+    """Return the addresses at which a process and all processes below it listen."""
+    found = set()
+    for one in [process, *process.children(recursive=True)]:
+        with suppress(psutil.Error):
+            sockets = one.net_connections(kind="inet")
+            found |= {link.laddr.ip for link in sockets if link.status == psutil.CONN_LISTEN}
+    return found
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGHUP])
+def test_a_cluster_of_its_own_is_private_and_leaves_nothing(
+    alone: dict[str, str], tmp_path: Path, number: int | None
+):
+    """The run ends by itself, or is stopped while a cell runs."""
+    folder = Path(alone["RAY_TMPDIR"])
+    (tmp_path / "plan.json").write_text(json.dumps({"demo_vit fp": ["flag"]}))
+    options = ["--profile", small_grid(tmp_path), "--engine", "ray", "--jobs", "1"]
+    options += ["--device", "cpu", "--methods", "fp", "--results", str(tmp_path)]
+    command = [sys.executable, "-c", DRIVER, "run", *options]
+    restore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    driver = subprocess.Popen(command, env=alone, text=True, preexec_fn=restore, **pipes)
+    until(lambda: engine_fakes.attempts(tmp_path) or driver.poll() is not None)
+    below = psutil.Process(driver.pid).children(recursive=True)
+    assert listening(psutil.Process(driver.pid)) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    made = [path for path in folder.iterdir() if path.name != "ray"]
+    assert made, "Ray uses another folder"
+    assert all(path.stat().st_mode & 0o777 == 0o700 for path in made)
+    (cell,) = [int(words[0]) for words in engine_fakes.attempts(tmp_path)]
+    token = psutil.Process(cell).environ()["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
+    assert not any(token in " ".join(one.cmdline()) for one in below if one.is_running())
+    texts = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert not any(token.encode() in text for text in texts)
+    if number is None:
+        (tmp_path / "flag").touch()
+    else:
+        driver.send_signal(number)
+    output, _ = driver.communicate(timeout=HANG)
+    assert driver.returncode == (130 if number else 0), output
+    assert "Traceback" not in output
+    until(lambda: not any(map(is_working, below)))
+    assert [path.name for path in folder.iterdir()] == ["ray"]
+    assert not (tmp_path / ".ray").exists()
+    assert not list(tmp_path.rglob(".ray-*"))
+
+
+def is_working(process: psutil.Process) -> bool:
+    """Return True if a process has not ended."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
         (
             "TMPDIR",
             "/any/" + 8 * "long-name/",
-            "has 85 bytes; at most 39 leave room for the names of sockets",
+            "has 85 bytes; at most 28 leave room for the names of sockets",
         ),
         ("RAY_TMPDIR", "/any/" + 40 * "é", "has 85 bytes"),
         ("RAY_TMPDIR", "relative", "is not an absolute path"),

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import benchmark_fakes as fakes
 import psutil
 import pytest
+import yaml
 from benchmark_fakes import small_grid
 from click.testing import CliRunner, Result
 from engine_fakes import HANG, until
@@ -22,7 +24,9 @@ from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import load_grid
 from benchmarks.run.local import default_jobs
 from benchmarks.run.order import make_chains
+from fimaq_core.terminal import printable
 from tasks.common.cell.lease import acquire
+from tasks.common.record import write_record
 
 
 def invoke(tmp_path: Path, *args: str) -> Result:
@@ -189,6 +193,66 @@ def test_user_errors_are_one_line_and_exit_2(tmp_path: Path, args: list[str], wo
     assert "Traceback" not in result.output
 
 
+def test_failed_cells_are_listed_also_if_no_table_can_be_written(tmp_path: Path):
+    (tmp_path / "faults.json").write_text(json.dumps({"rtn": "error"}))
+    (tmp_path / "tables").write_text("a file where the folder would be")
+    result = invoke(tmp_path, "run", "--profile", small_grid(tmp_path), "--jobs", "1")
+    assert result.exit_code == 2
+    assert "2 of 6 cells failed:\n  demo_vit rtn w3a3 seed 1: " in result.stderr
+    assert "error: Cannot write" in result.stderr.splitlines()[-1]
+    assert len(list(tmp_path.rglob("result.json"))) == 4
+
+
+NASTY = "\x1b[2J\x1b]8;;http://x\x07L\x9b31m\r\u202e|x\u200b"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"description": NASTY, "next": [NASTY]},
+        {"name": NASTY},
+        {NASTY: 1},
+        {"tasks": {NASTY: {"task": "classification", "dataset": "d", "models": ["demo_vit"]}}},
+        {"tasks": {"classification": {"dataset": NASTY, "models": [f"demo_vit{NASTY}"]}}},
+        {"methods": [NASTY]},
+        {"overrides": {NASTY: 3}},
+        {"overrides": {"loss": NASTY}},
+    ],
+)
+def test_no_text_of_a_grid_controls_the_terminal(tmp_path: Path, changes: dict[str, Any]):
+    content = yaml.safe_load(Path(small_grid(tmp_path)).read_text())
+    path = tmp_path / f"{NASTY.replace('/', '')}.yaml"
+    path.write_text(yaml.safe_dump({**content, "methods": ["fp"], **changes}, allow_unicode=True))
+    for command in (["run", "--jobs", "1"], ["run", "--plan"], ["tables"], ["diff"], ["status"]):
+        profile = ["--profile", str(path)] if command[0] in ("run", "tables") else []
+        result = invoke(tmp_path, *command, *profile)
+        assert result.exit_code in (0, 1, 2)
+        assert "Traceback" not in result.output
+        assert "Unexpected error" not in result.output
+        assert printable(result.output) == result.output
+    for file in (tmp_path / "tables").glob("*"):
+        text = file.read_text()
+        assert printable(text) == text
+
+
+@pytest.mark.parametrize("field", ["model", "method", "variant", "name", "notes"])
+def test_no_text_of_a_record_controls_the_terminal(tmp_path: Path, field: str):
+    record = fakes.make_record()
+    for number in (1, 2):
+        changes: dict[str, Any] = {field: [NASTY] if field == "notes" else f"={NASTY}"}
+        if field == "name":
+            changes = {"dataset": record.dataset.model_copy(update=changes)}
+        write_record(record.model_copy(update=changes), tmp_path / f"runs/{number}")
+    for command in (
+        ["diff", "--all", "--results", tmp_path],
+        ["compare", *tmp_path.glob("runs/*")],
+    ):
+        result = CliRunner().invoke(cli, list(map(str, command)), obj=fakes.ADAPTER)
+        assert result.exit_code in (0, 2)
+        assert "Unexpected error" not in result.output
+        assert printable(result.output) == result.output
+
+
 def test_diff_after_demo_numbers_alone_has_nothing_to_compare(tmp_path: Path):
     assert invoke(tmp_path, "diff").exit_code == 2
     invoke(tmp_path, "run", "--profile", small_grid(tmp_path), "--jobs", "1")
@@ -217,7 +281,7 @@ def test_diff_exit_codes(tmp_path: Path, value: float, code: int):
     assert "warning: The record" in result.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupting_keeps_what_is_finished_and_leaves_no_process(tmp_path: Path, number: int):
     grid = small_grid(tmp_path)
     (tmp_path / "faults.json").write_text(json.dumps({"fimaq": "slow"}))
@@ -239,8 +303,8 @@ def test_interrupting_keeps_what_is_finished_and_leaves_no_process(tmp_path: Pat
         "--jobs",
         "1",
     ]
-    # Shells let background jobs ignore this signal, and what such a job starts would ignore it too.
-    restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # Shells let background jobs ignore signals, and what such a job starts would ignore them too.
+    restore = functools.partial(signal.signal, number, signal.SIG_DFL)
     process = subprocess.Popen(
         command,
         env=environment,

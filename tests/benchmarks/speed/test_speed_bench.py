@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks.speed.__main__ import main
+from benchmarks.speed.command import main
 from benchmarks.speed.memory import peak_of_block
 from benchmarks.speed.results import read_records, tables
 from benchmarks.speed.steps import measure_rates, step_bytes

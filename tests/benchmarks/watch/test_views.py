@@ -15,11 +15,11 @@ from engine_fakes import HANG
 from rich.cells import cell_len
 from rich.console import Console
 
-from benchmarks.console import plain
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.watch.live import Watch, state_view
 from fimaq_core.progress import Progress
+from fimaq_core.terminal import one_line
 
 NASTY = "模型[bold]red[/] \x1b[2J\x1b]0;title\x07 [/nothing] \u202eabc\ud800\nline"
 
@@ -143,7 +143,7 @@ def test_where_there_is_no_terminal_there_are_lines():
     watch.tell("ended", cell, outcome="finished", text="top1 1.0", over=10)
     watch.close()
     lines = out.getvalue().splitlines()
-    label = plain(cell.label)
+    label = one_line(cell.label)
     assert [line.removeprefix(f"[ 0/10] {label}: ") for line in lines[:3]] == [
         "started (cuda:1)", "reconstruct blocks.0 3/9, loss 0.5",
         "waits again: its worker died again",

@@ -22,7 +22,7 @@ from tasks.common.record import ResultRecord, read_record, recipe_of
 from tasks.common.registry import defaults
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import Chains, LoadedModel
-from tasks.detection.__main__ import OPTIONS
+from tasks.detection.command import OPTIONS
 from tasks.detection.detector import QuantizedDetector
 from tasks.detection.task import TASK
 

@@ -20,7 +20,7 @@ from tasks.common.cell.identity import planned_folder
 from tasks.common.cli.commands import build_group, main
 from tasks.common.record import ResultRecord, read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
-from tasks.retrieval.__main__ import OPTIONS
+from tasks.retrieval.command import OPTIONS
 
 pytestmark = pytest.mark.slow
 
