@@ -1,19 +1,79 @@
-"""Writing of files that appear complete or not at all; removal of files."""
+"""Files in shared folders: safe opening, writing that is complete or not at all, removal."""
 
+import errno
 import glob
 import os
+import pwd
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
 from fimaq_core.errors import CheckpointError
 
 _LEFT = re.compile(r"\..+\.[0-9a-f]{12}")
+_OPEN = "too many files are open: raise the limit, for example by `ulimit -n 4096`, and run again"
+_SILENT = "the disk or the network does not answer ({}): check it and run again"
+#: Reasons for errors that do not come from the content of a file, by error number.
+_REASONS = {
+    errno.EISDIR: "it is a folder",
+    errno.ENAMETOOLONG: "its name is too long for this file system",
+    errno.ELOOP: "it is a link that leads to itself",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), _OPEN),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO), _SILENT),
+}
+
+
+def cause_of(error: OSError, path: Path) -> str:
+    """Return why ``path`` cannot be read and what to do about it, without a full stop."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        owner, place, right = "its owner", path, "r"
+        with suppress(OSError, KeyError):
+            if not os.path.exists(path):  # a folder on the way to it cannot be entered
+                place = next(filter(os.path.exists, path.parents))
+                right = "rx"
+            owner = pwd.getpwuid(place.stat().st_uid).pw_name
+        return f"no permission: ask {owner} for it, for example by `chmod a+{right} {place}`"
+    text = error.strerror or str(error)
+    return _REASONS.get(error.errno or 0, "{}").format(text)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; links are followed.
+
+    Pipes, devices and sockets, which could block for ever, are not opened. Raises OSError.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode):
+        # Another process may have put something else in the place of the file.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        mode = os.fstat(file.fileno()).st_mode
+        if stat.S_ISREG(mode):
+            return file
+        file.close()
+    code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(code, "it is not a regular file", str(path))
+
+
+def is_there(path: Path) -> bool:
+    """Return True if something lies at ``path``; links are followed.
+
+    Raises:
+        CheckpointError: there is no permission to look, or the disk does not answer.
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise CheckpointError(f"Cannot read {path}: {cause_of(error, path)}.") from error
+    return True
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -41,21 +101,34 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-        temporary.touch(exist_ok=False)  # has the usual permissions, unlike tempfile's files
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # the usual permissions
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            os.chmod(temporary, mode)  # a library replaced the file by a private one
         if durable:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"Cannot write {path}: {error}. Free space or make the folder writable, then run the "
-            "same command again: finished results are kept."
+            f"Cannot write {path}: {error}. {_advice(error, path.parent)}, then run the same "
+            "command again: finished results are kept."
         ) from error
     finally:
         if temporary is not None:
             with suppress(OSError):  # the error above already tells the user about the folder
                 temporary.unlink(missing_ok=True)
+
+
+def _advice(error: Exception, folder: Path) -> str:
+    """Return what to do about an error of writing in ``folder``."""
+    if not (isinstance(error, PermissionError) or "Permission denied" in str(error)):
+        return "Free space or make the folder writable"
+    with suppress(OSError, KeyError):
+        owner = pwd.getpwuid(folder.stat().st_uid).pw_name
+        return f"Ask {owner} for permission, for example by `chmod g+rwx {folder}`"
+    return "Ask the owner of the folder for permission"
 
 
 def remove(path: Path) -> None:

@@ -47,6 +47,20 @@ class QuantMatMul(nn.Module):
         self.b_quantizer = AffineQuantizer(bits)
         self.quantized = False
 
+    def problem(self, search: str, calibrated: bool) -> str | None:
+        """Return tensor and value that no run gives, or None; see :meth:`.WeightLayer.problem`."""
+        one_sided = search in ("percentile", "output-error")
+        for name in ("a_quantizer", "b_quantizer"):
+            quantizer: ActivationQuantizer = getattr(self, name)
+            shape, several = tuple(quantizer.scale.shape), quantizer.scale.numel() > 1
+            if not calibrated and 0 in shape:
+                continue
+            if (found := quantizer.problem(one_sided)) is not None:
+                return f"{name}.{found}"
+            if several and not (len(shape) == 4 and shape[0] == 1 and 1 in shape[2:]):
+                return f"{name}.scale has the shape {shape}"
+        return None
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if not self.quantized:
             return a @ b
