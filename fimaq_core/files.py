@@ -112,7 +112,7 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"Cannot write {path}: {error}. {_advice(error, path.parent)}, then run the same "
+            f"Cannot write {path}: {error}. {advice(error, path.parent)}, then run the same "
             "command again: finished results are kept."
         ) from error
     finally:
@@ -121,8 +121,10 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def _advice(error: Exception, folder: Path) -> str:
+def advice(error: Exception, folder: Path) -> str:
     """Return what to do about an error of writing in ``folder``."""
+    if isinstance(error, IsADirectoryError):
+        return "Remove the folder of that name"
     if not (isinstance(error, PermissionError) or "Permission denied" in str(error)):
         return "Free space or make the folder writable"
     with suppress(OSError, KeyError):

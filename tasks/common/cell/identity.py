@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
-from fimaq_core.files import remove, replaced_whole
+from fimaq_core.files import open_regular, remove, replaced_whole
 from fimaq_core.recipe import Fields, Recipe
 from tasks.common import registry
 from tasks.common.cell.lease import acquire
@@ -233,8 +233,8 @@ def _index_entry(request: CellRequest, basis: dict[str, Any], kind: str, digest:
 def _indexed_file(entry: Path) -> Path | None:
     """Return the shared file that an index entry names; None if the entry is absent or invalid."""
     try:
-        with entry.open(encoding="utf-8") as file:
-            name = file.read(64)
+        with open_regular(entry) as file:
+            name = file.read(64).decode()
     except (OSError, UnicodeDecodeError):
         return None
     return entry.parent.parent / name if re.fullmatch(r"[0-9a-f]{24}\.safetensors", name) else None

@@ -84,6 +84,7 @@ def _record(
         task=request.task,
         model=loaded.tag,
         model_args=request.model.model_args,
+        artefacts=dict(sorted(cell.artefacts.items())),
         variant=variant_name(request),
         metrics=evaluation.metrics,
         n=evaluation.n,

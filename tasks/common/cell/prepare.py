@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,7 +158,9 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
     if request.mlp_checkpoint is not None:
         cell.keep_teachers()
         path = request.mlp_checkpoint
-        cell.artefacts[path.name] = load_mlps(all_segments(cell.chains), path, cell.fingerprint)
+        # Records take plain names only.
+        name = re.sub(r"[^A-Za-z0-9._-]|^\.", "_", path.name)[-200:]
+        cell.artefacts[name] = load_mlps(all_segments(cell.chains), path, cell.fingerprint)
     return cell
 
 
