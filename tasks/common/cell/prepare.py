@@ -15,6 +15,7 @@ from torch import nn
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.chain import Segment
 from fimaq_core.checkpoint import Fingerprint, save_checkpoint
+from fimaq_core.compile_cache import use_own_cache
 from fimaq_core.files import is_there, remove_leftovers
 from fimaq_core.pipeline import load_mlps
 from fimaq_core.progress import OnProgress
@@ -144,6 +145,7 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
     Raises FimaqError if the request is contradictory, or a file is missing, damaged or unsuitable.
     """
     request = resolved(request)
+    use_own_cache()  # before the task imports its libraries
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     device = resolve_device(request.device)
