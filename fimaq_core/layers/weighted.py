@@ -59,9 +59,10 @@ class WeightLayer(nn.Module):
         inputs, shape = self.input_quantizer, tuple(self.input_quantizer.scale.shape)
         if not (calibrated or inputs.scale.numel() or self.weight_quantizer.scale.numel()):
             return None
-        if (found := self.weight_quantizer.weight_problem(self.weight)) is not None:
+        one_sided = search == "percentile"
+        if (found := self.weight_quantizer.weight_problem(self.weight, one_sided)) is not None:
             return f"weight_quantizer.{found}"
-        if (found := inputs.problem(search == "percentile")) is not None:
+        if (found := inputs.problem(one_sided)) is not None:
             return f"input_quantizer.{found}"
         tokens = isinstance(self, nn.Linear) and len(shape) == 3 and shape[0] == shape[2] == 1
         if inputs.scale.numel() > 1 and not tokens:

@@ -170,8 +170,10 @@ class AffineQuantizer(ActivationQuantizer):
         pairs = zip(reversed(zero.shape), reversed(scale.shape), strict=False)
         if zero.ndim > scale.ndim or any(own not in (1, other) for own, other in pairs):
             return f"zero_point has the shape {tuple(zero.shape)}, but scale {tuple(scale.shape)}"
-        fraction = outside("fraction of zero_point", zero - zero.round(), 0, 0)
-        return outside("zero_point", zero, least, most) or fraction
+        if (found := outside("zero_point", zero, least, most)) is not None:
+            return found
+        broken = zero[zero != zero.round()]
+        return f"zero_point is {broken[0]:g}, which is no integer" if broken.numel() else None
 
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
         """Quantize ``x``; ``transposed``: its last two dimensions are swapped."""
@@ -215,26 +217,24 @@ class WeightQuantizer(AffineQuantizer):
             matrix = fake_quantize(weight.flatten(1), self.scale, self.zero_point, self.levels)
         return matrix.view_as(weight)
 
-    def weight_problem(self, weight: Tensor) -> str | None:
-        """Return tensor and value that do not fit ``weight`` (rows, ...), or None."""
+    def weight_problem(self, weight: Tensor, one_sided: bool) -> str | None:
+        """Return :meth:`problem` for the quantizer of ``weight`` (rows, ...)."""
         rows, top = weight.detach().flatten(1), self.levels - 1
-        scale, zero, codes, wanted = self.scale, self.zero_point, self.codes, (len(weight), 1)
+        scale, zero, codes, wanted = self.scale, self.zero_point, self.codes, (len(rows), 1)
         if self.off:
             return None
         if scale.shape != wanted or zero.shape != wanted:
             return f"scale has the shape {tuple(scale.shape)}, not {wanted}"
         if codes.numel() and codes.shape != rows.shape:
             return f"codes have the shape {tuple(codes.shape)}, not {tuple(rows.shape)}"
-        # A row whose weights have all one sign may have a range without zero, but not far off.
-        slack = 1 + 1e-3 * zero.abs()
-        near = (-zero - slack) * scale <= rows.amax(1, keepdim=True)
-        near &= (top - zero + slack) * scale >= rows.amin(1, keepdim=True)
-        return (
-            ActivationQuantizer.problem(self, one_sided=True)
-            or self._zero_point_problem(-1e20, 1e20)
-            or outside("zero_point", zero[~near], 0, top)
-            or outside("codes", codes, 0, top)
-        )
+        bounds = (-1e20, 1e20) if one_sided else (0, top)
+        found = ActivationQuantizer.problem(self, one_sided) or self._zero_point_problem(*bounds)
+        if found is None and one_sided:  # a range without zero lies among the weights
+            slack = 1 + 1e-3 * zero.abs()
+            near = (-zero - slack) * scale <= rows.amax(1, keepdim=True)
+            near &= (top - zero + slack) * scale >= rows.amin(1, keepdim=True)
+            found = outside("zero_point", zero[~near], 0, top)
+        return found or outside("codes", codes, 0, top)
 
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set scale and zero point, (rows, 1), and remove the codes of the previous range."""
