@@ -29,8 +29,9 @@ from fimaq_core.files import cause_of, is_there, open_regular, remove, replaced_
 from fimaq_core.layers import QuantLinear, quant_layers
 from fimaq_core.recipe import Fields, Recipe
 
-#: Largest length (characters) of the texts in a header; those of large models have 10**5.
-_MOST_TEXT = 10**7
+#: Bounds on the size of a file in bytes, and on the length of the texts in its header, which have
+#: 10**5 characters for the largest models.
+_MOST_BYTES, _MOST_TEXT = 2**37, 10**6
 #: Name of the header's texts, in the order in which the sha256 covers them, and of the sha256.
 _TEXTS, _DIGEST = ("fingerprint", "facts"), "sha256"
 
@@ -51,6 +52,12 @@ class Fingerprint(Strict):
         if not text.isprintable():
             raise ValueError("has characters that cannot be printed")
         return text
+
+    @field_validator("recipe")
+    @classmethod
+    def _printable_recipe(cls, recipe: Recipe) -> Recipe:
+        cls._printable(recipe.method + (recipe.scope or ""))
+        return recipe
 
     def mismatch(self, other: "Fingerprint", fields: Fields = "all") -> str | None:
         """Say how ``other`` differs, or return None; recipe fields outside ``fields`` may differ.
@@ -128,7 +135,7 @@ def read_header(path: Path) -> tuple[Fingerprint, dict[str, Any]]:
 def _content(path: Path, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return the texts of a header, and the tensors on the CPU. Nothing else opens checkpoints."""
     try:
-        open_regular(path).close()  # safe_open calls all problems "no such file"
+        open_regular(path, _MOST_BYTES).close()  # safe_open calls all problems "no such file"
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no checkpoint {path}.") from error
     except OSError as error:

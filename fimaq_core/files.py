@@ -44,23 +44,6 @@ def cause_of(error: OSError, path: Path) -> str:
     return _REASONS.get(error.errno or 0, "{}").format(text)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading; links are followed.
-
-    Pipes, devices and sockets, which could block for ever, are not opened. Raises OSError.
-    """
-    mode = os.stat(path).st_mode
-    if stat.S_ISREG(mode):
-        # Another process may have put something else in the place of the file.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-        mode = os.fstat(file.fileno()).st_mode
-        if stat.S_ISREG(mode):
-            return file
-        file.close()
-    code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-    raise OSError(code, "it is not a regular file", str(path))
-
-
 def is_there(path: Path) -> bool:
     """Return True if something lies at ``path``; links are followed.
 
@@ -82,7 +65,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     ``name`` limits this to one file. No other process may be writing these files.
     """
     for file in folder.glob(".*" if name is None else f".{glob.escape(name)}.*"):
-        if _LEFT.fullmatch(file.name):
+        if _LEFT.fullmatch(file.name) and (file.is_symlink() or not file.is_dir()):
             remove(file)
 
 
@@ -148,5 +131,37 @@ def remove(path: Path) -> None:
         return
     except OSError as error:
         raise CheckpointError(
-            f"Cannot remove {path}: {error.strerror}. Make the folder writable, then run again."
+            f"Cannot remove {path}: {error.strerror}. {advice(error, path.parent)}, then run again."
         ) from error
+
+
+def open_regular(path: Path, most_bytes: int) -> BinaryIO:
+    """Open a regular file for reading.
+
+    A pipe or a device is refused at once: reading one may wait or go on for ever.
+
+    Args:
+        path: the file.
+        most_bytes: bound on its size, so that reading it fits into memory.
+
+    Raises:
+        OSError: the file cannot be opened, is not regular or is larger.
+    """
+
+    def opened_without_waiting(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    try:
+        file = open(path, "rb", opener=opened_without_waiting)  # noqa: SIM115
+    except ValueError as error:  # a NUL character in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    found = os.fstat(file.fileno())
+    problem = ""
+    if not stat.S_ISREG(found.st_mode):
+        problem = "it is a pipe or a device instead of a regular file"
+    elif found.st_size > most_bytes:
+        problem = f"it has {found.st_size:,} bytes; at most {most_bytes:,} are read"
+    if problem:
+        file.close()
+        raise OSError(errno.EINVAL, problem, str(path))
+    return file

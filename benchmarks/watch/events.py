@@ -31,8 +31,8 @@ _LEAST, _MOST, _SHARE = 1.0, 15.0, 0.02
 SILENCE = 45.0
 #: Number of ended runs whose files are kept.
 _KEPT = 5
-#: Bytes of a line at most; longer ones are skipped.
-_LONGEST = 2**20
+#: Bounds on the bytes of a file, and of a line: longer lines are skipped.
+_MOST_BYTES, _LONGEST = 2**30, 2**20
 #: Fields that tell machines and processes apart while a run goes on.
 _PLACE = {"host": "", "pid": 0, "process_started": 0.0, "where": ""}
 
@@ -182,7 +182,7 @@ class Run:
 
     def read(self) -> None:
         """Apply the new complete lines of the file. Lines without a valid event are skipped."""
-        with open_regular(self.path) as file:
+        with open_regular(self.path, _MOST_BYTES) as file:
             file.seek(self.offset)
             while line := file.readline(_LONGEST):
                 if not line.endswith(b"\n") and len(line) < _LONGEST:

@@ -9,11 +9,9 @@ import hashlib
 import json
 import math
 import re
-import zlib
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
@@ -23,6 +21,7 @@ from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, DataError, first_problem
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import OFF, Recipe
+from tasks.common.arrays import read_arrays
 from tasks.common.hashing import file_sha256
 from tasks.common.preprocessing import Preprocessing
 
@@ -35,6 +34,9 @@ _ADDED = {
 
 #: Largest standard error of a percentage. Jackknife errors of few images may exceed 100 points.
 _LARGEST_ERROR = 1e4
+
+#: Bound on the unpacked outcomes of a cell; those of 50,000 samples have a few millions of bytes.
+_MOST_OUTCOME_BYTES = 2**28
 
 #: Name of the stage in which a cell waited for a file that another cell was making.
 WAIT = "wait"
@@ -335,9 +337,8 @@ def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
     if (problem := outcomes_problem(record, folder)) is not None:
         raise CheckpointError(problem)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            content = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        content = read_arrays(path, _MOST_OUTCOME_BYTES)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"The outcomes {path} are damaged ({error}): {again}") from error
     shapes = {array.shape for array in content.values()}
     if "sample" not in content or len(shapes) != 1 or content["sample"].ndim != 1:

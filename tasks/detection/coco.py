@@ -11,21 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from fimaq_core.errors import DataError
+from tasks.common.data.images import DamagedImage, grey_bits, open_image, open_rgb
 from tasks.common.record import Dataset
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
 from tasks.detection.annotations import Coco, Entry, checked, read_annotations
 from tasks.detection.categories import COCO_CLASSES, Origin, match_categories
 from tasks.detection.locate import data_root, image_folder, locate
-from tasks.detection.orientation import UNREADABLE, Exif, Orientation, ask, orientation_of, turned
+from tasks.detection.orientation import Exif, Orientation, ask, orientation_of, turned
 from tasks.detection.tags import LAYOUT, SPLITS, absent, annotation_file
 
 COCO_NAME = "COCO 2017"
 #: Number of images by part, and number of categories.
 COUNTS = {"train": 118_287, "val": 5_000}
 CATEGORIES = COCO_CLASSES
-#: Formats read by Pillow, since OpenCV scales their values or blends alpha differently.
-_READ_BY_PILLOW = ("PPM", "TIFF")
+#: Formats read by OpenCV, like mmdet. It scales PPM differently and blends TIFF's alpha.
+_READ_BY_OPENCV = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "WEBP")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ class DetectionSource:
             return 0, []
         found = {}
         for index in indices:
-            with suppress(*UNREADABLE):
+            with suppress(DamagedImage):
                 found[index] = self.orientation(index)
         undecided = [self.image_ids[index] for index, one in found.items() if one.applied is None]
         if undecided:
@@ -231,7 +232,7 @@ class ImageFiles:
     exif: Exif | None = None
 
     def orientation(self, index: int) -> Orientation:
-        """Read the EXIF orientation of the image at a position. Raises OSError."""
+        """Read the EXIF orientation of the image at a position. Raises DamagedImage."""
         return orientation_of(self.paths[index], self.sizes[index], self.exif)
 
     def read(self, index: int) -> np.ndarray:
@@ -241,31 +242,25 @@ class ImageFiles:
         than 8 bits are read as in classification.
 
         Raises:
-            OSError: the file is damaged.
-            UnknownRange: its values have no 8-bit form.
+            DamagedImage: the file is damaged, or its values have no 8-bit form.
             DataError: the image does not have its annotated size, or the user has to decide about
                 its EXIF orientation.
         """
-        # Only the reading of images needs these imports.
-        import cv2
-        from PIL import Image
-
-        from tasks.common.data.images import grey_bits, open_rgb
+        import cv2  # only the reading of images needs it
 
         path, size, orientation = self.paths[index], self.sizes[index], self.orientation(index)
         if orientation.applied is None:
             raise ask([str(path)], str(self.annotations))
         # OpenCV before version 5 invents the missing rest of a truncated file. Pillow refuses such
         # a file, also while it decodes only an eighth of the size.
-        with Image.open(path) as image:
-            by_pillow = grey_bits(image) is not None or image.format in _READ_BY_PILLOW
-            if not by_pillow:
+        array = None
+        with open_image(path) as image:
+            if grey_bits(image) is None and image.format in _READ_BY_OPENCV:
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
-        array = None
-        if not by_pillow:
-            flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-            array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
+                flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+                with suppress(cv2.error):
+                    array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
         if array is None:  # also for formats that OpenCV does not know
             array = np.asarray(open_rgb(path))[:, :, ::-1].copy()
         if orientation.applied:

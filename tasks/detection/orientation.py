@@ -13,17 +13,21 @@ import numpy as np
 from PIL import Image
 
 from fimaq_core.errors import DataError
-from tasks.common.data.images import counted
+from tasks.common.data.files import counted
+from tasks.common.data.images import open_image
 
 Exif = Literal["apply", "ignore"]
 
 _ORIENTATION = 0x0112
 #: Tags that swap width and height.
 _SWAPPED = (5, 6, 7, 8)
-#: Errors of an image file whose header cannot be read.
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 #: Errors of a damaged EXIF block. It counts as a block without an orientation.
-_DAMAGED = (SyntaxError, ValueError, KeyError, TypeError, EOFError, OSError, struct.error)
+_DAMAGED = (
+    SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
+    OSError, struct.error,
+)  # fmt: skip
+#: Bounds on the chunks of a PNG that are searched for an EXIF block, and on the bytes of the block.
+_MOST_CHUNKS, _MOST_EXIF = 10**6, 2**20
 
 
 class Orientation(NamedTuple):
@@ -55,12 +59,12 @@ class Orientation(NamedTuple):
 def orientation_of(path: Path, size: tuple[int, ...], exif: Exif | None) -> Orientation:
     """Read the orientation without decoding the image, and decide by ``exif`` or ``size``.
 
-    ``size`` is the annotated (height, width). Raises OSError.
+    ``size`` is the annotated (height, width). Raises DamagedImage.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # A TIFF's own orientation is not in an EXIF block; every decoder applies it.
-        with Image.open(path) as image:
+        with open_image(path) as image:
             stored = (image.height, image.width)
             block = _png_block(path) if image.format == "PNG" else image.info.get("exif", b"")
         found = Image.Exif()
@@ -102,9 +106,12 @@ def _png_block(path: Path) -> bytes:
     """Read the EXIF block of a PNG. Pillow would have to decode the pixels before it."""
     with path.open("rb", buffering=0) as file:
         file.seek(8)
-        while len(head := file.read(8)) == 8:
+        for _ in range(_MOST_CHUNKS):
+            head = file.read(8)
+            if len(head) < 8:
+                break
             length, kind = struct.unpack(">I4s", head)
             if kind == b"eXIf":
-                return file.read(length)
+                return file.read(min(length, _MOST_EXIF))
             file.seek(length + 4, 1)
     return b""

@@ -262,7 +262,7 @@ def test_names_in_a_file_do_not_reach_the_terminal(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "facts", ["[" * 10**6, "9" * 5000, '{"x": ' + "9" * 5000 + "}", '{"x": NaN}', "x" * (10**7 + 1)]
+    "facts", ["[" * 10**6, "9" * 5000, '{"x": ' + "9" * 5000 + "}", '{"x": NaN}', "x" * (10**6 + 1)]
 )
 def test_headers_that_no_parser_should_take(saved: Path, facts: str) -> None:
     save_file(load_file(saved), saved, metadata=texts_of(saved) | {"facts": facts})
@@ -276,10 +276,10 @@ def test_headers_that_no_parser_should_take(saved: Path, facts: str) -> None:
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     os.mkfifo(path)
-    assert "it is not a regular file" in refusal(path)
+    assert "a pipe or a device instead of a regular file" in refusal(path)
     path.unlink()
     path.symlink_to("/dev/zero")
-    assert "it is not a regular file" in refusal(path)
+    assert "a pipe or a device instead of a regular file" in refusal(path)
     path.unlink()
     path.mkdir()
     assert "it is a folder" in refusal(path)

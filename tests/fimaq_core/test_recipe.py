@@ -150,7 +150,7 @@ def test_recipe_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not YAML"):
         read_recipe_file(path)
     path.write_bytes(b"\xff\xfe\x00w_bits")
-    with pytest.raises(RecipeError, match="is not YAML"):
+    with pytest.raises(RecipeError, match="is not UTF-8 text"):
         read_recipe_file(path)
     path.write_text("steps: 3\nloss: mse\nsteps: 4\n")
     with pytest.raises(RecipeError, match=r"is not YAML: the key 'steps' stands twice"):

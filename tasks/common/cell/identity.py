@@ -233,8 +233,8 @@ def _index_entry(request: CellRequest, basis: dict[str, Any], kind: str, digest:
 def _indexed_file(entry: Path) -> Path | None:
     """Return the shared file that an index entry names; None if the entry is absent or invalid."""
     try:
-        with open_regular(entry) as file:
-            name = file.read(64).decode()
+        with open_regular(entry, 64) as file:
+            name = file.read().decode()
     except (OSError, UnicodeDecodeError):
         return None
     return entry.parent.parent / name if re.fullmatch(r"[0-9a-f]{24}\.safetensors", name) else None

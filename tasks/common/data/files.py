@@ -1,6 +1,5 @@
 """Files of data sets: UTF-8 text, JSON, ids of images, and search of files by name."""
 
-import json
 import os
 import posixpath
 import unicodedata
@@ -9,7 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fimaq_core import documents
 from fimaq_core.errors import DataError
+
+#: Bound on the size of a data file in bytes. The largest of COCO 2017 has 450 million.
+MOST_BYTES = 2**31
 
 #: Files and folders, in lower case, that operating systems and tools create among data.
 _LEFTOVERS = {
@@ -27,23 +30,14 @@ def state_of(path: Path) -> tuple[int, int]:
     return state.st_mtime_ns, state.st_size
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
     """Return UTF-8 text without byte order mark and with its own line ends. Raises DataError."""
-    try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start} (counted from 0) is 0x{error.object[error.start]:02x}"
-        raise DataError(f"{path} is not UTF-8 text: {byte}.") from error
+    return documents.read_text(path, DataError, most_bytes=most_bytes)
 
 
 def parse_json(text: str, where: str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Return the content of JSON text; ``hook`` is applied to each object. Raises DataError."""
-    try:
-        return json.loads(text, object_hook=hook)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON: {error}.") from error
+    return documents.parse_json(text, where, DataError, hook)
 
 
 def image_id(name: object, where: str, root: Path | None = None) -> str:

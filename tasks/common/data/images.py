@@ -4,25 +4,38 @@ import hashlib
 import logging
 import mmap
 import random
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from fimaq_core.errors import DataError, ModelError
+from fimaq_core.files import open_regular
 from tasks.common.data.files import counted, named
 
-#: Errors of Pillow and of :func:`open_rgb` for files that cannot be read.
-DAMAGED = (
-    OSError, UnidentifiedImageError, SyntaxError, ValueError, RuntimeError,
+#: Formats that are opened. Pillow knows more: some start programs (EPS), or are no images.
+FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA",
+    "TIFF", "WEBP",
+)  # fmt: skip
+#: Bounds on an image: bytes of the file, pixels (Pillow warns from there on), and the long side as
+#: a multiple of the short side, which preprocessing resizes to a fixed length.
+_MOST_BYTES, _MOST_PIXELS, _MOST_RATIO = 2**29, 89_478_485, 100
+#: Errors of Pillow for a file that cannot be read.
+_BROKEN = (
+    OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError, LookupError,
+    ArithmeticError, AssertionError, EOFError, struct.error, zlib.error,
     Image.DecompressionBombError,
 )  # fmt: skip
 #: Formats whose 16-bit grey values are unsigned; other formats may hold signed values.
@@ -35,7 +48,6 @@ _WARNINGS = (
     ("exif", "damaged EXIF metadata"),
     ("metadata", "damaged metadata"),
     ("transparency", "a palette with transparency, which was dropped"),
-    ("decompression bomb", "so many pixels that Pillow warns of a decompression bomb"),
     ("truncated", "a truncated part that Pillow does not need"),
     ("", "another flaw that Pillow ignores (--verbose shows which)"),
 )
@@ -44,8 +56,35 @@ _WARNINGS = (
 Sample = tuple[Tensor, int, int]
 
 
-class UnknownRange(ValueError):
+class DamagedImage(Exception):
+    """A file that is missing, is no image, is damaged, or is too large to be read safely."""
+
+
+class UnknownRange(DamagedImage):
     """An image that cannot be converted to 8 bits, because its values have no defined range."""
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file, which may come from anyone. Pixels are read when the block asks for them.
+
+    Raises:
+        DamagedImage: the file is no regular file, has none of the :data:`FORMATS`, is damaged, has
+            more than 89 million pixels, or is more than 100 times as long as wide. It is raised
+            also for Pillow's errors inside the block.
+    """
+    try:
+        with open_regular(path, _MOST_BYTES) as file, Image.open(file, formats=FORMATS) as image:
+            short, long = sorted(image.size)
+            if short * long > _MOST_PIXELS or long > _MOST_RATIO * short:
+                size = f"{image.width} x {image.height} pixels"
+                raise DamagedImage(f"{size} would take too much memory when they are resized")
+            yield image
+    except UnidentifiedImageError as error:
+        raise DamagedImage(f"it has none of the formats {', '.join(FORMATS)}") from error
+    except _BROKEN as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DamagedImage(reason or type(error).__name__) from error
 
 
 def grey_bits(image: Image.Image) -> int | None:
@@ -79,11 +118,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Read an image file (the first frame of an animation) as 8-bit RGB. Raises :data:`DAMAGED`."""
-    with Image.open(path) as image:
-        # Without a name, Pillow does not map the file into memory. Pillow exchanges height and
-        # width of a mapped TIFF file that is rotated.
-        image.filename = ""
+    """Read an image file (the first frame of an animation) as 8-bit RGB. Raises DamagedImage."""
+    with open_image(path) as image:
         return as_rgb(image)
 
 
@@ -94,15 +130,10 @@ def is_image(path: Path) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                # Pillow also opens videos, PostScript and formats that it cannot decode.
-                kind = Image.MIME.get(image.format or "", "image/")
-                return kind.startswith("image/") and not isinstance(image, ImageFile.StubImageFile)
-    except Image.DecompressionBombError:
-        return True
-    except DAMAGED:
-        kind = Image.registered_extensions().get(path.suffix.lower(), "")
-        return Image.MIME.get(kind, "").startswith("image/")
+            with open_image(path):
+                return True
+    except DamagedImage:
+        return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
 
 
 def file_reader(paths: Sequence[Path]) -> Callable[[int], Image.Image]:
@@ -138,7 +169,7 @@ class Images(TorchDataset[Sample | DataError | None]):
                 image = self.read(index)
         except DataError as error:
             return error
-        except DAMAGED as error:
+        except DamagedImage as error:
             if self.skip_corrupt:
                 return None
             damage = f"is damaged ({error}): repair or remove it"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fimaq_core.errors import DataError
 from tasks.common.data.files import file_below, image_id
-from tasks.common.data.images import DAMAGED, UnknownRange, open_rgb
+from tasks.common.data.images import DamagedImage, UnknownRange, open_rgb
 
 
 def originals_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
@@ -30,7 +30,7 @@ def originals_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
                 found[name] = open_rgb(path)
         except UnknownRange as error:
             raise DataError(f"The image {path} {error}.") from error
-        except DAMAGED as error:
+        except DamagedImage as error:
             raise DataError(f"The image {path} is damaged ({error}).") from error
     return found
 
@@ -59,6 +59,6 @@ def known_originals(
             raise DataError(f"There is no sample {name!r} in {what}: {known_id}.")
         try:
             found[name] = read(positions[name]).convert("RGB")
-        except DAMAGED as error:
+        except DamagedImage as error:
             raise DataError(f"The image {name} is damaged ({error}).") from error
     return found

@@ -24,6 +24,7 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 
 from fimaq_core.errors import DataError
+from tasks.common.data.images import DamagedImage
 from tasks.common.request import DataRequest
 from tasks.detection import coco
 from tasks.detection.annotations import _decoded_total, area_of, checked, read_annotations
@@ -117,7 +118,7 @@ def first(**changes: Any) -> Change:
         (first(category_id=3), "annotation 5 of the image 40: there is no category with the id 3"),
         (first(bbox=[1, 2, 3]), r"annotation 5 of the image 40: bbox is \[1, 2, 3\]"),
         (first(bbox=[1, 2, -3, 4]), "annotation 5 of the image 40: bbox is"),
-        (first(bbox=[1, 2, float("nan"), 4]), "annotation 5 of the image 40: bbox is"),
+        (first(bbox=[1, 2, float("nan"), 4]), "x.json is not valid JSON: NaN is not a JSON number"),
         (first(area="7"), "annotation 5 of the image 40: area is '7'"),
         (first(iscrowd=2), "annotation 5 of the image 40: iscrowd is 2"),
         (first(segmentation=[[1, 2, 3, 4]]), "holds a polygon that is not at least three pairs"),
@@ -377,7 +378,7 @@ def test_images_of_another_size_and_damaged_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2.png is 64 x 48 pixels, but .*x.json says 48 x 64"):
         open_file(path).read(1)
     target.write_bytes(b"no image")
-    with pytest.raises(OSError, match="cannot identify image file"):
+    with pytest.raises(DamagedImage, match="none of the formats"):
         open_file(path).read(1)
 
 
@@ -386,7 +387,7 @@ def test_truncated_jpeg_is_damaged(tmp_path: Path) -> None:
     Image.fromarray(pixels(200, 300, 0)).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(DamagedImage, match="truncated"):
         coco.ImageFiles([path], [(200, 300)], Path("x.json")).read(0)
 
 

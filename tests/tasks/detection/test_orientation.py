@@ -14,6 +14,7 @@ from PIL import Image, ImageFile, ImageOps
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import make_recipe
 from tasks.common.cell.identity import planned_folder
+from tasks.common.data.images import DamagedImage
 from tasks.common.registry import defaults
 from tasks.common.request import DataRequest
 from tasks.detection.calibration import calibration_set
@@ -217,7 +218,7 @@ def test_damaged_images_are_left_to_the_reader(tmp_path: Path) -> None:
     (tmp_path / "images" / "000000000004.png").write_bytes(b"no image")
     source = open_file(path).settled()
     assert source.oriented == 1
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(DamagedImage, match="none of the formats"):
         source.read(0)
 
 

@@ -1,5 +1,6 @@
 """Image files: right values for every depth and mode, notes for warnings, content before suffix."""
 
+import os
 import struct
 import warnings
 from collections.abc import Callable
@@ -15,11 +16,14 @@ from fimaq_core.errors import DataError
 from tasks.common.data.calibration import take
 from tasks.common.data.files import is_hidden
 from tasks.common.data.images import (
+    FORMATS,
+    DamagedImage,
     Images,
     UnknownRange,
     file_reader,
     image_outputs,
     is_image,
+    open_image,
     open_rgb,
 )
 from tasks.common.data.originals import originals_below
@@ -159,10 +163,9 @@ def transparent_palette(path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_warnings_become_notes(
-    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    tmp_path: Path, workers: int, recwarn: pytest.WarningsRecorder
 ) -> None:
     """One line per kind of warning, in every process; no source path in the terminal."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     makers: list[Callable[[Path], None]] = [transparent_palette] * 5
     makers += [lambda path: Image.new("RGB", (11, 11)).save(path, format="PNG")]
     makers += [lambda path: Image.new("RGB", (8, 8)).save(path, format="PNG")]
@@ -182,8 +185,7 @@ def test_warnings_become_notes(
     )
     assert images.notes() == [
         "5 images with a palette with transparency, which was dropped: "
-        "0.png, 1.png, 2.png and 2 more",
-        "1 image with so many pixels that Pillow warns of a decompression bomb: 5.png",
+        "0.png, 1.png, 2.png and 2 more"
     ]
     before = images.notes()
     take(images, range(7), 7, 0)
@@ -300,3 +302,49 @@ def test_hidden_names() -> None:
     )
     assert all(map(is_hidden, hidden))
     assert not any(map(is_hidden, ("a.jpg", "_a.jpg", "0", "notes.txt", "thumbs")))
+
+
+@pytest.mark.parametrize("size", [(1, 50_000), (50_000, 1), (9_500, 9_500), (101, 1)])
+def test_an_image_that_resizing_would_blow_up_is_damaged(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """Refused by its header: a strip of 1 x 50,000 pixels took 8 GB at a short side of 256."""
+    path = tmp_path / "a.png"
+    Image.new("1", size).save(path)
+    images = Images(["a.png"], [0], file_reader([path]), pil_to_tensor, False)
+    assert f"a.png is damaged ({size[0]} x {size[1]} pixels would take too much" in str(images[0])
+    assert Images(["a.png"], [0], file_reader([path]), pil_to_tensor, True)[0] is None
+    read = coco.ImageFiles([path], [size[::-1]], Path("x.json")).read
+    with pytest.raises(DamagedImage, match="too much memory"):
+        read(0)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "SGI", "DDS", "PDF"])
+def test_only_named_formats_are_opened(tmp_path: Path, kind: str) -> None:
+    """EPS starts Ghostscript, whatever the suffix of the file is."""
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (8, 8)).save(path, format=kind)
+    for read in (file_reader([path]), coco.ImageFiles([path], [(8, 8)], Path("x.json")).read):
+        with pytest.raises(DamagedImage, match=f"none of the formats {', '.join(FORMATS)}"):
+            read(0)
+
+
+def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").mkdir()
+    (tmp_path / "c.jpg").symlink_to("c.jpg")
+    words = {"a.jpg": "pipe", "b.jpg": "directory", "c.jpg": "links", "d.jpg": "No such file"}
+    for name, word in words.items():
+        assert not is_image(tmp_path / name)
+        with pytest.raises(DamagedImage, match=word), open_image(tmp_path / name):
+            pass
+    with pytest.raises(DamagedImage, match="device"), open_image(Path("/dev/zero")):
+        pass
+
+
+def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    os.truncate(path, 2**40)  # takes no room on the disk
+    with pytest.raises(DamagedImage, match="1,099,511,627,776 bytes"):
+        open_rgb(path)
