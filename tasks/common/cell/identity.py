@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
-from fimaq_core.files import open_regular, remove, replaced_whole
+from fimaq_core.files import is_there, open_regular, remove, replaced_whole
 from fimaq_core.recipe import Fields, Recipe
 from tasks.common import registry
 from tasks.common.cell.lease import acquire
@@ -174,7 +174,7 @@ def cached(request: CellRequest, folder: Path) -> list[str]:
     """
     folders, texts = [folder / "blocks"], []
     for kind, files in _shared_files(request).items():
-        made = [file for file in files if file and file.is_file()]
+        made = [file for file in files if file and is_there(file)]
         if made:
             rest = f" {len(made)} of {len(files)}" if len(made) < len(files) else ""
             texts.append(f"{_KINDS[kind]}{rest}")
@@ -213,7 +213,7 @@ def forget(
 
 def _shared_files(request: CellRequest) -> dict[str, list[Path | None]]:
     """Return the files that a cell shares, existing or not, by kind; None if not in the index."""
-    if not any((request.results.parent / kind / ".index").is_dir() for kind in _KINDS):
+    if not any(os.path.isdir(request.results.parent / kind / ".index") for kind in _KINDS):
         return {}
     request = resolved(request)
     basis = _basis(request)
