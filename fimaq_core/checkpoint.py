@@ -242,9 +242,11 @@ def _say_unchecked(path: Path) -> None:
 
 def _problem(module: nn.Module, recipe: Recipe, calibrated: bool) -> str | None:
     """Return name and value of a tensor in ``module`` that no run gives, or None."""
-    for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"{name} has values that are not finite"
+    parameters = dict(module.named_parameters())
+    for name, tensor in module.state_dict().items():  # infinite buffers may be masks
+        wrong = ~torch.isfinite(tensor) if name in parameters else torch.isnan(tensor)
+        if wrong.any():
+            return f"{name} is {tensor[wrong][0]:g}"
     for name, layer in quant_layers(module):
         if (problem := layer.problem(recipe.range_search, calibrated)) is not None:
             return f"{name}.{problem}".lstrip(".")

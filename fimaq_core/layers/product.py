@@ -52,13 +52,14 @@ class QuantMatMul(nn.Module):
         one_sided = search in ("percentile", "output-error")
         for name in ("a_quantizer", "b_quantizer"):
             quantizer: ActivationQuantizer = getattr(self, name)
-            shape, several = tuple(quantizer.scale.shape), quantizer.scale.numel() > 1
-            if not calibrated and 0 in shape:
+            shape = tuple(quantizer.scale.shape)
+            if quantizer.off or (not calibrated and 0 in shape):
                 continue
             if (found := quantizer.problem(one_sided)) is not None:
                 return f"{name}.{found}"
-            if several and not (len(shape) == 4 and shape[0] == 1 and 1 in shape[2:]):
-                return f"{name}.scale has the shape {shape}"
+            zero = getattr(quantizer, "zero_point", quantizer.scale)
+            if not (len(shape) == zero.ndim == 4 and shape[0] == 1 and 1 in shape[2:]):
+                return f"{name}.scale has the shape {shape}, zero_point {tuple(zero.shape)}"
         return None
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ class AffineQuantizer(ActivationQuantizer):
     def problem(self, one_sided: bool) -> str | None:
         # A range above zero has a negative zero point. Ranges below zero are hardly ever narrow.
         top = self.levels - 1
-        least, most = (-1e20, 4 * top) if one_sided else (0, top)
+        least, most = (-1e20, 16 * top) if one_sided else (0, top)
         return super().problem(one_sided) or self._zero_point_problem(least, most)
 
     def _zero_point_problem(self, least: float, most: float) -> str | None:

@@ -263,7 +263,7 @@ def test_ranges_of_other_numbers_of_tokens_or_heads(calibrated: Path, tmp_path: 
     for end, shape in (("qkv.input_quantizer", (1, 5, 1)), ("b_quantizer", (1, 7, 1, 1))):
         name = next(key for key in state if key.endswith(f"{end}.scale"))
         zero = name.replace("scale", "zero_point")
-        other = {name: torch.ones(shape), zero: torch.ones(1)}
+        other = {name: torch.ones(shape), zero: torch.ones((1,) * len(shape))}
         save_checkpoint(path, {**state, **other}, fingerprint, facts)
         for command in (
             lambda: stages.inspect_stage(RUN, path),
