@@ -29,9 +29,10 @@ from fimaq_core.files import cause_of, is_there, open_regular, remove, replaced_
 from fimaq_core.layers import QuantLinear, quant_layers
 from fimaq_core.recipe import Fields, Recipe
 
-#: Bounds on the size of a file in bytes, and on the length of the texts in its header, which have
-#: 10**5 characters for the largest models.
-_MOST_BYTES, _MOST_TEXT = 2**37, 10**6
+#: Bound on the length of the texts in a header; those of the largest models have 10**5 characters.
+_MOST_TEXT = 10**6
+#: Bytes of a file beyond those of the model: ranges, and biases that a calibration adds.
+_MOST_ADDED = 2**26
 #: Name of the header's texts, in the order in which the sha256 covers them, and of the sha256.
 _TEXTS, _DIGEST = ("fingerprint", "facts"), "sha256"
 
@@ -129,13 +130,18 @@ def read_header(path: Path) -> tuple[Fingerprint, dict[str, Any]]:
     Raises:
         CheckpointError: the file is missing, unreadable, damaged, or no checkpoint of this project.
     """
-    return _parsed(path, _content(path, with_tensors=False)[0])
+    return _parsed(path, _content(path, None)[0])
 
 
-def _content(path: Path, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the texts of a header, and the tensors on the CPU. Nothing else opens checkpoints."""
+def _content(path: Path, most_bytes: int | None) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the texts of a header, and the tensors on the CPU. Nothing else opens checkpoints.
+
+    ``most_bytes`` bounds the size of the file; None leaves the tensors out.
+    """
     try:
-        open_regular(path, _MOST_BYTES).close()  # safe_open calls all problems "no such file"
+        open_regular(
+            path, most_bytes or 2**60
+        ).close()  # safe_open calls all problems "no such file"
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no checkpoint {path}.") from error
     except OSError as error:
@@ -144,12 +150,12 @@ def _content(path: Path, with_tensors: bool) -> tuple[dict[str, str], dict[str, 
     try:
         # Tensors are read, not mapped: a fault of the disk would end the process by a signal.
         with safe_open(path, framework="pt", backend="pread") as file:
-            names = file.keys() if with_tensors else ()
+            names = () if most_bytes is None else file.keys()
             return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     # The last three are raised for types that PyTorch does not have.
-    except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, OSError) or "(os error" in str(error):
-            text = f"Cannot read the checkpoint {path}: {_line(error)}. Check the disk."
+    except (SafetensorError, OSError, MemoryError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, OSError | MemoryError) or "(os error" in str(error):
+            text = f"Cannot read the checkpoint {path}: {_line(error)}. Check disk and memory."
             raise CheckpointError(text) from error
         raise _damaged(path, _line(error)) from error
 
@@ -162,7 +168,7 @@ def _parsed(path: Path, texts: Mapping[str, str]) -> tuple[Fingerprint, dict[str
     try:
         # Both parsers refuse endless nesting and numbers of thousands of digits.
         fingerprint = Fingerprint.model_validate_json(texts["fingerprint"])
-        facts = from_json(texts["facts"])
+        facts = from_json(texts["facts"], allow_inf_nan=False)
     except (KeyError, ValueError) as error:
         why = f" ({first_problem(error)})" if isinstance(error, ValidationError) else ""
         raise CheckpointError(f"{foreign}: its header lacks the fingerprint{why}.") from error
@@ -192,8 +198,7 @@ def load_checkpoint(
         CheckpointError: the file belongs to another run, is unreadable or damaged, does not fit, or
             has values that no run writes.
     """
-    texts, state = _content(path, with_tensors=True)
-    fingerprint, facts = _parsed(path, texts)
+    fingerprint, facts = read_header(path)
     reason = None if expected is None else expected.mismatch(fingerprint, fields)
     for name, value in (holds or {}).items():
         if facts.get(name, value) != value:
@@ -203,25 +208,34 @@ def load_checkpoint(
             f"The checkpoint {path} does not belong to this run: {reason}. "
             "Delete it or use its settings."
         )
+    # The codes of weights take less than the weights.
+    own = sum(tensor.nbytes for tensor in module.state_dict().values())
+    texts, state = _content(path, 2 * own + _MOST_ADDED)
+    if _parsed(path, texts) != (fingerprint, facts):
+        raise CheckpointError(f"{path} was replaced while it was read: run again.")
     sha256 = _checked_sha256(path, texts, state)
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    _add_biases(module, state)
-    own = module.state_dict()
-    for name, tensor in state.items():
-        if name in own and tensor.dtype != own[name].dtype:
-            types = f"{name} is {tensor.dtype}, not {own[name].dtype}"
-            raise CheckpointError(f"The checkpoint {path} does not fit the model: {types}.")
-    try:
-        module.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        why = _line(error)
-        raise CheckpointError(f"The checkpoint {path} does not fit the model: {why}") from error
+    _put(path, module, state)
     # Only the stage of MLPs is written before calibration.
     problem = _problem(module, fingerprint.recipe, calibrated=facts.get("stage") != "mlp")
     if problem is not None:
         raise _damaged(path, problem)
-    module.to(device)
     return Loaded(facts, sha256)
+
+
+def _put(path: Path, module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put tensors into ``module``. Raises CheckpointError if they do not fit."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    _add_biases(module, state)
+    own, foreign = module.state_dict(), f"The checkpoint {path} does not fit the model"
+    for name, tensor in state.items():
+        if name in own and tensor.dtype != own[name].dtype:
+            types = f"{name} is {tensor.dtype}, not {own[name].dtype}"
+            raise CheckpointError(f"{foreign}: {types}.")
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{foreign}: {_line(error)}") from error
+    module.to(device)
 
 
 def _checked_sha256(path: Path, texts: Mapping[str, str], state: Mapping[str, Tensor]) -> str:

@@ -270,6 +270,20 @@ def test_headers_that_no_parser_should_take(saved: Path, facts: str) -> None:
         loaded(saved)
 
 
+def test_a_file_larger_than_the_model_is_not_read(saved: Path) -> None:
+    """The file takes no space on the disk, but its tensor would take 2 GB of memory."""
+    texts, size = texts_of(saved), 2**31
+    tensor = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": texts, "x": tensor}).encode()
+    with saved.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    assert "bytes; at most" in refusal(saved)
+    chain = chain_of(vit(width=64), RECIPES["rtn"])
+    with pytest.raises(CheckpointError, match="other weights"):  # before its size counts
+        load_checkpoint(saved, chain, mark_of(RECIPES["rtn"]).model_copy(update={"weights": "x"}))
+
+
 # Files that cannot be read
 
 
