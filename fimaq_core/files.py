@@ -18,21 +18,29 @@ from safetensors import SafetensorError
 from fimaq_core.errors import CheckpointError
 
 _LEFT = re.compile(r"\..+\.[0-9a-f]{12}")
-_OPEN = "too many files are open: raise the limit, for example by `ulimit -n 4096`, and run again"
-_SILENT = "the disk or the network does not answer ({}): check it and run again"
+_TOO_MANY = errno.EMFILE, errno.ENFILE
+_SILENT = errno.EIO, errno.ESTALE, errno.ETIMEDOUT
+_DENIED = errno.EACCES, errno.EPERM
 #: Reasons for errors that do not come from the content of a file, by error number.
-_REASONS = {
+_CAUSES = {
     errno.EISDIR: "it is a folder",
     errno.ENAMETOOLONG: "its name is too long for this file system",
     errno.ELOOP: "it is a link that leads to itself",
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), _OPEN),
-    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO), _SILENT),
+    **dict.fromkeys(_TOO_MANY, "too many files are open: raise the limit (`ulimit -n 4096`)"),
+    **dict.fromkeys(_SILENT, "the disk or the network does not answer ({}): check it"),
+}
+#: What to do about an error of writing, by error number.
+_ADVICE = {
+    errno.EISDIR: "Remove the folder of that name",
+    errno.ENAMETOOLONG: "Choose shorter names",
+    **dict.fromkeys(_TOO_MANY, "Raise the limit of open files (`ulimit -n 4096`)"),
+    **dict.fromkeys(_SILENT, "Check the disk or the network"),
 }
 
 
 def cause_of(error: OSError, path: Path) -> str:
     """Return why ``path`` cannot be read and what to do about it, without a full stop."""
-    if error.errno in (errno.EACCES, errno.EPERM):
+    if error.errno in _DENIED:
         owner, place, right = "its owner", path, "r"
         with suppress(OSError, KeyError):
             if not os.path.exists(path):  # a folder on the way to it cannot be entered
@@ -41,7 +49,7 @@ def cause_of(error: OSError, path: Path) -> str:
             owner = pwd.getpwuid(place.stat().st_uid).pw_name
         return f"no permission: ask {owner} for it, for example by `chmod a+{right} {place}`"
     text = error.strerror or str(error)
-    return _REASONS.get(error.errno or 0, "{}").format(text)
+    return _CAUSES.get(error.errno or 0, "{}").format(text)
 
 
 def is_there(path: Path) -> bool:
@@ -106,10 +114,11 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
 
 def advice(error: Exception, folder: Path) -> str:
     """Return what to do about an error of writing in ``folder``."""
-    if isinstance(error, IsADirectoryError):
-        return "Remove the folder of that name"
-    if not (isinstance(error, PermissionError) or "Permission denied" in str(error)):
-        return "Free space or make the folder writable"
+    code = getattr(error, "errno", None)
+    if code is None and (found := re.search(r"os error (\d+)", str(error))):  # of safetensors
+        code = int(found[1])
+    if code not in _DENIED:
+        return _ADVICE.get(code or 0, "Free space or make the folder writable")
     with suppress(OSError, KeyError):
         owner = pwd.getpwuid(folder.stat().st_uid).pw_name
         return f"Ask {owner} for permission, for example by `chmod g+rwx {folder}`"
