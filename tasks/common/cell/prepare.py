@@ -161,7 +161,7 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
         cell.keep_teachers()
         path = request.mlp_checkpoint
         # Records take plain names only.
-        name = re.sub(r"[^A-Za-z0-9._-]|^\.", "_", path.name)[-200:]
+        name = re.sub(r"[^A-Za-z0-9._-]|^\.", "_", path.name)[:200]
         cell.artefacts[name] = load_mlps(all_segments(cell.chains), path, cell.fingerprint)
     return cell
 
