@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, field_validator
 from torch import Tensor, nn
 
 from fimaq_core import NUMERICS_VERSION, checkpoint
@@ -33,6 +34,9 @@ from fimaq_core.samples import Samples
 _COUNTS = dict.fromkeys(("calibration_images", "range_images", "batch_size", "mlp_batch"), 1)
 _COUNTS["divergence_batch"] = 2
 
+#: Number of values in a sample at most, for a file of someone else: 2364 x 2364 pixels.
+_MOST_VALUES = 2**24
+
 #: Blocks and head of a custom module.
 _Parts = tuple[Iterable[nn.Module] | None, nn.Module | None]
 
@@ -42,9 +46,16 @@ class _SavedModel(Strict, strict=True):
 
     stage: Literal["quantized"] = "quantized"
     segments: list[str]
-    shape: list[PositiveInt]
+    shape: list[PositiveInt] = Field(max_length=3)
     dtype: Literal["float32", "int64"] = "float32"
     log: dict[str, Any]
+
+    @field_validator("shape")
+    @classmethod
+    def _bounded(cls, shape: list[int]) -> list[int]:
+        if math.prod(shape) > _MOST_VALUES:
+            raise ValueError(f"a sample has over {_MOST_VALUES} values")
+        return shape
 
 
 class QuantizedModel(nn.Module):
@@ -187,6 +198,12 @@ def load(
         use_relu(chain)
     checkpoint.load_checkpoint(path, chain, None)
     set_quantized(chain, True)
+    try:
+        with torch.no_grad():
+            chain(like[:1].to(next(chain.parameters()).device))
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{path} has ranges that do not fit the model: {text}.") from error
     log = read_log(header.log, path)
     return QuantizedModel(chain, log=log, fingerprint=fingerprint, like=like)
 

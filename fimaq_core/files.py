@@ -1,8 +1,9 @@
-"""Writing of files that appear complete or not at all; removal of files."""
+"""Files in shared folders: safe opening, writing that is complete or not at all, removal."""
 
 import errno
 import glob
 import os
+import pwd
 import re
 import secrets
 import shutil
@@ -17,6 +18,53 @@ from safetensors import SafetensorError
 from fimaq_core.errors import CheckpointError
 
 _LEFT = re.compile(r"\..+\.[0-9a-f]{12}")
+_TOO_MANY = errno.EMFILE, errno.ENFILE
+_SILENT = errno.EIO, errno.ESTALE, errno.ETIMEDOUT
+_DENIED = errno.EACCES, errno.EPERM
+#: Reasons for errors that do not come from the content of a file, by error number.
+_CAUSES = {
+    errno.EISDIR: "it is a folder",
+    errno.ENAMETOOLONG: "its name is too long for this file system",
+    errno.ELOOP: "it is a link that leads to itself",
+    **dict.fromkeys(_TOO_MANY, "too many files are open: raise the limit (`ulimit -n 4096`)"),
+    **dict.fromkeys(_SILENT, "the disk or the network does not answer ({}): check it"),
+}
+#: What to do about an error of writing, by error number.
+_ADVICE = {
+    errno.EISDIR: "Remove the folder of that name",
+    errno.ENAMETOOLONG: "Choose shorter names",
+    **dict.fromkeys(_TOO_MANY, "Raise the limit of open files (`ulimit -n 4096`)"),
+    **dict.fromkeys(_SILENT, "Check the disk or the network"),
+}
+
+
+def cause_of(error: OSError, path: Path) -> str:
+    """Return why ``path`` cannot be read and what to do about it, without a full stop."""
+    if error.errno in _DENIED:
+        owner, place, right = "its owner", path, "r"
+        with suppress(OSError, KeyError):
+            if not os.path.exists(path):  # a folder on the way to it cannot be entered
+                place = next(filter(os.path.exists, path.parents))
+                right = "rx"
+            owner = pwd.getpwuid(place.stat().st_uid).pw_name
+        return f"no permission: ask {owner} for it, for example by `chmod a+{right} {place}`"
+    text = error.strerror or str(error)
+    return _CAUSES.get(error.errno or 0, "{}").format(text)
+
+
+def is_there(path: Path) -> bool:
+    """Return True if something lies at ``path``; links are followed.
+
+    Raises:
+        CheckpointError: there is no permission to look, or the disk does not answer.
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise CheckpointError(f"Cannot read {path}: {cause_of(error, path)}.") from error
+    return True
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -25,7 +73,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     ``name`` limits this to one file. No other process may be writing these files.
     """
     for file in folder.glob(".*" if name is None else f".{glob.escape(name)}.*"):
-        if _LEFT.fullmatch(file.name):
+        if _LEFT.fullmatch(file.name) and (file.is_symlink() or not file.is_dir()):
             remove(file)
 
 
@@ -44,21 +92,37 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-        temporary.touch(exist_ok=False)  # has the usual permissions, unlike tempfile's files
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # the usual permissions
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            os.chmod(temporary, mode)  # a library replaced the file by a private one
         if durable:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"Cannot write {path}: {error}. Free space or make the folder writable, then run the "
-            "same command again: finished results are kept."
+            f"Cannot write {path}: {error}. {advice(error, path.parent)}, then run the same "
+            "command again: finished results are kept."
         ) from error
     finally:
         if temporary is not None:
             with suppress(OSError):  # the error above already tells the user about the folder
                 temporary.unlink(missing_ok=True)
+
+
+def advice(error: Exception, folder: Path) -> str:
+    """Return what to do about an error of writing in ``folder``."""
+    code = getattr(error, "errno", None)
+    if code is None and (found := re.search(r"os error (\d+)", str(error))):  # of safetensors
+        code = int(found[1])
+    if code not in _DENIED:
+        return _ADVICE.get(code or 0, "Free space or make the folder writable")
+    with suppress(OSError, KeyError):
+        owner = pwd.getpwuid(folder.stat().st_uid).pw_name
+        return f"Ask {owner} for permission, for example by `chmod g+rwx {folder}`"
+    return "Ask the owner of the folder for permission"
 
 
 def remove(path: Path) -> None:
@@ -76,7 +140,7 @@ def remove(path: Path) -> None:
         return
     except OSError as error:
         raise CheckpointError(
-            f"Cannot remove {path}: {error.strerror}. Make the folder writable, then run again."
+            f"Cannot remove {path}: {error.strerror}. {advice(error, path.parent)}, then run again."
         ) from error
 
 

@@ -41,10 +41,11 @@ class ReconstructMlps(Stage):
         run = part.chain, part.inputs, part.recipe, part.divergence
         part.teacher = reconstruct_mlps(*run, resources=resources, pieces=pieces)
 
-    def load(self, part: Part, path: Path) -> None:
+    def load(self, part: Part, path: Path) -> str:
         teacher = copy.deepcopy(part.chain)
-        load_mlps(part.chain, path, part.fingerprint)
+        sha256 = load_mlps(part.chain, path, part.fingerprint)
         part.teacher = teacher
+        return sha256
 
     def kept(self, part: Part) -> nn.Module:
         return mlps(part.chain)
@@ -59,9 +60,11 @@ class Calibrate(Stage):
     def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
         calibrate(part.chain, part.inputs, part.recipe, resources.on_progress, resources.batch_size)
 
-    def load(self, part: Part, path: Path) -> None:
-        load_checkpoint(path, part.chain, part.fingerprint, "ranges")
+    def load(self, part: Part, path: Path) -> str:
+        holds = {"stage": self.mark}
+        found = load_checkpoint(path, part.chain, part.fingerprint, self.fields, holds)
         set_quantized(part.chain, True)
+        return found.sha256
 
 
 class Reconstruct(Stage):
@@ -77,10 +80,12 @@ class Reconstruct(Stage):
         part.log = reconstruct(*run, resources=resources, teacher=part.teacher, pieces=pieces)
         finish(part.chain)
 
-    def load(self, part: Part, path: Path) -> None:
-        facts = load_checkpoint(path, part.chain, part.fingerprint)
+    def load(self, part: Part, path: Path) -> str:
+        holds = {"stage": self.mark}
+        found = load_checkpoint(path, part.chain, part.fingerprint, self.fields, holds)
         set_quantized(part.chain, True)
-        part.log = read_log(facts.get("log"), path)
+        part.log = read_log(found.facts.get("log"), path)
+        return found.sha256
 
     def facts(self, part: Part) -> dict[str, Any]:
         return {"stage": self.mark, "log": asdict(part.log)}
@@ -99,8 +104,10 @@ MLPS, CALIBRATE, RECONSTRUCT, FINISH = ReconstructMlps(), Calibrate(), Reconstru
 STAGES: list[Stage] = [MLPS, CALIBRATE, RECONSTRUCT, FINISH]
 
 
-def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint | None) -> None:
+def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint | None) -> str:
     """Load the reconstructed MLPs of a checkpoint into uncalibrated `segments`, of any chains.
+
+    Returns the sha256 of the file's content.
 
     Raises:
         CheckpointError: the file belongs to another run than ``fingerprint`` (None accepts any
@@ -113,9 +120,10 @@ def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint 
         )
     segments = list(segments)
     use_relu(segments)
-    load_checkpoint(path, mlps(segments), fingerprint, "mlp")
+    found = load_checkpoint(path, mlps(segments), fingerprint, "mlp", {"stage": "mlp"})
     for segment in segments:
         set_quantized(segment, False)
+    return found.sha256
 
 
 def finish(chain: BlockChain) -> None:

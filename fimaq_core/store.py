@@ -10,6 +10,7 @@ from torch import nn
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint, Pieces, save_checkpoint
+from fimaq_core.files import is_there
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.recipe import Fields, Recipe
 from fimaq_core.reconstruction.log import ReconstructionLog
@@ -33,6 +34,8 @@ class Part:
     facts: dict[str, Any] = field(default_factory=dict)  # JSON values for checkpoints' headers
     teacher: BlockChain | None = None  # copy of the chain with GELU, if its MLPs have ReLU now
     log: ReconstructionLog = field(default_factory=ReconstructionLog)
+    #: sha256 (hex) of the content of each file that stages wrote or loaded, by name of the file
+    artefacts: dict[str, str] = field(default_factory=dict)
 
 
 class Stage:
@@ -59,8 +62,8 @@ class Stage:
         """Compute the stage; finished `pieces` are loaded instead."""
         raise NotImplementedError
 
-    def load(self, part: Part, path: Path) -> None:
-        """Load the result of :meth:`make`. Raises CheckpointError."""
+    def load(self, part: Part, path: Path) -> str:
+        """Load the result of :meth:`make`; return the file's sha256. Raises CheckpointError."""
         raise NotImplementedError
 
     def kept(self, part: Part) -> nn.Module:
@@ -113,13 +116,14 @@ class CheckpointStore:
             stage.make(part, self.resources, pieces)
             return False
         with self.alone(path):
-            reused = path.is_file()
+            reused = is_there(path)
             if reused:
-                stage.load(part, path)
+                sha256 = stage.load(part, path)
             else:
                 assert part.fingerprint is not None
                 stage.make(part, self.resources, pieces)
                 state, facts = stage.kept(part).state_dict(), stage.facts(part)
-                save_checkpoint(path, state, part.fingerprint, facts)
+                sha256 = save_checkpoint(path, state, part.fingerprint, facts)
+            part.artefacts[path.name] = sha256
             pieces.remove()  # also pieces of a run that was stopped just before
         return reused

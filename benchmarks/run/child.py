@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.run.executor import Failed, Finished, Kind, Message, Started
+from fimaq_core.compile_cache import use_own_cache
 from fimaq_core.documents import parse_json
 from fimaq_core.errors import FimaqError, out_of_memory
 from fimaq_core.files import replaced_whole
@@ -64,9 +65,7 @@ def serve(
     if _threads is not None:
         asked = os.environ.get("OMP_NUM_THREADS", "")
         sys.modules["torch"].set_num_threads(int(asked) if asked.isdecimal() else _threads)
-    # All cells share compiled kernels, in PyTorch's default folder.
-    kernels = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels)
+    use_own_cache()
     tempfile.tempdir = str(temporary)
     connection.send(Started(where))
     connection.send(measure(work, connection.send))
@@ -172,6 +171,7 @@ def _preload(log: str, *modules: str) -> None:
     """Import `modules` in the fork server, whose output goes to `log`."""
     global _threads
     redirect(Path(log))
+    use_own_cache()
     for name in modules:
         try:
             importlib.import_module(name)

@@ -103,13 +103,13 @@ def _headline(run: Run, alive: bool) -> str:
     begin, silence = run.state.begin, duration(max(time.time() - run.heartbeat, 0.0))
     assert begin is not None
     engine = f", engine {begin.engine}" if begin.engine else ""
-    who = f"{begin.host}, process {begin.pid}{engine}"
+    who = f" on {begin.host}, process {begin.pid}{engine}" if begin.host else ""
     if alive:
-        return f"Running on {who}; last event {silence} ago"
+        return f"Running{who}; last event {silence} ago"
     if run.state.is_finished:
-        return f"Last run on {who}: ended {silence} ago"
+        return f"Last run{who}: ended {silence} ago"
     reason = "it was killed, or its machine does not answer"
-    return f"Last run on {who}: {reason}; last event {silence} ago"
+    return f"Last run{who}: {reason}; last event {silence} ago"
 
 
 def json_text(runs: Sequence[Run], problems: Sequence[str], results: Path) -> str:

@@ -2,7 +2,8 @@
 
 The terminal of a run and ``python -m benchmarks status`` show the same state. Each run appends its
 events to a new file, ``<results>/runs/.state/*.jsonl``, one event per line. Only ``status`` reads
-the file, and checks its content.
+the file, and checks its content. The file stays; when the run has ended, it names no machine and no
+process any more.
 """
 
 import os
@@ -19,6 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from fimaq_core.files import cause_of, open_regular
 from fimaq_core.terminal import one_line
 from tasks.common.cell.lease import is_running
 
@@ -29,6 +31,10 @@ _LEAST, _MOST, _SHARE = 1.0, 15.0, 0.02
 SILENCE = 45.0
 #: Number of ended runs whose files are kept.
 _KEPT = 5
+#: Bounds on the bytes of a file, and of a line: longer lines are skipped.
+_MOST_BYTES, _LONGEST = 2**30, 2**20
+#: Fields that tell machines and processes apart while a run goes on.
+_PLACE = {"host": "", "pid": 0, "process_started": 0.0, "where": ""}
 
 # Fields of events have bounds that no grid reaches.
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
@@ -154,6 +160,8 @@ class EventLog:
             # Closed after each line, so that other machines see it on a network file system.
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{event.model_dump_json(exclude_defaults=True)}\n")
+            if event.kind == "close":
+                _forget_place(self.path)
         except OSError as error:
             if not self._is_broken:
                 self._warn(
@@ -174,20 +182,21 @@ class Run:
 
     def read(self) -> None:
         """Apply the new complete lines of the file. Lines without a valid event are skipped."""
-        with self.path.open("rb") as file:
+        with open_regular(self.path, _MOST_BYTES) as file:
             file.seek(self.offset)
-            *lines, _ = file.read().split(b"\n")
+            while line := file.readline(_LONGEST):
+                if not line.endswith(b"\n") and len(line) < _LONGEST:
+                    break  # the rest is not written yet
+                self.offset += len(line)
+                with suppress(ValidationError):
+                    self.state.apply(Event.model_validate_json(line))
             self.heartbeat = os.fstat(file.fileno()).st_mtime
-        for line in lines:
-            self.offset += len(line) + 1
-            with suppress(ValidationError):
-                self.state.apply(Event.model_validate_json(line))
 
     @property
     def is_alive(self) -> bool:
         """True while the run goes on: its process runs, or on another machine, it writes lines."""
         begin = self.state.begin
-        if begin is None or self.state.is_finished:
+        if begin is None or self.state.is_finished or not begin.host:
             return False
         if begin.host == socket.gethostname():
             return is_running(begin.pid, begin.process_started)
@@ -207,7 +216,7 @@ def read_runs(folder: Path, known: dict[Path, Run] | None = None) -> tuple[list[
         except FileNotFoundError:
             continue  # a new run has just removed the file
         except OSError as error:
-            problems.append(f"Skipped {path}: {error.strerror}.")
+            problems.append(f"Skipped {path}: {cause_of(error, path)}.")
             continue
         if run.state.begin is not None:
             found.append((run.state.begin.time, path.name, run))
@@ -217,8 +226,28 @@ def read_runs(folder: Path, known: dict[Path, Run] | None = None) -> tuple[list[
 
 
 def _remove_old(folder: Path) -> None:
-    """Remove the files of ended runs, except the latest ones."""
-    ended = [run.path for run in read_runs(folder)[0] if not run.is_alive]
-    for path in ended[_KEPT:]:
+    """Remove the files of ended runs, except the latest ones, which name no process then."""
+    ended = [run for run in read_runs(folder)[0] if not run.is_alive]
+    for run in ended[:_KEPT]:
+        if run.state.begin is not None and run.state.begin.host:
+            with suppress(OSError):
+                _forget_place(run.path)
+    for run in ended[_KEPT:]:
         with suppress(OSError):  # another user's file, or a read-only file system
-            path.unlink(missing_ok=True)
+            run.path.unlink(missing_ok=True)
+
+
+def _forget_place(path: Path) -> None:
+    """Blank out machines and processes in the file of an ended run; all bytes keep their place."""
+    with path.open("r+b") as file:
+        times = os.fstat(file.fileno())
+        while line := file.readline(_LONGEST):
+            with suppress(ValidationError):
+                event = Event.model_validate_json(line)
+                blank = event.model_copy(update=_PLACE)
+                text = blank.model_dump_json(exclude_defaults=True).encode()
+                if blank != event and len(text) < len(line):
+                    file.seek(-len(line), os.SEEK_CUR)
+                    file.write(text.ljust(len(line) - 1) + b"\n")
+                    file.flush()
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # the time of the last event

@@ -47,6 +47,21 @@ class QuantMatMul(nn.Module):
         self.b_quantizer = AffineQuantizer(bits)
         self.quantized = False
 
+    def problem(self, search: str, calibrated: bool) -> str | None:
+        """Return tensor and value that no run gives, or None; see :meth:`.WeightLayer.problem`."""
+        one_sided = search in ("percentile", "output-error")
+        for name in ("a_quantizer", "b_quantizer"):
+            quantizer: ActivationQuantizer = getattr(self, name)
+            shape = tuple(quantizer.scale.shape)
+            if quantizer.off or (not calibrated and 0 in shape):
+                continue
+            if (found := quantizer.problem(one_sided)) is not None:
+                return f"{name}.{found}"
+            zero = getattr(quantizer, "zero_point", quantizer.scale)
+            if not (len(shape) == zero.ndim == 4 and shape[0] == 1 and 1 in shape[2:]):
+                return f"{name}.scale has the shape {shape}, zero_point {tuple(zero.shape)}"
+        return None
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if not self.quantized:
             return a @ b

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fimaq_core.errors import ModelError
-from fimaq_core.quantizers.activation import ActivationQuantizer, take_shapes
+from fimaq_core.quantizers.activation import ActivationQuantizer, outside, take_shapes
 from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer
 from fimaq_core.quantizers.special import LogQuantizer, make_quantizer
 from fimaq_core.recipe import Kind
@@ -48,6 +48,30 @@ class WeightLayer(nn.Module):
         new.register_buffer("quantized_bias", torch.empty(0))
         new.quantized = new.soft = False
         return new.train(layer.training)
+
+    def problem(self, search: str, calibrated: bool) -> str | None:
+        """Return tensor and value that no run gives, or None: ``weight_quantizer.scale is 0``.
+
+        Args:
+            search: the recipe's ``range_search``.
+            calibrated: False if ranges may be absent.
+        """
+        inputs, shape = self.input_quantizer, tuple(self.input_quantizer.scale.shape)
+        if not (calibrated or inputs.scale.numel() or self.weight_quantizer.scale.numel()):
+            return None
+        one_sided = search == "percentile"
+        if (found := self.weight_quantizer.weight_problem(self.weight, one_sided)) is not None:
+            return f"weight_quantizer.{found}"
+        if (found := inputs.problem(one_sided)) is not None:
+            return f"input_quantizer.{found}"
+        tokens = isinstance(self, nn.Linear) and len(shape) == 3 and shape[0] == shape[2] == 1
+        if inputs.scale.numel() > 1 and not tokens:
+            return f"input_quantizer.scale has the shape {shape}"
+        bias = self.quantized_bias
+        if bias.numel() and bias.shape != self.weight.shape[:1]:
+            return f"quantized_bias has the shape {tuple(bias.shape)}"
+        finite = torch.finfo(bias.dtype)
+        return outside("quantized_bias", bias, finite.min, finite.max)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the float layer's output for an input, a weight and a bias."""

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from fimaq_core.quantizers.dropping import eager_mask, threshold_of, traced_mask
 from fimaq_core.recipe import OFF, Kind
 
+#: Bounds of scales, far beyond those of any calibration.
+SCALES = 1e-30, 1e30
+
 #: Computation while the scale is learned: ``textbook`` is the definition with autograd, ``fused``
 #: has hand-written passes for plain execution, ``traced`` has hand-written passes for compilation.
 Form = Literal["textbook", "fused", "traced"]
@@ -21,6 +24,12 @@ def take_shapes(
         found, own = state_dict.get(prefix + name), getattr(module, name)
         if found is not None and found.shape != own.shape:
             own.data = own.new_zeros(found.shape)
+
+
+def outside(name: str, values: Tensor, least: float, most: float) -> str | None:
+    """Return ``name is 3, outside 0 to 2`` for the first value outside the bounds, or None."""
+    wrong = values[~((values >= least) & (values <= most))]  # NaN is outside too
+    return f"{name} is {wrong[0]:g}, outside {least:g} to {most:g}" if wrong.numel() else None
 
 
 class ActivationQuantizer(nn.Module):
@@ -56,6 +65,15 @@ class ActivationQuantizer(nn.Module):
     def set_scale(self, scale: Tensor) -> None:
         """Set the scale (a float tensor that broadcasts to the input)."""
         self.scale = nn.Parameter(scale.detach().clone().float().contiguous(), requires_grad=False)
+
+    def problem(self, one_sided: bool) -> str | None:
+        """Return tensor and value that no calibration gives, as in ``scale is 0``, or None.
+
+        ``one_sided`` is True if the range may lie on one side of zero.
+        """
+        if self.off:
+            return None
+        return outside("scale", self.scale, *SCALES) if self.scale.numel() else "scale is missing"
 
     def _check_calibrated(self) -> None:
         if self.scale.numel() == 0:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fimaq_core.quantizers.activation import ActivationQuantizer
+from fimaq_core.quantizers.activation import ActivationQuantizer, outside
 from fimaq_core.quantizers.dropping import threshold_of, traced_mask
 
 
@@ -157,6 +157,24 @@ class AffineQuantizer(ActivationQuantizer):
         self.set_scale(scale)
         self.zero_point = zero_point.detach().clone().float().contiguous()
 
+    def problem(self, one_sided: bool) -> str | None:
+        # A range above zero has a negative zero point. Ranges below zero are hardly ever narrow.
+        top = self.levels - 1
+        least, most = (-1e20, 16 * top) if one_sided else (0, top)
+        return super().problem(one_sided) or self._zero_point_problem(least, most)
+
+    def _zero_point_problem(self, least: float, most: float) -> str | None:
+        scale, zero = self.scale, self.zero_point
+        if self.off:
+            return None
+        pairs = zip(reversed(zero.shape), reversed(scale.shape), strict=False)
+        if zero.ndim > scale.ndim or any(own not in (1, other) for own, other in pairs):
+            return f"zero_point has the shape {tuple(zero.shape)}, but scale {tuple(scale.shape)}"
+        if (found := outside("zero_point", zero, least, most)) is not None:
+            return found
+        broken = zero[zero != zero.round()]
+        return f"zero_point is {broken[0]:g}, which is no integer" if broken.numel() else None
+
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
         """Quantize ``x``; ``transposed``: its last two dimensions are swapped."""
         if self.off:
@@ -198,6 +216,25 @@ class WeightQuantizer(AffineQuantizer):
         else:
             matrix = fake_quantize(weight.flatten(1), self.scale, self.zero_point, self.levels)
         return matrix.view_as(weight)
+
+    def weight_problem(self, weight: Tensor, one_sided: bool) -> str | None:
+        """Return :meth:`problem` for the quantizer of ``weight`` (rows, ...)."""
+        rows, top = weight.detach().flatten(1), self.levels - 1
+        scale, zero, codes, wanted = self.scale, self.zero_point, self.codes, (len(rows), 1)
+        if self.off:
+            return None
+        if scale.shape != wanted or zero.shape != wanted:
+            return f"scale has the shape {tuple(scale.shape)}, not {wanted}"
+        if codes.numel() and codes.shape != rows.shape:
+            return f"codes have the shape {tuple(codes.shape)}, not {tuple(rows.shape)}"
+        bounds = (-1e20, 1e20) if one_sided else (0, top)
+        found = ActivationQuantizer.problem(self, one_sided) or self._zero_point_problem(*bounds)
+        if found is None and one_sided:  # a range without zero lies among the weights
+            slack = 1 + 1e-3 * zero.abs()
+            near = (-zero - slack) * scale <= rows.amax(1, keepdim=True)
+            near &= (top - zero + slack) * scale >= rows.amin(1, keepdim=True)
+            found = outside("zero_point", zero[~near], 0, top)
+        return found or outside("codes", codes, 0, top)
 
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set scale and zero point, (rows, 1), and remove the codes of the previous range."""

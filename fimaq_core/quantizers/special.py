@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fimaq_core.quantizers.activation import ActivationQuantizer
+from fimaq_core.quantizers.activation import ActivationQuantizer, outside
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.quantizers.logarithm import (
     ADALOG_R,
@@ -45,6 +45,14 @@ class LogQuantizer(ActivationQuantizer):
         """Keep the shift in the output from now on."""
         self._folded = True
         self.folded = torch.ones_like(self.folded)
+
+    def problem(self, one_sided: bool) -> str | None:
+        return super().problem(one_sided) or self._base_problem()
+
+    def _base_problem(self) -> str | None:
+        """Return :meth:`problem` of the tensors that depend on the base."""
+        own = 0.5 if self.kind == "logsqrt2" else 1.0
+        return None if self.off else outside("step", self.step, own, own)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.off:
@@ -91,6 +99,20 @@ class AdaLogQuantizer(LogQuantizer):
         device = self.step.device
         self.step = torch.full_like(self.step, q / ADALOG_R)
         self.shifts, self.mantissas = (table.to(device) for table in adalog_tables(q, self.levels))
+
+    def _base_problem(self) -> str | None:
+        if self.off or (found := outside("step", self.step, 1 / ADALOG_R, 2**20)) is not None:
+            return None if self.off else found
+        q = round(float(self.step) * ADALOG_R)
+        shifts, mantissas = adalog_tables(q, self.levels)
+        unit = 1.01 / (2 * self.levels - 2)  # the rounding depends on the processor
+        step = torch.tensor(q / ADALOG_R)
+        wanted = {"step": (step, 1e-6 * q), "shifts": (shifts, 0), "mantissas": (mantissas, unit)}
+        for name, (expected, bound) in wanted.items():
+            error = (getattr(self, name).cpu() - expected).abs().max()
+            if not error <= bound:
+                return f"{name} is off by {error:g} from that of the base 2^({q}/{ADALOG_R})"
+        return None
 
     def _inferred(self, x: Tensor) -> Tensor:
         tables = self.shifts, self.mantissas

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
+from fimaq_core.compile_cache import use_own_cache
 from fimaq_core.errors import EngineError
 from fimaq_core.reconstruction import step
 from fimaq_core.reconstruction.loss import Batch, Loss, LossState, prediction_loss
@@ -255,7 +256,10 @@ def _compiled(function: Callable[..., Any], device_type: str, threads: int) -> C
             "realize_opcount_threshold": 200,
             "realize_reads_threshold": 12,
             "custom_partitioner_fn": SaveAsWritten(),
+            # They would lie in a folder of $TMPDIR whose name others can guess.
+            "cpp_cache_precompile_headers": False,
         }
+    use_own_cache()
     # A Swin has a dozen structures of blocks; beyond PyTorch's default of 8, compiling fails.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, STRUCTURES)
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)

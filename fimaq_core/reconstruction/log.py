@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, FiniteFloat, ValidationError
 
@@ -55,6 +55,10 @@ class ReconstructionLog:
                 self.notes.append(f"{label}: its {name} is {value}")
 
 
+_Count = Annotated[int, Field(ge=0, le=10**12)]
+_Text = Annotated[str, Field(max_length=10_000)]
+
+
 class _Block(Strict, strict=True):
     """Facts of one block; ``stage`` and ``index`` are for people.
 
@@ -64,24 +68,24 @@ class _Block(Strict, strict=True):
     stage: str = "block"
     index: int = 0
     last_loss: FiniteFloat
-    fisher_passes: int = Field(ge=0)
+    fisher_passes: _Count
     engine: Engine
-    notes: list[str]
+    notes: list[_Text]
     error: FiniteFloat | None = None
     fisher: FiniteFloat | None = None
-    near_floor: int = Field(0, ge=0)
+    near_floor: _Count = 0
 
 
 class _Log(Strict, strict=True):
     """Fields of :class:`ReconstructionLog`, as a checkpoint holds them."""
 
-    last_loss: dict[str, FiniteFloat]
-    fisher_passes: dict[str, int]
-    notes: list[str]
+    last_loss: dict[_Text, FiniteFloat]
+    fisher_passes: dict[_Text, _Count]
+    notes: list[_Text]
     engine: Engine
-    error: dict[str, FiniteFloat] = {}
-    fisher: dict[str, FiniteFloat] = {}
-    near_floor: dict[str, int] = {}
+    error: dict[_Text, FiniteFloat] = {}
+    fisher: dict[_Text, FiniteFloat] = {}
+    near_floor: dict[_Text, _Count] = {}
 
 
 def block_facts(log: ReconstructionLog, label: str) -> dict[str, Any]:

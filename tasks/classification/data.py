@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tasks.common.data.files import file_below
 from tasks.common.data.folders import Source, open_folder
 from tasks.common.data.imagenet import LAYOUT
 from tasks.common.data.images import Images, file_reader
+from tasks.common.hashing import file_sha256
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
 
@@ -72,7 +73,24 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     digest = hashlib.sha256("\n".join([name, *names]).encode())
     digest.update(pixels.numpy().tobytes())
     notes = [*(source.notes() if source is not None else ()), *images.notes()]
-    return CalibrationSet(pixels, names, name, digest.hexdigest(), skipped, notes=notes)
+    return CalibrationSet(
+        pixels,
+        names,
+        name,
+        digest.hexdigest(),
+        skipped,
+        notes=notes,
+        dataset=None if source is None else source.name,
+        split=_common_folder(names) if source is None else source.split,
+        listed=data.calibration_list is not None,
+    )
+
+
+def _common_folder(ids: Sequence[str]) -> str | None:
+    """Return the folder below the data folder that holds all files; None if there is none."""
+    parts = [Path(name).parts for name in ids]
+    found = {own[0] if len(own) > 1 else None for own in parts} - {Path("/").root}
+    return found.pop() if len(found) == 1 else None
 
 
 def _listed(
@@ -85,16 +103,21 @@ def _listed(
         return ids, lambda index: source.read(positions[index])
     root = data.path or Path()
     paths = [root / name for name in ids]
+    outside = []
     # Ids seed random transforms, so they are relative to the root where possible. A file below the
     # root is also found if the list has another Unicode form of its name.
     for place, path in enumerate(paths):
-        if path.is_relative_to(root):
-            paths[place] = file_below(root, path.relative_to(root).as_posix())
-            ids[place] = paths[place].relative_to(root).as_posix()
+        below = os.path.relpath(path, root)
+        if below.startswith("../"):
+            outside.append(place)
         else:
-            ids[place] = str(path)
+            below = path.relative_to(root).as_posix() if path.is_relative_to(root) else below
+            paths[place] = file_below(root, below)
+            ids[place] = paths[place].relative_to(root).as_posix()
     absent = [str(path) for path in paths if not os.path.isfile(path)]
     if absent:
         names = f"{len(absent)} files that are not there, such as {absent[0]}"
         raise DataError(f"The calibration list names {names}.")
+    for place in outside:  # records are shared, and other folders are nobody's business
+        ids[place] = f"{paths[place].name}#{file_sha256(paths[place])[:16]}"
     return ids, file_reader(paths)

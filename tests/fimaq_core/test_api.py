@@ -18,6 +18,7 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 
 from fimaq_core import load, quantize
 from fimaq_core.api import QuantizedModel
+from fimaq_core.checkpoint import read_header, save_checkpoint
 from fimaq_core.errors import CheckpointError, DataError, FimaqError, ModelError, RecipeError
 from fimaq_core.families.own import names_of, own_chain
 from fimaq_core.fisher.divergence import ClassifierDivergence
@@ -534,3 +535,30 @@ def test_on_a_gpu() -> None:
         assert isinstance(q, QuantizedModel)
         found = q(x.cuda()).cpu()
         assert torch.allclose(found, q.cpu()(x), atol=0.3 * float(found.abs().max()))
+
+
+def changed(path: Path, facts: dict[str, object], **tensors: Tensor) -> None:
+    """Change facts of a saved model, and tensors by the end of their name."""
+    mark, before = read_header(path)
+    state = load_file(path)
+    for end, tensor in tensors.items():
+        name = next(key for key in state if key.endswith(end.replace("__", ".")))
+        state[name] = tensor
+    save_checkpoint(path, state, mark, {**before, **facts})
+
+
+def test_a_file_of_someone_else_is_bounded_and_fits(tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    q = quantize(vit(), images(4), method="fimaq", **FEW)
+    for facts, tensors, message in (
+        ({"shape": [3, 10**6, 10**6]}, {}, "a sample has over 16777216 values"),
+        ({"shape": [3] * 10}, {}, "at most 3 items"),
+        ({"shape": [10**4000, 1]}, {}, "a sample has over"),
+        ({"stage": "calibrated"}, {}, "holds no quantized model"),
+        ({}, {"qkv__input_quantizer__scale": torch.ones(1, 5, 1)}, "ranges that do not fit"),
+    ):
+        q.save(path)
+        changed(path, facts, **tensors)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load(path, vit())
+        assert str(caught.value).isprintable()

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from small_models import quick
 
 from fimaq_core import files
 from fimaq_core.checkpoint import Fingerprint, read_header, save_checkpoint
 from fimaq_core.errors import CheckpointError
-from fimaq_core.files import replaced_whole
+from fimaq_core.files import is_there, remove_leftovers, replaced_whole
 
 
 def write(path: Path, text: str) -> None:
@@ -54,6 +55,51 @@ def test_failed_writes_leave_the_old_file(
     assert os.listdir(tmp_path) == ["file.txt"]
     write(path, "new")
     assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.EMFILE, "Raise the limit of open files"),
+        (errno.EIO, "Check the disk or the network"),
+        (errno.ESTALE, "Check the disk or the network"),
+        (errno.EACCES, "for permission, for example by `chmod g\\+rwx"),
+        (errno.EISDIR, "Remove the folder of that name"),
+    ],
+)
+def test_each_error_has_its_own_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, advice: str
+) -> None:
+    monkeypatch.setattr(files.os, "replace", fails(code))
+    path = tmp_path / "file.txt"
+    with pytest.raises(CheckpointError, match=advice):
+        write(path, "x")
+    with pytest.raises(CheckpointError, match="Check the disk"), replaced_whole(path):
+        raise SafetensorError("Input/output error (os error 5)")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_an_error_of_looking_is_no_absent_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("")
+    assert [is_there(tmp_path / name) for name in ("file", "loop", "file/x", "x")] == [
+        True,
+        *[False] * 3,
+    ]
+    monkeypatch.setattr(files.os, "stat", fails(code))
+    with pytest.raises(CheckpointError, match=r"Cannot read .*(does not answer|raise the limit)"):
+        is_there(tmp_path / "file")
+
+
+def test_leftovers_are_files(tmp_path: Path) -> None:
+    names = [".x.0123456789ab", ".x.0123456789ac", ".x.0123456789ad"]
+    (tmp_path / names[0]).write_text("")
+    (tmp_path / names[1] / "kept").mkdir(parents=True)
+    (tmp_path / names[2]).symlink_to(names[1])
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == [names[1]]
 
 
 def test_disk_full_while_the_content_is_written(tmp_path: Path) -> None:

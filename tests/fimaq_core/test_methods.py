@@ -178,7 +178,7 @@ def check_saved(chain: BlockChain, family: str, recipe: Recipe, folder: Path) ->
     loaded, _ = fresh(family, recipe)
     if recipe.reconstruct_mlp:
         use_relu(loaded)
-    assert load_checkpoint(path, loaded, mark) == {"stage": "reconstructed"}
+    assert load_checkpoint(path, loaded, mark).facts == {"stage": "reconstructed"}
     probe, _ = full_precision(family)
     for on in (True, False):
         assert torch.equal(outputs(loaded, probe, on), outputs(chain, probe, on))

@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
-from fimaq_core.files import remove, replaced_whole
+from fimaq_core.files import is_there, open_regular, remove, replaced_whole
 from fimaq_core.recipe import Fields, Recipe
 from tasks.common import registry
 from tasks.common.cell.lease import acquire
@@ -25,14 +25,26 @@ from tasks.common.request import CellRequest, Missing
 _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"}
 
 
+class Place(NamedTuple):
+    """Place of a cell in a results folder."""
+
+    folder: Path  # of the record
+    identity: str  # sha256 (hex) of all that determines the result; the folder has 10 digits of it
+
+
 def planned_folder(request: CellRequest) -> Path:
     """Return the folder of a cell, made of task, model.tag, method, bits, seed and a digest."""
+    return planned_place(request).folder
+
+
+def planned_place(request: CellRequest) -> Place:
+    """Return the folder of a cell and its whole identity."""
     request = resolved(request)
     recipe, basis = request.recipe, _basis(request)
     own = None if recipe is None else recipe.digest()
     rest = {"recipe": own, "variant": variant_name(request), "limit": request.data.limit}
-    digest = _digest({**basis, **rest})
-    return cell_folder(request.results, request.task, basis["model"][0], recipe, digest)
+    digest, tag = _digest({**basis, **rest}), basis["model"][0]
+    return Place(cell_folder(request.results, request.task, tag, recipe, digest), digest)
 
 
 def _basis(request: CellRequest) -> dict[str, Any]:
@@ -162,7 +174,7 @@ def cached(request: CellRequest, folder: Path) -> list[str]:
     """
     folders, texts = [folder / "blocks"], []
     for kind, files in _shared_files(request).items():
-        made = [file for file in files if file and file.is_file()]
+        made = [file for file in files if file and is_there(file)]
         if made:
             rest = f" {len(made)} of {len(files)}" if len(made) < len(files) else ""
             texts.append(f"{_KINDS[kind]}{rest}")
@@ -201,7 +213,7 @@ def forget(
 
 def _shared_files(request: CellRequest) -> dict[str, list[Path | None]]:
     """Return the files that a cell shares, existing or not, by kind; None if not in the index."""
-    if not any((request.results.parent / kind / ".index").is_dir() for kind in _KINDS):
+    if not any(os.path.isdir(request.results.parent / kind / ".index") for kind in _KINDS):
         return {}
     request = resolved(request)
     basis = _basis(request)
@@ -221,8 +233,8 @@ def _index_entry(request: CellRequest, basis: dict[str, Any], kind: str, digest:
 def _indexed_file(entry: Path) -> Path | None:
     """Return the shared file that an index entry names; None if the entry is absent or invalid."""
     try:
-        with entry.open(encoding="utf-8") as file:
-            name = file.read(64)
+        with open_regular(entry, 64) as file:
+            name = file.read().decode()
     except (OSError, UnicodeDecodeError):
         return None
     return entry.parent.parent / name if re.fullmatch(r"[0-9a-f]{24}\.safetensors", name) else None

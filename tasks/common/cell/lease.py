@@ -12,6 +12,7 @@ import contextlib
 import os
 import platform
 import socket
+import stat
 import time
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,6 +23,7 @@ import psutil
 from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
 from fimaq_core.errors import CheckpointError, FimaqError
+from fimaq_core.files import advice
 from fimaq_core.progress import OnProgress, Progress, silent
 
 #: Seconds between two touches of a lease.
@@ -81,11 +83,14 @@ class _Found(NamedTuple):
     owner: OwnerRecord | None
     inode: int
     touched: int
+    is_file: bool  # False for a pipe, a link or a folder, which no process takes as a lease
 
     def __str__(self) -> str:
         if self.owner is None:
             return "an unknown process"
-        return f"process {self.owner.pid} on {self.owner.hostname.partition('?')[0]}"
+        host = self.owner.hostname.partition("?")[0][:64]  # any user of the folder may write it
+        host = "".join(letter if letter.isprintable() else "\ufffd" for letter in host)
+        return f"process {self.owner.pid} on {host}"
 
     def runs(self) -> bool | None:
         """Return True if the holder runs, None if unknown, as for a holder on another machine."""
@@ -107,7 +112,7 @@ def _look(path: Path) -> _Found | None:
         state = os.lstat(_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return _Found(owner, state.st_ino, state.st_mtime_ns)
+    return _Found(owner, state.st_ino, state.st_mtime_ns, stat.S_ISREG(state.st_mode))
 
 
 class Observer:
@@ -126,6 +131,8 @@ class Observer:
 
     def is_over(self, path: Path, found: _Found) -> bool:
         """Return True if the holder ended, or this observer saw no touch for `EXPIRY` seconds."""
+        if not found.is_file:
+            return True
         if (runs := found.runs()) is not None:
             return not runs  # a local process may sleep as long as it likes
         seen, since = self._seen.get(path, (None, 0.0))
@@ -189,7 +196,7 @@ def acquire(path: Path) -> Lease:
                 time.sleep(0.1)
     except OSError as error:
         raise CheckpointError(
-            f"Cannot read or write in {path.parent}: {error}. Free space or make it writable, then "
+            f"Cannot read or write in {path.parent}: {error}. {advice(error, path.parent)}, then "
             "run the same command again: finished work is kept."
         ) from error
 

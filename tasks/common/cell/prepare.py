@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from torch import nn
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.chain import Segment
 from fimaq_core.checkpoint import Fingerprint, save_checkpoint
-from fimaq_core.files import remove_leftovers
+from fimaq_core.compile_cache import use_own_cache
+from fimaq_core.files import is_there, remove_leftovers
 from fimaq_core.pipeline import load_mlps
 from fimaq_core.progress import OnProgress
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
@@ -44,6 +46,8 @@ class PreparedCell:
     loaded: LoadedModel  # the float model
     images: CalibrationSet | None = None  # None for full precision
     parts: list[Part] = field(default_factory=list)  # empty for full precision
+    #: sha256 (hex) of the content of each checkpoint written or loaded, by name of the file
+    artefacts: dict[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -113,7 +117,7 @@ class PreparedCell:
     @contextmanager
     def _alone(self, path: Path) -> Iterator[None]:
         """Keep other processes from making ``path``; wait for one that makes it now."""
-        if path.is_file():
+        if is_there(path):
             yield
             return
         with awaited(path, self.resources.on_progress) as lease:
@@ -125,7 +129,8 @@ class PreparedCell:
     def save(self, path: Path, module: nn.Module, stage: str) -> None:
         """Write the checkpoint of a ``stage``; ``module`` holds the state of all parts."""
         facts = {**self.facts, "stage": stage}
-        save_checkpoint(path, module.state_dict(), self.fingerprint, facts)
+        sha256 = save_checkpoint(path, module.state_dict(), self.fingerprint, facts)
+        self.artefacts[path.name] = sha256
 
     def evaluate(self, chains: Chains) -> Evaluation:
         """Measure the model with ``chains`` in place of the float parts."""
@@ -141,6 +146,7 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
     Raises FimaqError if the request is contradictory, or a file is missing, damaged or unsuitable.
     """
     request = resolved(request)
+    use_own_cache()  # before the task imports its libraries
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     device = resolve_device(request.device)
@@ -154,7 +160,10 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
         cell.parts = _parts(cell)
     if request.mlp_checkpoint is not None:
         cell.keep_teachers()
-        load_mlps(all_segments(cell.chains), request.mlp_checkpoint, cell.fingerprint)
+        path = request.mlp_checkpoint
+        # Records take plain names only.
+        name = re.sub(r"[^A-Za-z0-9._-]|^\.", "_", path.name)[:200]
+        cell.artefacts[name] = load_mlps(all_segments(cell.chains), path, cell.fingerprint)
     return cell
 
 
@@ -169,8 +178,8 @@ def _parts(cell: PreparedCell) -> list[Part]:
         if name:  # limit the scope to this part, so that runs of other scopes share its files
             own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
         mark = cell.fingerprint.model_copy(update={"recipe": own})
-        chain, facts = chain.to(cell.device), cell.facts
-        parts.append(Part(chain, inputs[name], own, divergences[name], mark, name, facts))
+        run = chain.to(cell.device), inputs[name], own, divergences[name]
+        parts.append(Part(*run, mark, name, cell.facts, artefacts=cell.artefacts))
     return parts
 
 

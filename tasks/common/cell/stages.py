@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint
 from fimaq_core.errors import CheckpointError
-from fimaq_core.files import remove, remove_leftovers
+from fimaq_core.files import is_there, remove, remove_leftovers
 from fimaq_core.layers import set_quantized
 from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, STAGES, load_mlps
 from fimaq_core.progress import OnProgress, silent
@@ -64,7 +65,7 @@ def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[
     # The recipe is made again, which refuses fields that do not fit MLP reconstruction.
     given = request.recipe.model_dump(mode="json", exclude={"revision"})
     recipe = make_recipe(request.recipe.method, given, {"reconstruct_mlp": True})
-    made = out if out.is_file() else None
+    made = out if is_there(out) else None
     cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=made), on_progress)
     _run_stage(MLPS, cell, out)
     _join_parts(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
@@ -78,8 +79,9 @@ def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) ->
     """
     cell = prepare(request, on_progress)
     _run_stage(MLPS, cell, _beside(out, "mlp"))
-    if out.is_file():
-        load_checkpoint(out, whole_module(cell.chains), cell.fingerprint, CALIBRATE.fields)
+    if is_there(out):
+        holds = {"stage": CALIBRATE.mark}
+        load_checkpoint(out, whole_module(cell.chains), cell.fingerprint, CALIBRATE.fields, holds)
         return cell.notes
     _run_stage(CALIBRATE, cell, out)
     _join_parts(cell, out, whole_module(cell.chains), CALIBRATE.mark)
@@ -107,6 +109,7 @@ def reconstruct_stage(
         cell.keep_teachers()
         use_relu(all_segments(cell.chains))
     load_checkpoint(source, whole_module(cell.chains), cell.fingerprint, CALIBRATE.fields)
+    _check_shapes(cell, cell.chains, source)
 
     def blocks(part: Part) -> Pieces:
         folder = Address.beside(_beside(out, part.name), RECONSTRUCT).pieces
@@ -152,7 +155,7 @@ def _run_stage(stage: Stage, cell: PreparedCell, out: Path) -> None:
 
 def _join_parts(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
     """Write ``module``, with all parts, to ``out`` if it is absent; remove the parts' files."""
-    if not out.is_file():
+    if not is_there(out):
         cell.save(out, module, mark)
     for part in cell.parts:
         if part.name:
@@ -183,8 +186,26 @@ def _restored(
     if recipe.reconstruct_mlp:
         use_relu(all_segments(chains))
     load_checkpoint(checkpoint, whole_module(chains), None)
-    set_quantized(whole_module(chains), True)
+    _check_shapes(cell, chains, checkpoint)
     return chains
+
+
+@torch.no_grad()
+def _check_shapes(cell: PreparedCell, chains: Chains, checkpoint: Path) -> None:
+    """Run an input through each quantized chain: only this shows if the shapes of ranges fit."""
+    if cell.loaded.input_shape is None:
+        return
+    set_quantized(whole_module(chains), True)
+    for name, example in cell.task.examples(cell.loaded, chains).items():
+        try:
+            chains[name].to(cell.device)(example.to(cell.device))
+        except RuntimeError as error:
+            if "match" not in str(error):  # such as too little memory
+                raise
+            text = " ".join(str(error).split())
+            raise CheckpointError(
+                f"The checkpoint {checkpoint} does not fit the model: {text}."
+            ) from error
 
 
 def _changed_recipe(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:

@@ -381,3 +381,73 @@ def test_watching_goes_on_until_it_is_broken_off(tmp_path: Path):
     assert process.wait(timeout=HANG) == 0, content
     assert drawn
     assert b"Traceback" not in content
+
+
+def test_what_stays_names_no_machine_and_no_process(tmp_path: Path):
+    watch = quiet(tmp_path)
+    watch.tell("begin", over=0, total=2)
+    watch.tell("started", CELLS[0], where="node-17 cuda:3")
+    watch.progress(CELLS[0], Progress("calibrate", 1, 2))
+    path, known = file_of(tmp_path), {}
+    (before,), _ = read_runs(folder_of(tmp_path), known)
+    assert before.is_alive
+    assert socket.gethostname().encode() in path.read_bytes()
+    size = path.stat().st_size
+    watch.close()
+    content = path.read_bytes()
+    for text in (socket.gethostname(), "node-17", str(os.getpid()), "process_started", '"pid"'):
+        assert text.encode() not in content
+    assert content[size:].count(b"\n") == 1  # all bytes have kept their place
+    (after,), problems = read_runs(folder_of(tmp_path), known)
+    assert not problems
+    for run in (after, state_of(path)):
+        assert (run.is_alive, run.state.is_finished, run.state.total) == (False, True, 2)
+    assert "Last run: ended" in shown(tmp_path).output
+    assert json.loads(shown(tmp_path, "--json").output)["runners"][0]["runner"]["host"] == ""
+
+
+def test_the_next_run_blanks_out_a_run_that_was_killed(tmp_path: Path):
+    killed = put(tmp_path, "killed.jsonl", foreign(), heard=500)
+    living = put(tmp_path, "living.jsonl", foreign("another"))
+    nasty = put(tmp_path, "nasty.jsonl", foreign() + "[" * 3000 + "\n{}\n\n", heard=500)
+    heard = killed.stat().st_mtime_ns
+    quiet(tmp_path).tell("begin", over=0, total=1)
+    assert "elsewhere" not in killed.read_text() + nasty.read_text()
+    assert killed.stat().st_mtime_ns == heard
+    assert "another" in living.read_text()
+    assert nasty.read_text().endswith("[" * 3000 + "\n{}\n\n")
+    runs, _ = read_runs(folder_of(tmp_path))
+    alive = {run.path.name for run in runs if run.is_alive}
+    assert {"killed.jsonl", "nasty.jsonl"}.isdisjoint(alive)
+    assert "living.jsonl" in alive
+
+
+def test_what_is_no_file_of_events_is_named(tmp_path: Path):
+    folder = folder_of(tmp_path)
+    put(tmp_path, "good.jsonl", foreign())
+    os.mkfifo(folder / "a.jsonl")
+    (folder / "b.jsonl").mkdir()
+    (folder / "c.jsonl").symlink_to("/dev/zero")
+    (folder / "d.jsonl").symlink_to("nowhere")
+    (folder / "e.jsonl").symlink_to("e.jsonl")
+    (Path(os.fsdecode(os.fsencode(folder) + b"/\xff.jsonl"))).write_text("x\n")
+    with (folder / "f.jsonl").open("wb") as file:
+        file.truncate(2**31)  # takes no space
+    runs, problems = read_runs(folder)
+    assert [run.path.name for run in runs] == ["good.jsonl"]
+    told = " ".join(problems)
+    assert told.count("a pipe or a device instead of a regular file") == 2
+    for text in ("b.jsonl: it is a folder", "e.jsonl: it is a link", "at most 1,073,741,824"):
+        assert text in told
+    result = shown(tmp_path)
+    assert result.exit_code == 0
+    assert "Running on elsewhere" in result.output
+    watch = quiet(tmp_path)
+    watch.tell("begin", over=0, total=1)  # looks through all of them
+    watch.close()
+
+
+def test_a_long_line_is_skipped(tmp_path: Path):
+    put(tmp_path, "x.jsonl", foreign() + "x" * (3 * 2**20) + "\n" + CLOSE)
+    (run,), _ = read_runs(folder_of(tmp_path))
+    assert run.state.is_finished

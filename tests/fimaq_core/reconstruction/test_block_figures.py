@@ -296,7 +296,7 @@ def rewrite_facts(
 ) -> None:
     """Replace the facts in the checkpoint of a block."""
     index = int(path.stem[-3:])
-    facts = load_checkpoint(path, chain.segment(index).block, mark(recipe))
+    facts = load_checkpoint(path, chain.segment(index).block, mark(recipe)).facts
     change(facts)
     save_checkpoint(path, chain.segment(index).block.state_dict(), mark(recipe), facts)
 
@@ -356,7 +356,7 @@ def test_a_whole_reconstruction_keeps_its_log_and_older_ones_load(tmp_path: Path
     assert log == first
     assert set(log.error) == set(log.last_loss)
     finish(chain)
-    facts = load_checkpoint(path, chain, mark(recipe))
+    facts = load_checkpoint(path, chain, mark(recipe)).facts
     for change, message in (
         ({"error": None, "fisher": None}, None),
         ({"last_loss": 5}, "last_loss"),

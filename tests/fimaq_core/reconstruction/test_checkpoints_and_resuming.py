@@ -166,7 +166,7 @@ def test_saved_and_loaded_at_every_stage(name: str, tmp_path: Path) -> None:
         tmp_path / "final.safetensors", chain.state_dict(), mark, {"stage": "reconstructed"}
     )
     final = chain_of(build(), recipe)
-    assert load_checkpoint(tmp_path / "final.safetensors", final, mark) == {
+    assert load_checkpoint(tmp_path / "final.safetensors", final, mark).facts == {
         "stage": "reconstructed"
     }
     set_quantized(final, True)
@@ -218,8 +218,8 @@ def test_another_run_is_refused_with_the_reason(saved: Path) -> None:
         with pytest.raises(CheckpointError, match=message) as caught:
             load_checkpoint(saved, chain, expected)
         assert str(saved) in str(caught.value)
-    assert load_checkpoint(saved, chain, fingerprint(recipe))["stage"] == "calibrated"
-    assert load_checkpoint(saved, chain, None)["stage"] == "calibrated"
+    assert load_checkpoint(saved, chain, fingerprint(recipe)).facts["stage"] == "calibrated"
+    assert load_checkpoint(saved, chain, None).facts["stage"] == "calibrated"
 
 
 def test_ranges_serve_every_method_with_the_same_range_settings(saved: Path) -> None:

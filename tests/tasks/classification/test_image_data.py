@@ -1,6 +1,8 @@
 """Class folders: missing or damaged files are named, and calibration samples repeat."""
 
+import hashlib
 import json
+import os
 import random
 import shutil
 import unicodedata
@@ -284,6 +286,21 @@ def test_a_list_gives_the_very_same_tensors(root: Path, tmp_path: Path, kind: st
     assert torch.equal(listed.images, drawn.images)
     assert listed.ids == drawn.ids
     assert listed.fingerprint == drawn.fingerprint
+
+
+def test_ids_of_files_elsewhere_tell_no_folders(root: Path, tmp_path: Path) -> None:
+    """Records are shared. Ids below the data folder, however they are written, stay as they are."""
+    other, data = tmp_path / "private" / "cat.png", tmp_path / "data"
+    shutil.copytree(root / "train", data / "train")
+    other.parent.mkdir()
+    shutil.copy(root / "train" / "cat" / "1.png", other)
+    path, inside = tmp_path / "list.txt", "train/cat/1.png"
+    names = [str(other), os.path.relpath(other, data), str(data / inside), inside]
+    path.write_text("\n".join(names))
+    found = calibration_set(loaded(), DataRequest(data, calibration_list=path), recipe(4))
+    name = f"cat.png#{hashlib.sha256(other.read_bytes()).hexdigest()[:16]}"
+    assert found.ids == [name, name, inside, inside]
+    assert "private" not in repr(found)
 
 
 def test_bad_lists_are_explained(root: Path, tmp_path: Path) -> None:

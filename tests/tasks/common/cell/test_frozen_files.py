@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fimaq_core.quantizers.logarithm import ADALOG_R, adalog_tables
 from tasks.common.cli.commands import build_group, main
 from tasks.common.record import read_record
 
@@ -61,7 +62,7 @@ def test_a_finished_cell_is_not_measured_again(old: Path) -> None:
     assert str(old / "runs" / CELL / "result.json") in out
     assert {path: path.read_bytes() for path in before} == before
     record = read_record(old / "runs" / CELL / "result.json")
-    assert (record.method, record.n, record.schema_version) == ("fimaq", 64, 3)
+    assert (record.method, record.n, record.schema_version) == ("fimaq", 64, 4)
     assert record.metrics["top1"].value == 93.75
     assert record.calibration is not None
     assert len(record.calibration.ids) == 32
@@ -95,7 +96,10 @@ def test_its_ranges_are_reused(old: Path) -> None:
     frozen = read_record(DATA / "runs" / CELL / "result.json")
     assert abs(record.metrics["top1"].value - frozen.metrics["top1"].value) <= OTHERS / 64 * 100
     assert record.recipe_digest == frozen.recipe_digest
-    assert record.calibration == frozen.calibration
+    assert record.calibration is not None
+    assert frozen.calibration is not None
+    assert record.calibration.ids == frozen.calibration.ids
+    assert record.calibration.fingerprint == frozen.calibration.fingerprint
     assert record.modules == frozen.modules
 
 
@@ -106,6 +110,9 @@ def test_names_and_shapes_are_those_of_older_checkpoints(name: str, tmp_path: Pa
         key: torch.ones(shape, dtype=TYPES[dtype])
         for key, (dtype, shape) in content["tensors"].items()
     }
+    for key, table in tensors.items():
+        if key.endswith((".shifts", ".mantissas")):  # those of base 2, as the ones in `step` say
+            tensors[key] = adalog_tables(ADALOG_R, len(table))[key.endswith(".mantissas")]
     metadata = {part: json.dumps(content[part]) for part in ("fingerprint", "facts")}
     save_file(tensors, tmp_path / "old.safetensors", metadata=metadata)
     out = command(content["facts"]["task"], "inspect", tmp_path / "old.safetensors")

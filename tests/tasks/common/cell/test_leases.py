@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -284,9 +285,7 @@ HOSTILE = {
     "long": partial(bytes_of, b"1" * 10_000_000),
     "long number": partial(bytes_of, LONG_NUMBER),
     "large id": partial(bytes_of, b"filelock/2\npid=" + b"9" * 30 + b"\nhost=a\nmode=exclusive\n"),
-    "dangling link": lambda file: file.symlink_to("nowhere"),
-    "link": lambda file: file.symlink_to("/dev/zero"),
-    "FIFO": os.mkfifo,
+    "large number of seconds": partial(bytes_of, LONG_NUMBER.replace(b"1e+300", b"9" * 900)),
 }
 
 
@@ -300,6 +299,51 @@ def test_a_lease_that_cannot_be_read_counts_until_it_lapses(tmp_path: Path, kind
     with acquire(path) as own:
         own.check()
         assert names(tmp_path) == {".x.lease"}
+
+
+def listening(file: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(file.relative_to(Path.cwd())))  # a longer path would not fit
+
+
+NO_FILES = {
+    "dangling link": lambda file: file.symlink_to("nowhere"),
+    "link to itself": lambda file: file.symlink_to(file.name),
+    "link to a device": lambda file: file.symlink_to("/dev/zero"),
+    "link to a folder": lambda file: file.symlink_to("."),
+    "pipe": os.mkfifo,
+    "socket": listening,
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_no_lease(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Nobody waits for it: all processes hold leases by files."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x"
+    NO_FILES[kind](file_of(path))
+    assert Observer().holder(path) is None
+    with acquire(path) as own:
+        own.check()
+        assert names(tmp_path) == {".x.lease"}
+        assert file_of(path).is_file()
+        assert not file_of(path).is_symlink()
+
+
+def test_a_folder_in_the_place_of_a_lease_is_the_users(tmp_path: Path):
+    (file_of(tmp_path / "x") / "kept").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"\.x\.lease.*Remove the folder of that name"):
+        acquire(tmp_path / "x")
+    assert (file_of(tmp_path / "x") / "kept").is_dir()
+
+
+def test_names_of_machines_are_printable(tmp_path: Path):
+    content = LONG_NUMBER.replace(b"host=a", b"host=\x1b[2J\xe2\x80\xae" + b"h" * 500)
+    file_of(tmp_path / "x").write_bytes(content)
+    holder = Observer().holder(tmp_path / "x")
+    assert holder is not None
+    assert holder.isprintable()
+    assert len(holder) < 100
 
 
 def test_who_was_taken_for_dead_must_not_write(tmp_path: Path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fimaq_core.checkpoint import read_header
@@ -281,9 +282,11 @@ def test_a_checkpoint_that_is_the_shared_one_survives_force(
     request = replace(request, mlp_checkpoint=shared)
     forget([request])
     assert not (planned_folder(request) / "result.json").exists()
-    run_cell(request)
+    record = read_record(run_cell(request))
     assert shared.is_file()
     assert same_tensors(shared, stages.mlp)
+    with safe_open(shared, framework="pt") as file:
+        assert record.artefacts[shared.name] == file.metadata()["sha256"]
 
 
 @pytest.mark.parametrize("method", ["qdrop", "rtn", "fp"])

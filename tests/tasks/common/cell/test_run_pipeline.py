@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fimaq_core import files
@@ -105,6 +106,15 @@ def test_a_cell_and_its_full_precision_record(tmp_path: Path) -> None:
     assert set(outcomes.files) >= {"sample", "label", "predicted", "correct"}
     assert record.metrics["top1"].value == pytest.approx(100 * outcomes["correct"].mean())
     assert not (path.parent / "blocks").exists()
+
+    (ranges,) = (tmp_path / "calibration").glob("*.safetensors")
+    own = path.parent / "quantized.safetensors"
+    stated = {file.name: safe_open(file, "pt").metadata()["sha256"] for file in (ranges, own)}
+    assert record.artefacts == stated
+    assert full.artefacts == {}
+    again = read_record(run_cell(cell(tmp_path, "qdrop")))  # reuses the ranges
+    assert again.artefacts[ranges.name] == stated[ranges.name]
+    assert list(again.artefacts) == sorted(stated)
 
     loaded = TASK.load(request.model)
     chain = TASK.build(loaded, make_recipe("fimaq", QUICK))
@@ -251,7 +261,8 @@ def test_a_record_serves_as_calibration_list(tmp_path: Path) -> None:
     second = run_cell(request)
     assert second != first
     a, b = read_record(first), read_record(second)
-    assert a.calibration == b.calibration
+    assert a.calibration is not None
+    assert b.calibration == a.calibration.model_copy(update={"listed": True})
     assert (a.metrics, a.last_loss) == (b.metrics, b.last_loss)
 
 

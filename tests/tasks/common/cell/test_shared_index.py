@@ -1,5 +1,6 @@
 """The index by which a plan finds what runs share, without loading a model."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,21 @@ def test_entries_that_name_no_such_file_say_nothing(tmp_path: Path, content: str
     assert cached(cell) == []
     note_shared(cell, "calibration", digest, file)
     assert cached(cell) == ["calibration"]
+
+
+def test_an_entry_that_is_no_file_says_nothing_and_is_replaced(tmp_path: Path):
+    cell = resolved(request_of(tmp_path, "classification", "demo_vit"))
+    (digest,) = shared_digests(cell)["calibration"]
+    file = tmp_path / "calibration" / f"{'a' * 24}.safetensors"
+    note_shared(cell, "calibration", digest, file)
+    put(file)
+    (entry,) = (tmp_path / "calibration" / ".index").iterdir()
+    for make in (os.mkfifo, lambda place: place.symlink_to("/dev/zero"), Path.mkdir):
+        entry.unlink()
+        make(entry)
+        assert cached(cell) == []
+        note_shared(cell, "calibration", digest, file)
+        assert cached(cell) == ([] if entry.is_dir() else ["calibration"])
 
 
 def test_an_index_that_cannot_be_written_ends_no_run(tmp_path: Path):

@@ -51,6 +51,7 @@ def with_header(source: Path, path: Path, change: Change) -> Path:
     held = header["__metadata__"]
     parts = {name: json.loads(held[name]) for name in ("facts", "fingerprint")}
     change(parts)
+    held.pop("sha256", None)  # whoever forges a file may leave it out
     for name, content in parts.items():
         held[name] = content if isinstance(content, str) else json.dumps(content)
     text = json.dumps(header).encode()
@@ -308,6 +309,27 @@ def test_tensors_that_are_not_the_models(calibrated: Path, tmp_path: Path) -> No
         save_checkpoint(path, kept, fingerprint, facts)
         with pytest.raises(CheckpointError, match=r"tensors.safetensors does not fit the model"):
             stages.inspect_stage(RUN, path)
+
+
+def test_ranges_of_other_numbers_of_tokens_or_heads(calibrated: Path, tmp_path: Path) -> None:
+    fingerprint, facts = read_header(calibrated)
+    from safetensors.torch import load_file
+
+    from fimaq_core.checkpoint import save_checkpoint
+
+    state, path = load_file(calibrated), tmp_path / "ranges.safetensors"
+    for end, shape in (("qkv.input_quantizer", (1, 5, 1)), ("b_quantizer", (1, 7, 1, 1))):
+        name = next(key for key in state if key.endswith(f"{end}.scale"))
+        zero = name.replace("scale", "zero_point")
+        other = {name: torch.ones(shape), zero: torch.ones((1,) * len(shape))}
+        save_checkpoint(path, {**state, **other}, fingerprint, facts)
+        for command in (
+            lambda: stages.inspect_stage(RUN, path),
+            lambda: stages.evaluate_stage(RUN, path, silent),
+            lambda: stages.reconstruct_stage(RUN, path, tmp_path / "out", {}, silent),
+        ):
+            with pytest.raises(CheckpointError, match=r"ranges.safetensors does not fit the model"):
+                command()
 
 
 @pytest.mark.parametrize(
