@@ -20,8 +20,8 @@ _COMMON = settings(
         HealthCheck.function_scoped_fixture,
     ],
 )
-settings.register_profile("suite", _COMMON, derandomize=True, max_examples=40)
-settings.register_profile("fuzz", _COMMON, max_examples=200, print_blob=True)
+settings.register_profile("suite", _COMMON, derandomize=True, max_examples=80)
+settings.register_profile("fuzz", _COMMON, max_examples=1000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 _CASES = pytest.StashKey[int]()

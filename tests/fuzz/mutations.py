@@ -2,11 +2,13 @@
 
 import copy
 import json
-import os
+import multiprocessing
 import resource
 import struct
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -101,41 +103,79 @@ def as_json(document: Any) -> bytes:
     return json.dumps(document).encode()
 
 
-def tried(check: Callable[[], object], good: tuple[type[Exception], ...] = (FimaqError,)) -> None:
-    """Run a check in a child process with limits; a short error of a ``good`` class may end it."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
+def tried(
+    check: Callable[..., object], *arguments: Any, good: tuple[type[Exception], ...] = (FimaqError,)
+) -> None:
+    """Run a check in a child process with limits; a short error of a ``good`` class may end it.
+
+    A child serves many cases, since each fork of these tests takes a hundredth of a second.
+    """
+    if check not in _CHILDREN:
+        _CHILDREN[check] = _Child(check, good)
+    child = _CHILDREN[check]
+    try:
+        said = child.answer(arguments)
+    except BaseException:
+        del _CHILDREN[check]
+        child.end()
+        raise
+    if child.cases >= _CASES:
+        del _CHILDREN[check]
+        child.end()
+    assert said == "", said
+
+
+class _Child:
+    """A child process that runs one check for many arguments."""
+
+    def __init__(self, check: Callable[..., object], good: tuple[type[Exception], ...]) -> None:
+        fork = multiprocessing.get_context("fork")
+        self.cases, (self._pipe, other) = 0, fork.Pipe()
+        self._process = fork.Process(target=_serve, args=(other, check, good), daemon=True)
+        self._process.start()
+        other.close()
+
+    def answer(self, arguments: tuple[Any, ...]) -> str:
+        """Return an empty text, or what went wrong."""
+        self.cases += 1
+        self._pipe.send(arguments)
         try:
-            _limit()
-            _checked(check, good)
-            code = 0
-        except BaseException:  # noqa: BLE001 (the parent reports it)
-            os.write(writer, traceback.format_exc()[-60_000:].encode(errors="replace"))
-        finally:
-            os._exit(code)
-    os.close(writer)
-    with open(reader, encoding="utf-8", errors="replace") as pipe:
-        said = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status == 0, said or f"ended by signal {-status}"
+            return str(self._pipe.recv())
+        except EOFError:
+            self._process.join()
+            raise AssertionError(f"The child ended with {self._process.exitcode}") from None
+
+    def end(self) -> None:
+        self._pipe.close()
+        self._process.join()
 
 
-def _limit() -> None:
+_CHILDREN: dict[Callable[..., object], _Child] = {}
+#: Number of cases of a child, which may keep some memory of each.
+_CASES = 100
+
+
+def _serve(pipe: Connection, check: Callable[..., object], good: Any) -> None:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     memory = pages * resource.getpagesize() + GIGABYTE
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    spent = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(spent.ru_utime + spent.ru_stime) + SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(EOFError):
+        while True:
+            arguments = pipe.recv()
+            spent = resource.getrusage(resource.RUSAGE_SELF)
+            seconds = int(spent.ru_utime + spent.ru_stime) + SECONDS
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+            pipe.send(_said(check, arguments, good))
 
 
-def _checked(check: Callable[[], object], good: tuple[type[Exception], ...]) -> None:
+def _said(check: Callable[..., object], arguments: Any, good: Any) -> str:
     try:
-        check()
+        check(*arguments)
     except good as error:
         said = str(error)
         if not 0 < len(said) < 3000 or "\n" in said or "MemoryError" in said:
-            raise AssertionError(f"not one short line: {said[:300]!r}") from error
+            return f"not one short line: {said[:300]!r}"
+    except Exception:  # noqa: BLE001 (the parent reports it)
+        return traceback.format_exc()[-60_000:]
+    return ""

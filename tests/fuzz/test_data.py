@@ -49,11 +49,12 @@ OLD_FILES = Path(__file__).parents[1] / "tasks" / "common" / "old_files"
 
 @given(documents([{"a": [1, {"b": "c"}], "d": 0.5}]) | st.recursive(VALUES, st.lists))
 def test_json(document: Any) -> None:
-    def check() -> None:
-        content = parse_json(json.dumps(document), "It", DataError)
-        assert json.loads(json.dumps(content, allow_nan=False).encode()) == content
+    tried(read_and_dump, json.dumps(document))
 
-    tried(check)
+
+def read_and_dump(text: str) -> None:
+    content = parse_json(text, "It", DataError)
+    assert json.loads(json.dumps(content, allow_nan=False).encode()) == content
 
 
 SMALL_GRID = {
@@ -79,7 +80,11 @@ def as_yaml(document: Any) -> bytes:
 def test_grids(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
-    tried(lambda: expand(load_grid(str(path)), Filters(), RunOptions()))
+    tried(expand_grid, path)
+
+
+def expand_grid(path: Path) -> None:
+    expand(load_grid(str(path)), Filters(), RunOptions())
 
 
 @few
@@ -87,7 +92,7 @@ def test_grids(tmp_path: Path, content: bytes) -> None:
 def test_published_tables(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
-    tried(lambda: load_table(str(path)))
+    tried(load_table, str(path))
 
 
 ALIASES = b"a: &a [1,1,1]\nb: &b [*a,*a]\nc: &c {<<: {x: *b}, y: !!str 3, z: 2024-01-01}\n"
@@ -97,12 +102,12 @@ ALIASES = b"a: &a [1,1,1]\nb: &b [*a,*a]\nc: &c {<<: {x: *b}, y: !!str 3, z: 202
 def test_recipes(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
+    tried(make_recipes, path)
 
-    def check() -> None:
-        json.dumps(read_yaml(path, "recipe", DataError)).encode()
-        make_recipe("qdrop", read_recipe_file(path))
 
-    tried(check)
+def make_recipes(path: Path) -> None:
+    json.dumps(read_yaml(path, "recipe", DataError)).encode()
+    make_recipe("qdrop", read_recipe_file(path))
 
 
 # Records and arrays
@@ -114,13 +119,13 @@ RECORDS = [json.loads(path.read_text()) for path in sorted(OLD_FILES.rglob("re*.
 def test_records(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "result.json"
     path.write_bytes(content)
+    tried(read_records, path)
 
-    def check() -> None:
-        with suppress(DataError):
-            read_list(path)
-        read_record(path).model_dump_json().encode()
 
-    tried(check)
+def read_records(path: Path) -> None:
+    with suppress(DataError):
+        read_list(path)
+    read_record(path).model_dump_json().encode()
 
 
 def archives() -> list[bytes]:
@@ -135,12 +140,12 @@ def archives() -> list[bytes]:
 def test_arrays(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.npz"
     path.write_bytes(content)
+    tried(read_and_list, path, good=(OSError, ValueError))
 
-    def check() -> None:
-        for array in read_arrays(path, 2**28).values():
-            json.dumps(array.tolist() if array.dtype.kind != "S" else 0).encode()
 
-    tried(check, (OSError, ValueError))
+def read_and_list(path: Path) -> None:
+    for array in read_arrays(path, 2**28).values():
+        json.dumps(array.tolist() if array.dtype.kind != "S" else 0).encode()
 
 
 # Images
@@ -177,17 +182,17 @@ def images() -> list[bytes]:
 def test_images(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
+    tried(read_and_resize, path, good=(DamagedImage,))
 
-    def check() -> None:
-        with suppress(DamagedImage, DataError):
-            read = ImageFiles([path], [(16, 16)], Path("x.json"), "apply").read
-            assert read(0).shape == (16, 16, 3)
-        image = open_rgb(path)
-        assert image.mode == "RGB"
-        short = min(image.size)
-        image.resize((256 * image.width // short, 256 * image.height // short))
 
-    tried(check, (DamagedImage,))
+def read_and_resize(path: Path) -> None:
+    with suppress(DamagedImage, DataError):
+        read = ImageFiles([path], [(16, 16)], Path("x.json"), "apply").read
+        assert read(0).shape == (16, 16, 3)
+    image = open_rgb(path)
+    assert image.mode == "RGB"
+    short = min(image.size)
+    image.resize((256 * image.width // short, 256 * image.height // short))
 
 
 # Annotations
@@ -245,7 +250,7 @@ def test_annotations(tmp_path: Path, content: bytes) -> None:
         Image.new("RGB", (16, 12)).save(tmp_path / f"{number}.png")
     path = tmp_path / "x.json"
     path.write_bytes(content)
-    tried(lambda: evaluate(path))
+    tried(evaluate, path)
 
 
 # Captions and lists
@@ -281,13 +286,13 @@ def test_captions(tmp_path: Path, file: tuple[str, bytes]) -> None:
     for number in range(3):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
     (tmp_path / file[0]).write_bytes(file[1])
+    tried(read_captions, tmp_path)
 
-    def check() -> None:
-        source = open_captions(tmp_path, "test")
-        json.dumps([source.image_ids, source.captions, source.fingerprint]).encode()
-        assert all(source.read(index).size == (4, 4) for index in range(len(source.image_ids)))
 
-    tried(check)
+def read_captions(tmp_path: Path) -> None:
+    source = open_captions(tmp_path, "test")
+    json.dumps([source.image_ids, source.captions, source.fingerprint]).encode()
+    assert all(source.read(index).size == (4, 4) for index in range(len(source.image_ids)))
 
 
 ORDERS = [{"ant": 0, "bee": 1}, {"0": "ant", "1": "bee"}, ["ant", "bee"]]
@@ -297,8 +302,14 @@ ORDERS = [{"ant": 0, "bee": 1}, {"0": "ant", "1": "bee"}, ["ant", "bee"]]
 def test_class_orders_and_lists(tmp_path: Path, content: bytes) -> None:
     for name in ("x.json", "x.txt"):
         (tmp_path / name).write_bytes(content)
-    tried(lambda: read_class_order(tmp_path / "x.json"))
-    tried(lambda: (read_class_order(tmp_path / "x.txt"), read_list(tmp_path / "x.txt")))
+    tried(read_names, tmp_path)
+
+
+def read_names(folder: Path) -> None:
+    for read in (read_list, read_class_order):
+        with suppress(DataError):
+            read(folder / "x.txt")
+    read_class_order(folder / "x.json")
 
 
 # Folders
@@ -333,12 +344,12 @@ def test_folders(entries: list[tuple[list[str], str, str]]) -> None:
             (root / top).mkdir(parents=True)
             for parts, kind, target in entries:
                 make_entry(root.joinpath(top, *parts), kind, target)
+        tried(walk, root)
 
-        def check() -> None:
-            found = files_by_class(root / "val", ["ant", "bee"], lambda path: path.endswith("png"))
-            real = [os.path.realpath(path) for path, _ in found.samples]
-            assert len({*real}) == len(real)
-            assert not any(map(os.path.isdir, real))
-            open_folder(root, "val", "text").fingerprint.encode()
 
-        tried(check)
+def walk(root: Path) -> None:
+    found = files_by_class(root / "val", ["ant", "bee"], lambda path: path.endswith("png"))
+    real = [os.path.realpath(path) for path, _ in found.samples]
+    assert len({*real}) == len(real)
+    assert not any(map(os.path.isdir, real))
+    open_folder(root, "val", "text").fingerprint.encode()
