@@ -42,20 +42,17 @@ verbose = click.option(
 )
 
 
-class Commands(click.Group):
-    """Command group whose exceptions become messages and exit codes, see `reported`."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with reported():
-            return super().invoke(ctx)
-
-
 class Command(click.Command):
     """Command whose exceptions become messages and exit codes, see `reported`."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        ctx.color = True  # otherwise click removes escape sequences, which the streams would show
         with reported():
             return super().invoke(ctx)
+
+
+class Commands(Command, click.Group):
+    """Group of commands whose exceptions become messages and exit codes."""
 
 
 def start(command: str, arguments: list[str] | None = None, **settings: Any) -> None:

@@ -54,7 +54,7 @@ def say():
     """Print more text than a buffer takes, also what ASCII lacks, and an escape sequence."""
     for _ in range(20000):
         print("45.40 ± 56.57 \x1b[2J")
-    click.echo("± \x07")
+    click.echo("± \x1b[2J")
     print("done", file=sys.stderr)
 
 @group.command()
@@ -167,7 +167,7 @@ def test_any_encoding_takes_the_output(command: Callable[..., Any], encoding: st
     assert (process.returncode, err) == (0, "done\n")
     sign = "?" if encoding == "ascii" else "±"
     assert out.startswith(f"45.40 {sign} 56.57 \\x1b[2J\n")
-    assert out.endswith(f"{sign} \\x07\n")
+    assert out.endswith(f"{sign} \\x1b[2J\n")
     assert printable(out) == out
 
 
