@@ -31,9 +31,14 @@ _MEMORY = (
 )
 
 
-def _log(_: click.Context, __: click.Parameter, is_verbose: bool) -> None:
-    level = logging.INFO if is_verbose else logging.ERROR
+def show_log(level: int) -> None:
+    """Print log messages from ``level`` on, unless ``--verbose`` has chosen a level."""
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+def _log(_: click.Context, __: click.Parameter, is_verbose: bool) -> None:
+    if is_verbose:
+        show_log(logging.INFO)
 
 
 #: Option ``--verbose``, which each group and command has.

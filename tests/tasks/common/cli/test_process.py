@@ -16,7 +16,7 @@ from fimaq_core.terminal import printable
 
 #: A module with commands that end in each way.
 COMMANDS = r'''
-import os, sys, time
+import logging, os, sys, time
 import click
 from fimaq_core.errors import FimaqError
 from tasks.common.cli import process
@@ -46,6 +46,8 @@ def fail(kind):
         raise OSError(28, "No space left on device", "/data/x")
     if kind == "bug":
         raise ValueError("a\nb\x1b[2J")
+    if kind == "warning":
+        logging.getLogger("benchmarks").warning("this cell is left out\x07")
     if kind == "exit":
         click.get_current_context().exit(1)
 
@@ -96,6 +98,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         ("fork", 2, "error: Not enough memory (OSError: [Errno 12]"),
         ("disk", 2, "error: No space left on device: /data/x. Check the path"),
         ("bug", 2, r"error: Unexpected error, ValueError: a b\x1b[2J. Give --verbose"),
+        ("warning", 0, r"this cell is left out\x07"),
         ("exit", 1, ""),
         ("nothing", 0, ""),
     ],
