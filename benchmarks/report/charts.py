@@ -8,6 +8,7 @@ Arguments of the chart functions:
 """
 
 import re
+import resource
 from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
@@ -15,6 +16,11 @@ from xml.etree import ElementTree
 import pandas as pd
 from markupsafe import Markup
 
+from benchmarks.console import size_text
+from fimaq_core.errors import FimaqError
+
+#: Bytes of address space that the library for charts reserves.
+_SPACE = 2**38
 #: Number of colours in the style sheet, and markers. All colours come with one marker, then with
 #: the next marker.
 COLOURS = 8
@@ -151,7 +157,17 @@ def _records(rows: pd.DataFrame) -> list[Dict]:
 
 
 def _draw(rows: pd.DataFrame, layers: list[Dict], alt: str, height: int | Dict = _ROWS) -> Markup:
-    """Return a chart as SVG; the default height depends on the number of names."""
+    """Return a chart as SVG; the default height depends on the number of names.
+
+    Raises FimaqError if the address space is too small, since the library would end the process.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < _SPACE:
+        raise FimaqError(
+            f"The charts of a report need {size_text(_SPACE)} of address space (not of memory), "
+            f"and this process is limited to {size_text(limit)}: run `ulimit -v unlimited` first, "
+            "or leave the report out. Tables are complete without it."
+        )
     import vl_convert
 
     svg = vl_convert.vegalite_to_svg({

@@ -1,6 +1,7 @@
 """Commands of a task: ``run``, each stage alone, and facts about models."""
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
     @click.group(cls=process.Commands, help=summary, context_settings=_SETTINGS)
     @process.verbose
     def group() -> None:
-        pass
+        process.show_log(logging.ERROR)  # libraries for models warn about much that is as it should
 
     @group.command(cls=options.GroupedCommand)
     @options.model(own)

@@ -31,9 +31,14 @@ _MEMORY = (
 )
 
 
-def _log(_: click.Context, __: click.Parameter, is_verbose: bool) -> None:
-    level = logging.INFO if is_verbose else logging.ERROR
+def show_log(level: int) -> None:
+    """Print log messages from ``level`` on, unless ``--verbose`` has chosen a level."""
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+def _log(_: click.Context, __: click.Parameter, is_verbose: bool) -> None:
+    if is_verbose:
+        show_log(logging.INFO)
 
 
 #: Option ``--verbose``, which each group and command has.
@@ -42,20 +47,17 @@ verbose = click.option(
 )
 
 
-class Commands(click.Group):
-    """Command group whose exceptions become messages and exit codes, see `reported`."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with reported():
-            return super().invoke(ctx)
-
-
 class Command(click.Command):
     """Command whose exceptions become messages and exit codes, see `reported`."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        ctx.color = True  # otherwise click removes escape sequences, which the streams would show
         with reported():
             return super().invoke(ctx)
+
+
+class Commands(Command, click.Group):
+    """Group of commands whose exceptions become messages and exit codes."""
 
 
 def start(command: str, arguments: list[str] | None = None, **settings: Any) -> None:

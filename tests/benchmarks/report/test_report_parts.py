@@ -9,6 +9,8 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,20 @@ def test_charts_hold_any_text():
     assert 'data-method="a��"' in chart
     assert "<title>&lt;t&gt;�</title>" in chart
     assert ">b�\\u0001<" in chart
+
+
+def test_a_small_address_space_is_an_error_for_the_user():
+    """Without the check, the library for charts would end the process."""
+    code = (
+        "import resource\nimport pandas as pd\nfrom benchmarks.report.charts import _draw\n"
+        "from fimaq_core.errors import FimaqError\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))\n"
+        "try:\n    _draw(pd.DataFrame(), [], '')\nexcept FimaqError as error:\n    print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "and this process is limited to 8.6 GB: run `ulimit -v unlimited` first" in done.stdout
 
 
 def test_error_bars_are_the_spread_of_seeds_or_the_sampling_error(tmp_path: Path):

@@ -16,7 +16,7 @@ from fimaq_core.terminal import printable
 
 #: A module with commands that end in each way.
 COMMANDS = r'''
-import os, sys, time
+import logging, os, sys, time
 import click
 from fimaq_core.errors import FimaqError
 from tasks.common.cli import process
@@ -46,6 +46,8 @@ def fail(kind):
         raise OSError(28, "No space left on device", "/data/x")
     if kind == "bug":
         raise ValueError("a\nb\x1b[2J")
+    if kind == "warning":
+        logging.getLogger("benchmarks").warning("this cell is left out\x07")
     if kind == "exit":
         click.get_current_context().exit(1)
 
@@ -54,7 +56,7 @@ def say():
     """Print more text than a buffer takes, also what ASCII lacks, and an escape sequence."""
     for _ in range(20000):
         print("45.40 ± 56.57 \x1b[2J")
-    click.echo("± \x07")
+    click.echo("± \x1b[2J")
     print("done", file=sys.stderr)
 
 @group.command()
@@ -96,6 +98,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         ("fork", 2, "error: Not enough memory (OSError: [Errno 12]"),
         ("disk", 2, "error: No space left on device: /data/x. Check the path"),
         ("bug", 2, r"error: Unexpected error, ValueError: a b\x1b[2J. Give --verbose"),
+        ("warning", 0, r"this cell is left out\x07"),
         ("exit", 1, ""),
         ("nothing", 0, ""),
     ],
@@ -167,7 +170,7 @@ def test_any_encoding_takes_the_output(command: Callable[..., Any], encoding: st
     assert (process.returncode, err) == (0, "done\n")
     sign = "?" if encoding == "ascii" else "±"
     assert out.startswith(f"45.40 {sign} 56.57 \\x1b[2J\n")
-    assert out.endswith(f"{sign} \\x07\n")
+    assert out.endswith(f"{sign} \\x1b[2J\n")
     assert printable(out) == out
 
 
