@@ -158,10 +158,15 @@ class AffineQuantizer(ActivationQuantizer):
         self.zero_point = zero_point.detach().clone().float().contiguous()
 
     def problem(self, one_sided: bool) -> str | None:
-        # A range above zero has a negative zero point. Ranges below zero are hardly ever narrow.
-        top = self.levels - 1
-        least, most = (-1e20, 16 * top) if one_sided else (0, top)
-        return super().problem(one_sided) or self._zero_point_problem(least, most)
+        top, far = self.levels - 1, 1e20
+        bounds = (-far, far) if one_sided else (0, top)
+        found = super().problem(one_sided) or self._zero_point_problem(*bounds)
+        if self.off or found is not None or not one_sided:
+            return found
+        # A range above zero has a negative zero point. A range below zero is wide, unless all
+        # values are nearly the same.
+        wide = torch.where(self.scale > 2e-4, self.zero_point, 0.0)
+        return outside("zero_point", wide, -far, 16 * top)
 
     def _zero_point_problem(self, least: float, most: float) -> str | None:
         scale, zero = self.scale, self.zero_point
