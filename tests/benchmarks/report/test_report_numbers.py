@@ -72,7 +72,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, report_fakes.
 
 def test_tables_have_the_means_and_spreads_of_the_csv(whole: tuple[Path, report_fakes.Node]):
     folder, page = whole
-    measured = scores.collect(expand(GRID, Filters(), RunOptions(results=folder)), fakes.ADAPTER)
+    measured = scores.collect(
+        expand(GRID, Filters(), RunOptions(results=folder)), fakes.ADAPTER
+    ).measured
     table = scores.scores(measured)
     table["model"] = table["subject"]
     compared = 0
@@ -108,7 +110,9 @@ def test_provenance_has_every_value_of_the_csv_with_its_decimals(
     whole: tuple[Path, report_fakes.Node],
 ):
     folder, page = whole
-    measured = scores.collect(expand(GRID, Filters(), RunOptions(results=folder)), fakes.ADAPTER)
+    measured = scores.collect(
+        expand(GRID, Filters(), RunOptions(results=folder)), fakes.ADAPTER
+    ).measured
     lines = list(csv.DictReader(io.StringIO(scores.csv_text(scores.scores(measured)))))
     wanted = sorted((line["metric"], f"{line['value']} ± {line['stderr']}") for line in lines)
     found = sorted(

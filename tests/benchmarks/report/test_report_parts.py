@@ -81,7 +81,7 @@ def test_error_bars_are_the_spread_of_seeds_or_the_sampling_error(tmp_path: Path
     cells = report_fakes.write_results(
         tmp_path, grid, examples=None, keep=lambda c: not (c.method == "rtn" and c.seed == 2)
     )
-    groups = make_groups(collect(cells, fakes.ADAPTER))
+    groups = make_groups(collect(cells, fakes.ADAPTER).measured)
     two = next(group for group in groups if group.method == "fimaq")
     one = next(group for group in groups if group.method == "rtn")
     values = [item.record.metrics["top1"].value for item in two.items]
@@ -160,7 +160,7 @@ def test_module_maps_are_shared_by_cells_that_differ_in_bits_only(tmp_path: Path
     cells = report_fakes.write_results(tmp_path, grid, examples=None)
     maps = [
         found
-        for found in module_maps(make_groups(collect(cells, fakes.ADAPTER)))
+        for found in module_maps(make_groups(collect(cells, fakes.ADAPTER).measured))
         if found["subject"] == "demo_vit"
     ]
     assert [found["used_by"] for found in maps] == [["rtn", "brecq", "qdrop"], ["fimaq"]]
