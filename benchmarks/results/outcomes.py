@@ -101,7 +101,8 @@ def read(record: ResultRecord, folder: Path) -> Outcomes:
     outcomes = Outcomes(_shared(sample), _shared(cluster), metrics, folder)
     for problem in _contradictions(record, outcomes):
         raise OutcomesError(
-            f"The outcomes {folder / record.outcomes} {problem}: they are of another run. Measure "
+            f"The outcomes {folder / record.outcomes} {problem}: they belong to another run. "
+            f"Measure "
             f"{record.model} {record.method} again with --force.",
             "outcomes of another record",
         )

@@ -272,8 +272,7 @@ def hostile_record(cell: Cell) -> ResultRecord:
         )
     return record.model_copy(
         update={
-            "model": HOSTILE,
-            "variant": HOSTILE,
+            "variant": f"{HOSTILE}{cell.mark}",
             "notes": [HOSTILE, "javascript:alert(1)"],
             "dataset": record.dataset.model_copy(update={"name": HOSTILE, "split": HOSTILE}),
             "weights": record.weights.model_copy(
@@ -282,12 +281,10 @@ def hostile_record(cell: Cell) -> ResultRecord:
             "environment": record.environment.model_copy(
                 update={"device": HOSTILE, "git_revision": HOSTILE, "versions": {HOSTILE: HOSTILE}}
             ),
-            "metrics": {**record.metrics, HOSTILE: next(iter(record.metrics.values()))},
             "seconds": {**record.seconds, HOSTILE: 1.0},
             "stage_memory_bytes": {HOSTILE: 5},
             "blocks": {f"{HOSTILE}{name}": figures for name, figures in record.blocks.items()},
             "modules": layers,
-            "finished": HOSTILE,
         }
     )
 

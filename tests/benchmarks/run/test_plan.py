@@ -176,7 +176,7 @@ def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
 def test_costs_survive_their_file(tmp_path: Path):
     cells = expand(load_grid("demo"), Filters(), RunOptions(results=tmp_path))
     found = [
-        cost_row(cell, fakes.record_of(cell.request, 1.0))
+        cost_row(cell, fakes.record_of(cell.request, 50.0))
         for cell in (cells[0], cells[1], cells[-1])
     ]
     path = tmp_path / "x.costs.csv"
