@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.compare import known_answers
 from benchmarks.compare.agreement import ALPHA, FIGURES, RATIOS, compared, observations
 from benchmarks.console import csv_cell, csv_value
 from benchmarks.costs.sources import REFERENCE, cost_row, costs_path, costs_text
@@ -153,6 +152,8 @@ def compare(grid: Grid, measured: Items, folder: Path = REFERENCE) -> list[str]:
         return [f"{error}. No result is compared with the reference."]
     if found is None:
         return []
+    from benchmarks.compare import known_answers  # imports PyTorch: memory and time
+
     reference, about = found
     if wrong := known_answers.wrong():
         why = "the code gives wrong answers to problems with known answers"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import NamedTuple
 
@@ -11,9 +12,9 @@ from markupsafe import Markup
 from benchmarks.console import duration, size_text
 from benchmarks.report import charts
 from benchmarks.report.groups import Group, find
-from benchmarks.results.scores import FULL, Column, columns_of, is_percent, unique
+from benchmarks.results.scores import FULL, Column, columns_of, unique
 from fimaq_core.recipe import OFF
-from tasks.common.record import own_seconds
+from tasks.common.record import is_percent, own_seconds
 
 #: Name of the only stage in memory figures of records that state no memory per stage.
 _WHOLE = "whole cell (memory)"
@@ -25,6 +26,11 @@ _BLOCK_TITLES = {
 }
 #: Style of each method (colour and marker) or of each kind of stage (colour).
 Looks = Mapping[str, str]
+#: Charts of one kind per section; each takes some 30 ms and 30 kB. The tables have all numbers.
+MOST_CHARTS = 30
+_NO_CHART = Markup(
+    "<p>No chart: the page draws the first {} of a kind. The table has the numbers.</p>"
+)
 _SCORE_COLUMNS = [
     "subject", "name", "bits", "value", "error", "look", "title", "shown", "cost", "narrow",
 ]  # fmt: skip
@@ -62,7 +68,7 @@ def bits_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator
 def cost_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[Figure]:
     """Yield one figure per subject and bits: scores against seconds per cell, Pareto front."""
     every = _score_rows(groups, metric, looks)
-    for column in columns_of([group.cell for group in groups]):
+    for place, column in enumerate(columns_of([group.cell for group in groups])):
         here = every["subject"].eq(column.subject) & every["bits"].eq(column.bits)
         rows = every[here].sort_values("cost", kind="stable")
         if rows.empty:
@@ -73,7 +79,8 @@ def cost_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator
         rows["on the front"] = rows["best"].map({True: "yes", False: "no"})
         where = f"{column.subject} at {column.bits}"
         alt = f"{metric} of {where} against seconds; on the Pareto front: {', '.join(front)}"
-        chart = charts.scatter_chart(rows, _level(groups, column, metric), alt)
+        level = _level(groups, column, metric)
+        chart = _limited(place, partial(charts.scatter_chart, rows, level, alt))
         data = rows.set_index("name")[["shown", "time", "on the front"]]
         yield Figure(column, chart, _data(data.rename(columns={"shown": metric}), "method"))
 
@@ -119,7 +126,7 @@ def pareto(rows: pd.DataFrame, *, higher: bool = True) -> list[str]:
 
 def block_figures(groups: Sequence[Group], looks: Looks, what: str) -> Iterator[Figure]:
     """Yield figures of ``what`` by block: the outputs' ``error`` or the ``fisher`` weight."""
-    for column in columns_of([group.cell for group in groups]):
+    for place, column in enumerate(columns_of([group.cell for group in groups])):
         found = find(groups, column)
         every = {name: _block_means(group, what) for name, group in found.items()}
         means = pd.DataFrame({name: mean for name, mean in every.items() if mean})
@@ -134,14 +141,23 @@ def block_figures(groups: Sequence[Group], looks: Looks, what: str) -> Iterator[
         ]
         alt = f"{_BLOCK_TITLES[what]} of {column.subject} at {column.bits}, for {len(means)} "
         alt += f"blocks from input to output; methods: {', '.join(means)}"
-        yield Figure(column, charts.block_chart(pd.DataFrame(rows), alt), _data(texts, "block"))
+        chart = _limited(place, partial(charts.block_chart, pd.DataFrame(rows), alt))
+        yield Figure(column, chart, _data(texts, "block"))
+
+
+def _limited(place: int, draw: Callable[[], Markup]) -> Markup:
+    """Return a chart, or a sentence behind the first :data:`MOST_CHARTS` of its kind."""
+    return draw() if place < MOST_CHARTS else _NO_CHART.format(MOST_CHARTS)
 
 
 def _block_means(group: Group, what: str) -> dict[str, float]:
     """Return the means over seeds by block, for blocks that have ``what`` in every seed."""
-    records = (item.record for item in group.items)
-    rows = [{name: getattr(block, what) for name, block in r.blocks.items()} for r in records]
-    return pd.DataFrame(rows, dtype=float).mean(skipna=False).dropna().to_dict()
+    first, *others = (
+        {name: getattr(block, what) for name, block in item.record.blocks.items()}
+        for item in group.items
+    )
+    rows = {name: [value, *(own.get(name) for own in others)] for name, value in first.items()}
+    return {name: fmean(values) for name, values in rows.items() if None not in values}
 
 
 def kind_of(stage: str) -> str:
@@ -166,7 +182,7 @@ def stage_figures(
     what, total, whole = ("Peak memory", "max", "largest") if memory else ("Seconds", "sum", "all")
     text: Callable[[float], str] = size_text if memory else duration
     unit = 1e-9 if memory else 1.0  # GB, so that the axis has round numbers
-    for column in columns_of([group.cell for group in groups]):
+    for place, column in enumerate(columns_of([group.cell for group in groups])):
         found = find(groups, column)
         stages = pd.DataFrame({name: _stages(group, memory) for name, group in found.items()})
         stages = stages.dropna(axis="columns", how="all")
@@ -174,16 +190,23 @@ def stage_figures(
             continue
         rows, sums = [], stages.agg(total)
         for name in stages:
-            kinds = stages[name].dropna().groupby(kind_of, sort=False).agg(total)
+            kinds: dict[str, list[float]] = {}
+            for stage, value in stages[name].dropna().items():
+                kinds.setdefault(kind_of(stage), []).append(value)
+            shown = {kind: max(own) if memory else sum(own) for kind, own in kinds.items()}
+            if memory:
+                largest = max(shown, key=lambda kind: shown[kind])
+                shown = {largest: shown[largest]}
             rows += [
                 {"name": name, "value": unit * value, "look": colours[kind]}
                 | {"title": f"{name}, {kind}: {text(value)}"}
-                for kind, value in (kinds.nlargest(1) if memory else kinds).items()
+                for kind, value in shown.items()
             ]
         ends = pd.DataFrame({"value": unit * sums, "title": sums.map(text)}).rename_axis("name")
         alt = f"{what} by stage of {column.subject} at {column.bits}. Largest: {sums.idxmax()} "
         alt += f"with {text(sums.max())}"
-        chart = charts.bar_chart(pd.DataFrame(rows), ends.reset_index(), alt)
+        draw = partial(charts.bar_chart, pd.DataFrame(rows), ends.reset_index(), alt)
+        chart = _limited(place, draw)
         data = stages.T.assign(**{whole: sums}).map(text, na_action="ignore")
         yield Figure(column, chart, _data(data, "method"))
 
@@ -192,7 +215,11 @@ def _stages(group: Group, memory: bool) -> dict[str, float]:
     """Return seconds, or bytes of memory, by stage: the mean over seeds that have the stage."""
     records = [item.record for item in group.items]
     peaks = [r.stage_memory_bytes or {_WHOLE: r.peak_memory_bytes} for r in records]
-    return pd.DataFrame(peaks if memory else [r.seconds for r in records]).mean().to_dict()
+    values: dict[str, list[float]] = {}
+    for own in peaks if memory else [record.seconds for record in records]:
+        for stage, value in own.items():
+            values.setdefault(stage, []).append(value)
+    return {stage: fmean(found) for stage, found in values.items()}
 
 
 def _data(table: pd.DataFrame, name: str) -> pd.DataFrame:

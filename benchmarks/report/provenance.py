@@ -115,13 +115,15 @@ def module_maps(groups: Sequence[Group]) -> list[Dict]:
     A map writes W and A for the cell's own bits, so cells that differ only in their bits share it.
     ``used_by`` names the methods, with bits if a method has several maps.
     """
-    found = []
+    found, known = [], {}
     for group in groups:
         for record in (item.record for item in group.items):
             if (modules := record.modules) is not None:
-                layers = tuple(_layer(entry, record) for entry in modules.quantized)
-                both = layers, tuple(modules.full_precision)
-                found.append((group.cell.subject, group.method, group.cell.bits, both))
+                key = id(modules), record.w_bit, record.a_bit  # many records share a map
+                if key not in known:
+                    layers = tuple(_layer(entry, record) for entry in modules.quantized)
+                    known[key] = layers, tuple(modules.full_precision)
+                found.append((group.cell.subject, group.method, group.cell.bits, known[key]))
     table = pd.DataFrame(found, columns=["subject", "method", "bits", "map"]).drop_duplicates()
     number = table.groupby(["subject", "method"])["map"].nunique()
     maps = []

@@ -4,6 +4,7 @@ import math
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,9 @@ _BROKEN = (
 )  # fmt: skip
 
 
-def read_arrays(path: Path, most_bytes: int) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: Path, most_bytes: int, names: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
     """Return the arrays of an archive by name.
 
     Everything is checked before anything is unpacked: a few kilobytes may stand for gigabytes.
@@ -30,6 +33,7 @@ def read_arrays(path: Path, most_bytes: int) -> dict[str, np.ndarray]:
     Args:
         path: the ``.npz`` file.
         most_bytes: bound on the sum of the unpacked sizes.
+        names: arrays to read, those of them that the archive has; None: all.
 
     Raises:
         OSError: the file cannot be opened, is no regular file or is larger than ``most_bytes``.
@@ -39,12 +43,14 @@ def read_arrays(path: Path, most_bytes: int) -> dict[str, np.ndarray]:
     with open_regular(path, most_bytes) as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                return _unpacked(archive, most_bytes)
+                return _unpacked(archive, most_bytes, names)
         except _BROKEN as error:
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _unpacked(archive: zipfile.ZipFile, most_bytes: int) -> dict[str, np.ndarray]:
+def _unpacked(
+    archive: zipfile.ZipFile, most_bytes: int, wanted: Collection[str] | None
+) -> dict[str, np.ndarray]:
     members = archive.infolist()
     names = [member.filename.removesuffix(".npy") for member in members]
     if len(members) > _MOST_MEMBERS or len(set(names)) < len(names):
@@ -59,6 +65,8 @@ def _unpacked(archive: zipfile.ZipFile, most_bytes: int) -> dict[str, np.ndarray
             _check_header(file, member)
     arrays = {}
     for name, member in zip(names, members, strict=True):
+        if wanted is not None and name not in wanted:
+            continue
         with archive.open(member) as file:
             arrays[name] = npy.read_array(file, allow_pickle=False)
         _check_values(name, arrays[name])

@@ -35,7 +35,7 @@ def file_sha256(path: Path) -> str:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8192)  # outcomes of all cells of a large grid
 def _sha256(path: Path, changed: int, size: int) -> str:
     with open_regular(path, sys.maxsize) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

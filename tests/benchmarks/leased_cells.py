@@ -24,7 +24,7 @@ def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
         write_note(results, "begun", name)
         time.sleep(0.3)
         lease.check()
-        write_record(fakes.record_of(request, 50.0), path.parent)
+        write_record(fakes.placed_record(request, 50.0), path.parent)
         write_note(results, "measured", name)
     return path
 

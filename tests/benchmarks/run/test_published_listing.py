@@ -31,7 +31,7 @@ def options(tmp_path: Path) -> RunOptions:
     cells = expand(load_table("fimaq").grid(), Filters(), options)
     measured = next(cell for cell in cells if (cell.model, cell.method) == ("vit_small", "fp"))
     changes = {"seconds": {"evaluate": 100.0}, "peak_memory_bytes": 2 * 10**9, "environment": CPU}
-    record = fakes.record_of(measured.request, 81.0).model_copy(update=changes)
+    record = fakes.placed_record(measured.request, 81.0).model_copy(update=changes)
     write_record(record, default_adapter().planned_folder(measured.request))
     swin = [cell for cell in cells if (cell.model, cell.method) == ("swin_base", "fimaq")]
     path = tmp_path / "results" / "rehearsal" / "rehearsal.json"

@@ -17,7 +17,7 @@ from benchmarks.run.executor import Failed, Kind
 from benchmarks.run.order import CellQueue
 from benchmarks.run.runner import Attempts
 from fimaq_core.progress import Progress
-from tasks.common.record import write_record
+from tasks.common.record import read_record, write_record
 from tasks.common.request import CellRequest
 
 pytestmark = pytest.mark.slow
@@ -76,21 +76,26 @@ def test_cells_without_memory_are_tried_again_with_smaller_batches(tmp_path: Pat
     assert batches == ["32", "16", "8"]
 
 
-def test_a_damaged_record_fails_at_once_and_stays(tmp_path: Path):
+def test_a_cell_with_a_damaged_record_is_left_alone_until_it_is_forced(tmp_path: Path):
     (cell,) = [cell for cell in expand_small(tmp_path) if cell.label == "demo_vit rtn w3a3 seed 1"]
     path = fakes.planned_folder(cell.request) / "result.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"schema_version": 1')
     result = run(tmp_path, {})
-    assert result.exit_code == 1
-    assert "1 of 6 cells failed" in result.output
-    assert "is damaged" in result.output
-    assert "delete it to measure that cell again" in result.output
+    assert result.exit_code == 2
+    assert "1 of 6 cells were not measured, since their records cannot be read" in result.stderr
+    assert f"warning: Not shown: {cell.label}, whose record cannot be used." in result.stderr
+    assert "is damaged" in result.stderr
+    assert "delete it to measure that cell again" in result.stderr
     assert path.read_text() == '{"schema_version": 1'
     assert engine_fakes.tries(tmp_path, "demo_vit rtn w3a3") == 0
     again = run(tmp_path, {})
-    assert again.exit_code == 1
+    assert again.exit_code == 2
+    assert "All 6 cells" not in again.output
     assert len(engine_fakes.attempts(tmp_path)) == 5
+    forced = run(tmp_path, {}, "--force")
+    assert (forced.exit_code, "cannot be" in forced.output) == (0, False)
+    assert read_record(path).method == "rtn"
 
 
 def expand_small(tmp_path: Path) -> list[Cell]:

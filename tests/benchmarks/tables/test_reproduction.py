@@ -20,6 +20,7 @@ from benchmarks.published.table import PublishedTable, load_table
 from benchmarks.report.page import write_report
 from benchmarks.results.scores import Measured
 from benchmarks.tables.reproduction import COLUMNS, Reproduction
+from benchmarks.tables.write import write_published
 from tasks.common.data.folders import open_folder
 from tasks.common.data.imagenet import wordnet_ids
 from tasks.common.record import Dataset
@@ -334,6 +335,22 @@ def test_make_hands_the_table_on():
     ).stdout
     assert "run --report --table fimaq --bits w3a3" in " ".join(found.split())
     assert "--profile" not in found
+
+
+def test_a_cell_with_an_unreadable_record_has_a_mark_of_its_own(tmp_path: Path):
+    table = load_table(written(tmp_path))
+    cells = [c for c in cells_of(table, results=tmp_path) if c.model == "vit_small"]
+    fakes.write_cells(cells, lambda cell: 64.0)
+    (cell,) = (cell for cell in cells if cell.method == "fimaq")
+    (fakes.planned_folder(cell.request) / "result.json").write_text("{")
+    part = write_published(table, table.grid(), RunOptions(results=tmp_path), fakes.ADAPTER, cells)
+    assert part.conclusion()[1] == 2
+    text = part.markdown()
+    assert "76.68 !" in text
+    assert "! published number, measured, but the record cannot be read" in text
+    assert f"\n- Not shown: {cell.label}, whose record cannot be used. The record " in text
+    for ending in ("md", "tex", "unreadable.txt"):
+        assert "Not shown: " in (tmp_path / "tables" / f"mine.{ending}").read_text()
 
 
 def test_the_report_shows_the_table_and_escapes_it(tmp_path: Path):
