@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from benchmarks.compare.statistics import half_width
 from benchmarks.grid.names import PUBLISHED, UNSTATED, Names, load_names
 from benchmarks.results import scores
 from fimaq_core.errors import FimaqError
@@ -22,14 +23,18 @@ COLUMNS = [
     "variant", "source", "evidence", "difference", "verdict", "reason",
 ]  # fmt: skip
 
-#: Points by which two runs of one recipe may differ in any case.
+#: Points around a published number in which a reproduction must lie.
+MARGIN = 1.0
+#: Points by which a published number may be off: it is mostly one seed of another machine.
 TOLERANCE = 0.3
-#: Largest tolerance in points: beyond it, agreement would be claimed from noise.
-WIDEST = 1.0
+#: Error of each of the two one-sided tests, so that intervals have the level ``1 - 2 ALPHA``.
+ALPHA = 0.05
 REPRODUCED, ABOVE, BELOW, UNCERTAIN, NOT_COMPARABLE = (
     "reproduced", "above", "below", "too uncertain", "not comparable",
 )  # fmt: skip
 _STRONG = ("primary", "cited")
+#: Points by which rounding of decimal numbers may move an interval.
+_TINY = 1e-9
 
 
 class Measurement(NamedTuple):
@@ -177,13 +182,13 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
 def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> pd.DataFrame:
     """Compare records with published numbers (``rows``; None: all of them).
 
-    The tolerance is :data:`TOLERANCE` or two standard errors of the measured mean (from samples and
-    seeds), whichever is larger. It is rather wide, because published numbers come from the same
-    images. Verdicts:
+    The verdicts follow from the interval of ``measured - published`` at the level ``1 - 2 ALPHA``
+    (:func:`~benchmarks.compare.statistics.half_width`), as in an equivalence test by two one-sided
+    tests (Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15, 1987):
 
-    - ``reproduced``: the difference is within the tolerance;
-    - ``above``, ``below``: the difference is beyond the tolerance;
-    - ``too uncertain``: within a tolerance wider than :data:`WIDEST`;
+    - ``reproduced``: the interval is within :data:`MARGIN`;
+    - ``above``, ``below``: the interval is beyond :data:`TOLERANCE`, but not within the margin;
+    - ``too uncertain``: neither, so a noisier measurement is reproduced less often;
     - ``not comparable``: other data, settings, weights or framework; a source that does not name
       the quantized parts; weak evidence.
 
@@ -252,13 +257,16 @@ def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Jud
         weak = [f"published variant '{variant}' was run with another framework or recipe"]
     if weak:
         return Judgement(NOT_COMPARABLE, gap, f"context only: {'; '.join(weak)}")
-    tolerance = max(TOLERANCE, 2 * item.se)
-    within = abs(gap) <= tolerance + 1e-9
-    basis = f"{TOLERANCE:g} points" if tolerance == TOLERANCE else "2 standard errors"
-    rule = f"{'within' if within else 'beyond'} ±{tolerance:.2f} ({basis})"
-    verdict = REPRODUCED if within else ABOVE if gap > 0 else BELOW
-    if within and tolerance > WIDEST:
-        verdict, rule = UNCERTAIN, f"{rule}, which is too wide to tell"
+    half = half_width(item.sampling, item.sd, item.seeds, ALPHA)
+    low, high = gap - half, gap + half
+    if max(abs(low), abs(high)) <= MARGIN + _TINY:
+        verdict, rule = REPRODUCED, f"within ±{MARGIN:g} point"
+    elif min(abs(low), abs(high)) >= TOLERANCE - _TINY and low * high > 0:
+        verdict, rule = (ABOVE if gap > 0 else BELOW), f"beyond ±{TOLERANCE:g} points"
+    else:
+        verdict = UNCERTAIN
+        rule = f"neither within ±{MARGIN:g} point nor beyond ±{TOLERANCE:g} points"
+    rule = f"difference of {low:+.2f} to {high:+.2f} ({1 - 2 * ALPHA:.0%} interval), {rule}"
     one_seed = "one seed, so the spread over seeds is not counted"
     note = names.datasets[row["task"]][row["dataset"]].notes.get(row["method"])
     remarks = (one_seed if item.seeds == 1 and not full else None, note)

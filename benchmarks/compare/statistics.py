@@ -1,11 +1,11 @@
-"""Paired tests: McNemar's exact test, Newcombe's interval, the bootstrap over clusters, Holm."""
+"""Paired tests: McNemar, Newcombe, bootstrap over clusters, Holm; the t interval of a mean."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, t
 
 from benchmarks.results.outcomes import statistic
 
@@ -169,3 +169,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     steps = np.minimum(1.0, np.arange(len(p), 0, -1) * p[order])
     p[order] = np.maximum.accumulate(steps)
     return p.tolist()
+
+
+def half_width(sampling: float, sd: float, seeds: int, alpha: float) -> float:
+    """Return half the width of the ``1 - 2 alpha`` interval of a mean over seeds.
+
+    The variance of the mean is ``sampling² + sd² / seeds``. Its first part is known and its second
+    part is estimated, so the quantile is Student's t with Satterthwaite's degrees of freedom
+    (Biometrics Bulletin 2, 1946). These are ``seeds - 1`` if the seeds vary much more than the
+    samples, and grow to infinity (a normal quantile) if they vary much less.
+
+    Args:
+        sampling: standard error from the finite number of samples, which all seeds share.
+        sd: standard deviation over seeds; not used for one seed, whose spread is unknown.
+        seeds: number of seeds.
+        alpha: error of each of the two one-sided tests.
+    """
+    spread = sd**2 / seeds if seeds > 1 else 0.0
+    variance = sampling**2 + spread
+    share = spread / variance if variance > 0 else 0.0
+    freedom = (seeds - 1) / share**2 if share > 1e-6 else math.inf
+    return float(t.ppf(1 - alpha, freedom)) * math.sqrt(variance)
