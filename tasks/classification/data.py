@@ -1,7 +1,7 @@
 """Images of classification: class folders, the demo's digit pairs, and calibration images."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -71,7 +71,24 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     digest = hashlib.sha256("\n".join([name, *names]).encode())
     digest.update(pixels.numpy().tobytes())
     notes = [*(source.notes() if source is not None else ()), *images.notes()]
-    return CalibrationSet(pixels, names, name, digest.hexdigest(), skipped, notes=notes)
+    return CalibrationSet(
+        pixels,
+        names,
+        name,
+        digest.hexdigest(),
+        skipped,
+        notes=notes,
+        dataset=None if source is None else source.name,
+        split=_common_folder(names) if source is None else source.split,
+        listed=data.calibration_list is not None,
+    )
+
+
+def _common_folder(ids: Sequence[str]) -> str | None:
+    """Return the folder below the data folder that holds all files; None if there is none."""
+    parts = [Path(name).parts for name in ids]
+    found = {own[0] if len(own) > 1 else None for own in parts} - {Path("/").root}
+    return found.pop() if len(found) == 1 else None
 
 
 def _listed(

@@ -8,13 +8,15 @@ older records in :meth:`ResultRecord._migrate`, and keep a record of the old ver
 import hashlib
 import json
 import math
+import re
 import zlib
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
-from pydantic import Field, FiniteFloat, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
 from fimaq_core.documents import Strict
@@ -24,32 +26,46 @@ from fimaq_core.recipe import OFF, Recipe
 from tasks.common.hashing import file_sha256
 from tasks.common.preprocessing import Preprocessing
 
-SCHEMA_VERSION = 3
-#: Fields that version 2 added. Version 3 added only fields whose default means "not recorded".
-_NEW_IN_2 = ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint")
+SCHEMA_VERSION = 4
+#: Fields by the version that added them. Their defaults mean "not recorded".
+_ADDED = {
+    2: ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint"),
+    4: ("identity", "model_args", "artefacts"),
+}
+
+#: Largest standard error of a percentage. Jackknife errors of few images may exceed 100 points.
+_LARGEST_ERROR = 1e4
 
 #: Name of the stage in which a cell waited for a file that another cell was making.
 WAIT = "wait"
 
 #: Name of a file beside the record, without a folder: records of other people are not trusted.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
+Text = Annotated[str, Field(max_length=10_000)]
+Bits = Literal[2, 3, 4, 5, 6, 7, 8, 32]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Count = Annotated[int, Field(ge=0, le=10**12)]
+Bytes = Annotated[int, Field(ge=0, le=2**60)]
+Seconds = Annotated[FiniteFloat, Field(ge=0, le=1e10)]
+Amount = Annotated[FiniteFloat, Field(ge=0, le=1e12)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Metric(Strict):
     """A value in percent, or a rank from 1, and its standard error over the samples."""
 
-    value: FiniteFloat
-    stderr: FiniteFloat
+    value: Amount
+    stderr: Amount
 
 
 class Weights(Strict):
     """Origin of the float weights."""
 
-    tag: str
-    source: str
-    sha256: str
-    entry: str | None = None  # loaded entry of the file; None if it has none, or in old records
-    entries: list[str] = []  # all entries of the file that hold weights
+    tag: Text
+    source: Text
+    sha256: Text
+    entry: Text | None = None  # loaded entry of the file; None if it has none, or in old records
+    entries: list[Text] = []  # all entries of the file that hold weights
 
     def notes(self) -> list[str]:
         """Return one line with the loaded entry if the file has several, else no line."""
@@ -61,32 +77,40 @@ class Weights(Strict):
 class Dataset(Strict):
     """The evaluated samples. None means "not recorded" or "does not apply"."""
 
-    name: str
-    split: str
-    count: int  # images
-    classes: int
-    fingerprint: str
-    captions: int | None = None
-    truncated_captions: int | None = None  # cut off at the model's context length
+    name: Text
+    split: Text
+    count: Count  # images
+    classes: Count
+    fingerprint: Text
+    captions: Count | None = None
+    truncated_captions: Count | None = None  # cut off at the model's context length
     exif: Literal["apply", "ignore"] | None = None  # the user's choice; None: by annotated sizes
-    oriented_images: int | None = None  # images with an EXIF orientation tag
+    oriented_images: Count | None = None  # images with an EXIF orientation tag
     # Source of the class names: weights file or demo, COCO 2017, or the order of annotations.
     class_names_from: Literal["model", "published", "annotations"] | None = None
     # Category of each class of the detector; None for a class without category in the data.
-    class_categories: tuple[str | None, ...] | None = None
-    class_order: str | None = None  # of class folders, see tasks.common.data.class_order
-    left_out: int | None = None  # files that are neither hidden nor images
+    class_categories: tuple[Text | None, ...] | None = None
+    class_order: Text | None = None  # of class folders, see tasks.common.data.class_order
+    left_out: Count | None = None  # files that are neither hidden nor images
 
 
 class Calibration(Strict):
-    """The calibration images: ids in order, their transform, and their captions if any."""
+    """The calibration images: ids in order, their transform, and their captions if any.
 
-    ids: list[str]
-    transform: str
-    fingerprint: str
-    captions: list[str] | None = None
-    truncated_captions: int | None = None
-    batch: int | None = None  # samples that the divergence compares; None if it compares none
+    ``dataset`` and ``split`` name the part of a data set that holds the images. They are None in
+    records before version 4. For listed files that are in no opened data set, ``dataset`` is None
+    and ``split`` is the folder below the data folder that holds all files, if there is one.
+    """
+
+    ids: list[Text]
+    transform: Text
+    fingerprint: Text
+    captions: list[Text] | None = None
+    truncated_captions: Count | None = None
+    batch: Count | None = None  # samples that the divergence compares; None if it compares none
+    dataset: Text | None = None
+    split: Text | None = None
+    listed: bool | None = None  # True: the user listed the images; None in old records
 
 
 class LayerEntry(Strict):
@@ -95,33 +119,33 @@ class LayerEntry(Strict):
     ``*_quantizer`` is the kind of quantizer, ``none`` if off. Old records lack the last 4 fields.
     """
 
-    name: str
-    kind: str
-    weight_bits: int
-    input_bits: int
-    weight_ranges: str
-    input_ranges: str
-    weight_quantizer: str = "uniform"
-    input_quantizer: str = "uniform"
-    other_bits: int | None = None
-    other_quantizer: str | None = None
+    name: Text
+    kind: Text
+    weight_bits: Bits
+    input_bits: Bits
+    weight_ranges: Text
+    input_ranges: Text
+    weight_quantizer: Text = "uniform"
+    input_quantizer: Text = "uniform"
+    other_bits: Bits | None = None
+    other_quantizer: Text | None = None
 
 
 class ModuleMap(Strict):
     """All quantized layers, and all modules left in full precision."""
 
     quantized: list[LayerEntry]
-    full_precision: list[str]
+    full_precision: list[Text]
 
 
 class Environment(Strict):
     """Machine and software of a measurement."""
 
-    versions: dict[str, str]
-    git_revision: str
-    device: str
-    instructions: str = ""  # of the CPU; empty in old records
-    threads: int
+    versions: dict[Text, Text]
+    git_revision: Text
+    device: Text
+    instructions: Text = ""  # of the CPU; empty in old records
+    threads: Count
 
 
 class BlockFigures(Strict):
@@ -145,39 +169,59 @@ class ResultRecord(Strict):
         print(record.model, record.method, record.metrics["top1"].value)
     """
 
-    schema_version: Literal[3] = 3
-    task: str
-    model: str
-    method: str
-    variant: str
-    w_bit: int
-    a_bit: int
-    seed: int | None
-    recipe: dict[str, Any] | None
-    recipe_digest: str
-    metrics: dict[str, Metric]
-    n: int
-    fp_metrics: dict[str, Metric]
+    schema_version: Literal[4] = 4
+    identity: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # empty in old records
+    task: Text
+    model: Text
+    model_args: dict[Text, Any] = {}  # of the library's constructor; empty in old records
+    method: Text
+    variant: Text
+    w_bit: Bits
+    a_bit: Bits
+    seed: Seed | None
+    recipe: dict[Text, Any] | None
+    recipe_digest: Text
+    metrics: dict[Text, Metric] = Field(min_length=1)
+    n: Count = Field(ge=1)
+    fp_metrics: dict[Text, Metric]
     weights: Weights
     preprocessing: Preprocessing | None = None
     dataset: Dataset
     calibration: Calibration | None
+    artefacts: dict[FileName, Sha256] = {}  # shared files that were used, and of their tensors
     modules: ModuleMap | None
-    last_loss: dict[str, FiniteFloat] = {}
-    fisher_passes: dict[str, int] = {}
-    notes: list[str] = []
-    step_engine: str | None = None
-    skipped_images: list[str] = []
-    blocks: dict[str, BlockFigures] = {}
+    last_loss: dict[Text, FiniteFloat] = {}
+    fisher_passes: dict[Text, Count] = {}
+    notes: list[Annotated[str, Field(max_length=100_000)]] = []
+    step_engine: Text | None = None
+    skipped_images: list[Text] = []
+    blocks: dict[Text, BlockFigures] = {}
     environment: Environment
-    seconds: dict[str, FiniteFloat]  # wall-clock time by stage
-    peak_memory_bytes: int
-    stage_memory_bytes: dict[str, int] = {}  # peak by stage
+    seconds: dict[Text, Seconds]  # wall-clock time by stage
+    peak_memory_bytes: Bytes
+    stage_memory_bytes: dict[Text, Bytes] = {}  # peak by stage
     finished: str
     outcomes: FileName  # file of per-sample outcomes
-    outcomes_sha256: str | None = None
+    outcomes_sha256: Sha256 | None = None
     examples: FileName | None = None  # file of example predictions
-    fingerprint: str = ""  # sha256 of all other fields, set when written; empty in schema 1
+    fingerprint: Text = ""  # sha256 of all other fields, set when written; empty in schema 1
+
+    @field_validator("metrics", "fp_metrics")
+    @classmethod
+    def _check_metrics(cls, value: dict[str, Metric]) -> dict[str, Metric]:
+        for name, metric in value.items():
+            # Rounding may exceed 100 % by a few units in the last place.
+            if is_percent(name) and (metric.value > 100 + 1e-9 or metric.stderr > _LARGEST_ERROR):
+                raise ValueError(f"{name} {metric.value:g} ± {metric.stderr:g} is no percentage")
+        return value
+
+    @field_validator("finished")
+    @classmethod
+    def _check_date(cls, value: str) -> str:
+        if not re.match(r"\d{4}-\d\d-\d\dT", value) or len(value) > 40:
+            raise ValueError("it is no date and time in the form of ISO 8601")
+        datetime.fromisoformat(value)
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -185,10 +229,17 @@ class ResultRecord(Strict):
         """Convert the content of an older schema to the present one."""
         if not isinstance(content, dict):
             return content
-        new = [name for name in _NEW_IN_2 if name in content]
-        if new and content.get("schema_version") == 1:
-            raise ValueError(f"version 1 has no field '{new[0]}'")
+        version = content.get("schema_version", SCHEMA_VERSION)
+        for added, names in _ADDED.items():
+            new = [name for name in names if name in content]
+            if new and version < added:
+                raise ValueError(f"version {version} has no field '{new[0]}'")
         return {**content, "schema_version": SCHEMA_VERSION}
+
+
+def is_percent(metric: str) -> bool:
+    """Return True for a percentage, False for a median rank."""
+    return not metric.endswith("median_rank")
 
 
 def bits_name(w_bit: int, a_bit: int) -> str:

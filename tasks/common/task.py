@@ -63,6 +63,9 @@ class CalibrationSet:
     truncated_captions: int | None = None  # captions that are longer than the model's context
     metas: list[dict[str, Any]] = field(default_factory=list)  # shape and scale of each image
     notes: list[str] = field(default_factory=list)  # for the user
+    dataset: str | None = None  # name of the data set, see tasks.common.record.Calibration
+    split: str | None = None  # part of the data set
+    listed: bool = False  # True: the user listed the images
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,9 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         {DETECTOR: samples},
         metas=[meta for _, meta in drawn],
         notes=[*notes, *images.notes()],
+        dataset=source.name,
+        split=source.split,
+        listed=listed is not None,
     )
 
 

@@ -67,6 +67,9 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         captions=texts,
         truncated_captions=cut,
         notes=[*pairs.notes, *images.notes(), *longer],
+        dataset=pairs.name,
+        split=pairs.split,
+        listed=data.calibration_list is not None,
     )
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
@@ -25,14 +25,26 @@ from tasks.common.request import CellRequest, Missing
 _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"}
 
 
+class Place(NamedTuple):
+    """Place of a cell in a results folder."""
+
+    folder: Path  # of the record
+    identity: str  # sha256 (hex) of all that determines the result; the folder has 10 digits of it
+
+
 def planned_folder(request: CellRequest) -> Path:
     """Return the folder of a cell, made of task, model.tag, method, bits, seed and a digest."""
+    return planned_place(request).folder
+
+
+def planned_place(request: CellRequest) -> Place:
+    """Return the folder of a cell and its whole identity."""
     request = resolved(request)
     recipe, basis = request.recipe, _basis(request)
     own = None if recipe is None else recipe.digest()
     rest = {"recipe": own, "variant": variant_name(request), "limit": request.data.limit}
-    digest = _digest({**basis, **rest})
-    return cell_folder(request.results, request.task, basis["model"][0], recipe, digest)
+    digest, tag = _digest({**basis, **rest}), basis["model"][0]
+    return Place(cell_folder(request.results, request.task, tag, recipe, digest), digest)
 
 
 def _basis(request: CellRequest) -> dict[str, Any]:

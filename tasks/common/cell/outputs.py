@@ -25,14 +25,14 @@ Metrics = dict[str, records.Metric]
 
 
 def write_outputs(
-    cell: PreparedCell, evaluation: Evaluation, full: Metrics | None, lease: Lease
+    cell: PreparedCell, evaluation: Evaluation, full: Metrics | None, lease: Lease, identity: str
 ) -> None:
     """Write outcomes and further files and, as the last file, the record; remove finished blocks.
 
     ``full`` are the metrics of the full-precision model; None if the cell is that model.
     """
     cell.clock.lap("evaluate")
-    record, folder = _record(cell, evaluation, full), lease.path.parent
+    record, folder = _record(cell, evaluation, full, identity), lease.path.parent
     lease.check()
     with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **evaluation.outcomes)
@@ -50,7 +50,7 @@ def write_outputs(
 
 
 def _record(
-    cell: PreparedCell, evaluation: Evaluation, full: Metrics | None
+    cell: PreparedCell, evaluation: Evaluation, full: Metrics | None, identity: str
 ) -> records.ResultRecord:
     """Return the record of a cell, without the facts about the files beside it."""
     request, loaded, recipe, images = cell.request, cell.loaded, cell.request.recipe, cell.images
@@ -80,8 +80,10 @@ def _record(
         }
     clock = cell.clock
     return records.ResultRecord(
+        identity=identity,
         task=request.task,
         model=loaded.tag,
+        model_args=request.model.model_args,
         variant=variant_name(request),
         metrics=evaluation.metrics,
         n=evaluation.n,
@@ -109,6 +111,7 @@ def _calibration(cell: PreparedCell) -> records.Calibration:
     )
     compares = passes and any(part.divergence.batch is not None for part in cell.parts)
     same = ("ids", "transform", "fingerprint", "captions", "truncated_captions")
+    same += ("dataset", "split", "listed")
     return records.Calibration(
         **{name: getattr(images, name) for name in same},
         batch=recipe.divergence_batch if compares else None,

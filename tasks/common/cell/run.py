@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fimaq_core.files import remove_leftovers
 from fimaq_core.progress import OnProgress, silent
-from tasks.common.cell.identity import planned_folder, resolved
+from tasks.common.cell.identity import planned_place, resolved
 from tasks.common.cell.lease import acquire, awaited
 from tasks.common.cell.outputs import write_outputs
 from tasks.common.cell.prepare import prepare
@@ -25,7 +25,8 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bo
     finished cells and blocks are kept.
     """
     request = resolved(request)
-    path = planned_folder(request) / "result.json"
+    folder, identity = planned_place(request)
+    path = folder / "result.json"
     if not path.is_file():
         with awaited(path, on_progress) if wait else acquire(path) as lease:
             if path.is_file():  # another process has just measured the cell
@@ -39,6 +40,6 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bo
             cell = prepare(request, on_progress)
             if request.recipe is not None:
                 run_stages(cell, lease)
-            write_outputs(cell, cell.evaluate(cell.chains), full, lease)
+            write_outputs(cell, cell.evaluate(cell.chains), full, lease, identity)
     read_record(path)
     return path

@@ -83,6 +83,30 @@ def test_version_2(tmp_path: Path) -> None:
         read_record(path)
 
 
+def test_version_3(tmp_path: Path) -> None:
+    path = Path(shutil.copy(DATA / "record-v3.json", tmp_path / "result.json"))
+    content, record = json.loads(path.read_bytes()), read_record(path)
+    assert record.schema_version == SCHEMA_VERSION
+    assert (record.identity, record.model_args, record.artefacts) == ("", {}, {})
+    assert record.calibration is not None
+    assert (record.calibration.dataset, record.calibration.split) == (None, None)
+    assert record.calibration.listed is None
+    assert record.weights.sha256 == content["weights"]["sha256"]
+    # Without the new fields it is what it was.
+    new = {"identity", "model_args", "artefacts", "schema_version", "fingerprint"}
+    dump = record.model_dump(mode="json", exclude=new)
+    for name in ("dataset", "split", "listed"):
+        del dump["calibration"][name]
+    assert dump == {name: value for name, value in content.items() if name not in new}
+    # A record cannot pass as older than its fields.
+    path.write_text(json.dumps({**content, "identity": "0" * 64}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="was changed after it was written"):
+        read_record(path)
+    path.write_text(json.dumps({"schema_version": 1, "identity": ""}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="version 1 has no field 'identity'"):
+        read_record(path)
+
+
 def test_version_1_from_before_quantizers_had_names(old: Path) -> None:
     content = json.loads(old.read_text(encoding="utf-8"))
     entry = {

@@ -50,7 +50,16 @@ def record(**changes: Any) -> ResultRecord:
         "fp_metrics": {"top1": Metric(value=81.4, stderr=0.1)},
         "weights": Weights(tag="tag", source="file", sha256="0" * 64),
         "dataset": Dataset(name="folder", split="val", count=5, classes=2, fingerprint="f"),
-        "calibration": Calibration(ids=["train/a/1.png"], transform="train", fingerprint="c"),
+        "calibration": Calibration(
+            ids=["train/a/1.png"],
+            transform="train",
+            fingerprint="c",
+            dataset="folder",
+            split="train",
+        ),
+        "identity": "1" * 64,
+        "model_args": {"depth": 2},
+        "artefacts": {"calibration-0.safetensors": "2" * 64},
         "modules": ModuleMap(
             quantized=[
                 LayerEntry(
@@ -137,7 +146,7 @@ def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None
             f',\n "fingerprint": "{mark}"', ""
         ),
         "an empty one": text.replace(mark, ""),
-        "an older version": text.replace('"schema_version": 3', '"schema_version": 1'),
+        "an older version": text.replace('"schema_version": 4', '"schema_version": 1'),
     }[change]
     assert edited != text
     path.write_text(edited, encoding="utf-8")
@@ -153,9 +162,9 @@ def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None
 def test_newer_schemas_and_what_is_no_record_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"schema version 4, and this version of fimaq reads up to 3: update fimaq",
+        match=r"schema version 5, and this version of fimaq reads up to 4: update fimaq",
     ):
-        read_record(written(tmp_path, schema_version=4))
+        read_record(written(tmp_path, schema_version=5))
     for version in (None, "2", 0, True, 2.0):
         with pytest.raises(CheckpointError, match="is no record: its schema version is"):
             read_record(written(tmp_path, schema_version=version))

@@ -470,7 +470,10 @@ def test_a_record_serves_as_calibration_list(fimaq: Done, tmp_path: Path) -> Non
             cell(tmp_path, "rtn", seed=9), data=DataRequest(limit=LIMIT, calibration_list=chosen)
         )
     )
-    assert found.record.calibration == read_record(chosen).calibration
+    drawn = read_record(chosen).calibration
+    assert drawn is not None
+    assert (drawn.split, drawn.listed) == ("train", False)
+    assert found.record.calibration == drawn.model_copy(update={"listed": True})
 
 
 def test_detections_are_kept_where_they_are_asked_for(fimaq: Done, tmp_path: Path) -> None:
