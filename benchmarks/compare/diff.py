@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from benchmarks.compare import alike
+from benchmarks.compare.alike import STRONG, differing, facts, mismatch, published_rows
 from benchmarks.compare.statistics import half_width
-from benchmarks.grid.names import PUBLISHED, UNSTATED, Names, load_names
+from benchmarks.grid.names import UNSTATED, Names, load_names
 from benchmarks.results import scores
-from fimaq_core.errors import FimaqError
-from fimaq_core.recipe import METHODS, Recipe
-from tasks.common import registry
-from tasks.common.record import ResultRecord, bits_name, recipe_of
+from tasks.common.record import ResultRecord, bits_name
 
 #: Columns of ``diff.csv``.
 COLUMNS = [
@@ -29,10 +28,11 @@ MARGIN = 1.0
 TOLERANCE = 0.3
 #: Error of each of the two one-sided tests, so that intervals have the level ``1 - 2 ALPHA``.
 ALPHA = 0.05
+#: Name of the intervals.
+INTERVAL = f"{1 - 2 * ALPHA:.0%} interval"
 REPRODUCED, ABOVE, BELOW, UNCERTAIN, NOT_COMPARABLE = (
     "reproduced", "above", "below", "too uncertain", "not comparable",
 )  # fmt: skip
-_STRONG = ("primary", "cited")
 #: Points by which rounding of decimal numbers may move an interval.
 _TINY = 1e-9
 
@@ -43,7 +43,9 @@ class Measurement(NamedTuple):
     :func:`benchmarks.results.scores.over_seeds` explains the fields after ``metric``.
     """
 
-    record: ResultRecord
+    records: tuple[ResultRecord, ...]  #: one per seed
+    apart: str  #: facts that keep other records of the same cell from being averaged with these
+    conflict: str  #: reason why the weights of the model are not clear; empty if they are
     settings: str
     metric: str
     mean: float
@@ -51,6 +53,11 @@ class Measurement(NamedTuple):
     seeds: int
     sampling: float
     se: float
+
+    @property
+    def record(self) -> ResultRecord:
+        """The first record; all of them are alike."""
+        return self.records[0]
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,7 @@ class Judgement:
 
 def settings_key(record: ResultRecord) -> str:
     """Return a key that is equal for records that differ only in their seed."""
-    recipe = {k: v for k, v in (record.recipe or {}).items() if k != "seed"}
-    fields = (
-        record.task, record.dataset.fingerprint, record.dataset.name, record.dataset.split,
-        record.model, record.method, record.w_bit, record.a_bit, record.variant,
-        record.weights.sha256, sorted(recipe.items()),
-    )  # fmt: skip
-    return repr(fields)
+    return repr(sorted(facts(record).items()))
 
 
 def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
@@ -86,71 +87,50 @@ def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
         key = (settings_key(record), record.seed)
         if latest.setdefault(key, record).finished < record.finished:
             latest[key] = record
+    own: dict[str, list[ResultRecord]] = {}
+    for (key, _), record in latest.items():
+        own.setdefault(key, []).append(record)
     table, keys = scores.record_scores(latest.values()), [key for key, _ in latest]
     table["settings"] = [keys[place] for place in table["item"]]
-    first = {key: record for (key, _), record in reversed(latest.items())}
-    means = scores.over_seeds(table, ["settings", "metric"])
-    return [Measurement(first[row["settings"]], **row) for row in means.to_dict("records")]
+    means = scores.over_seeds(table, ["settings", "metric"]).to_dict("records")
+    apart, conflicts = _apart(own), _conflicts(latest.values())
+    found = []
+    for row in means:
+        same = tuple(own[row["settings"]])
+        conflict = conflicts.get((same[0].task, same[0].model), "")
+        found.append(Measurement(same, apart.get(row["settings"], ""), conflict, **row))
+    return found
 
 
-def published_rows() -> pd.DataFrame:
-    """Return the published accuracies. Bits are 0 where the source does not state them."""
-    table = pd.read_csv(PUBLISHED / "accuracy.csv", dtype=str, keep_default_na=False)
-    for column in ("w_bit", "a_bit"):
-        table[column] = pd.to_numeric(table[column]).fillna(0).astype(int)
-    return table.assign(value=table["value"].astype(float))
+def _conflicts(records: Iterable[ResultRecord]) -> dict[tuple[str, str], str]:
+    """Return a message for each task and model whose records have several weights files."""
+    files: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        # Model arguments and entries change the weights, and are refused by their own names.
+        if not record.model_args and len(record.weights.entries) < 2:
+            files.setdefault((record.task, record.model), set()).add(record.weights.sha256[:12])
+    return {
+        place: f"records of this model have different weights (sha256 {'; '.join(sorted(found))}): "
+        "keep those of one weights file"
+        for place, found in files.items()
+        if len(found) > 1
+    }
 
 
-def has_effect(recipe: Recipe, name: str) -> bool:
-    """Return True if the setting ``name`` influences the results of a recipe."""
-    if name in ("reconstruct", "reconstruct_mlp", "refit"):
-        return True
-    if name.startswith("mlp_"):
-        return recipe.reconstruct_mlp
-    extra = Recipe.model_fields[name].json_schema_extra
-    group = extra.get("group") if isinstance(extra, dict) else None
-    if group == "reconstruction":
-        return recipe.reconstruct
-    return group != "loss" or recipe.reconstruct or recipe.reconstruct_mlp
-
-
-def changed_settings(recipe: Recipe, task: str) -> dict[str, object]:
-    """Return the settings that differ from the released ones of ``task`` and have an effect."""
-    changes = recipe.changes(registry.defaults(task))
-    return {name: value for name, value in changes.items() if has_effect(recipe, name)}
-
-
-def mismatch(item: Measurement, names: Names) -> str | None:
-    """Return the reason why a measurement compares with no published number; None if it may."""
-    record, data = item.record, item.record.dataset
-    sets = names.published_on(record.task, data.name)
-    if not sets:
-        where = f"{data.name} ({data.split}, {data.count} samples)"
-        return f"measured on {where}, on which nothing is published"
-    wanted = sets[0][2]
-    if (data.split, data.count, record.n) != (wanted.split, wanted.count, wanted.count):
-        return (
-            f"measured on a part of {data.name} ({data.split}, {record.n} samples); "
-            f"published numbers use {wanted.split} with {wanted.count}"
-        )
-    if record.skipped_images:
-        return f"{len(record.skipped_images)} damaged images were left out"
-    models = names.models_for(record.model)
-    if not models:
-        return f"no published name is mapped to the model {record.model}"
-    if record.weights.tag != models[0].tag:
-        return f"weights {record.weights.tag}; published numbers use {models[0].tag}"
-    if record.method == "fp":
-        return None
-    if record.method not in METHODS:
-        return f"the method '{record.method}' and its released settings are not known here"
-    try:
-        recipe = recipe_of(record)
-    except FimaqError:
-        return "the record's recipe is not one of this version"
-    changes = {} if recipe is None else changed_settings(recipe, record.task)
-    listed = ", ".join(f"{name} {value}" for name, value in changes.items())
-    return f"settings changed from the released ones: {listed}" if changes else None
+def _apart(own: Mapping[str, Sequence[ResultRecord]]) -> dict[str, str]:
+    """Return the facts that keep seeds of one recipe from being averaged, by their settings."""
+    cells: dict[tuple[str | None, ...], list[str]] = {}
+    for key, (record, *_) in own.items():
+        same = [
+            v for k, v in facts(record).items() if k in alike.CELL or k.startswith(alike.RECIPE)
+        ]
+        cells.setdefault((record.dataset.name, record.dataset.split, *same), []).append(key)
+    return {
+        key: differing(own[one][0] for one in keys)
+        for keys in cells.values()
+        if len(keys) > 1
+        for key in keys
+    }
 
 
 def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFrame:
@@ -242,7 +222,8 @@ def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> list[
 
 def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Judgement:
     """Compare a measurement with a published row of the same cell (None: there is no row)."""
-    why = mismatch(item, names)
+    reasons = (mismatch(record, item.metric, names) for record in item.records)
+    why = next(filter(None, reasons), item.conflict or None)
     if row is None:
         why = why or "no published number for this model, method and bits"
     if row is None or why:
@@ -250,7 +231,7 @@ def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Jud
     gap = item.mean - float(row["value"])
     method, variant = names.methods[row["method"]], row["variant"]
     full = item.record.method == "fp"
-    weak = [] if row["evidence"] in _STRONG else [f"{row['evidence']} evidence"]
+    weak = [] if row["evidence"] in STRONG else [f"{row['evidence']} evidence"]
     if not full and names.models[row["model"]].scope == UNSTATED:
         weak.append("the source does not name the quantized parts of the model")
     if not weak and method.comparable.get(variant) != item.record.method:
@@ -266,10 +247,12 @@ def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Jud
     else:
         verdict = UNCERTAIN
         rule = f"neither within ±{MARGIN:g} point nor beyond ±{TOLERANCE:g} points"
-    rule = f"difference of {low:+.2f} to {high:+.2f} ({1 - 2 * ALPHA:.0%} interval), {rule}"
+    rule = f"difference of {low:+.2f} to {high:+.2f} ({INTERVAL}), {rule}"
     one_seed = "one seed, so the spread over seeds is not counted"
     note = names.datasets[row["task"]][row["dataset"]].notes.get(row["method"])
-    remarks = (one_seed if item.seeds == 1 and not full else None, note)
+    apart = f"not averaged with other records of this cell, which differ in {item.apart}"
+    seed = one_seed if item.seeds == 1 and not full else None
+    remarks = (seed, apart if item.apart else None, note)
     return Judgement(verdict, gap, rule, tuple(filter(None, remarks)))
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from benchmarks.compare import alike
 from benchmarks.compare.pairs import Pair, RecordFile
 from benchmarks.compare.statistics import PairedCounts, bootstrap, holm, mcnemar
 from benchmarks.results.outcomes import CompareError, Outcomes, check_alike, cluster_sums, read
@@ -97,6 +98,8 @@ def _compare(
     pair: Pair, level: float, metrics: Sequence[str], short: bool
 ) -> list[MetricComparison]:
     """Test ``metrics`` of a pair, by default all common ones (if ``short``, the main ones)."""
+    if unlike := alike.differing(pair.records, (*alike.MODEL, *alike.ORIGIN)):
+        raise CompareError(f"The records of {pair.label} are unlike: they differ in {unlike}.")
     mine, theirs = ([_read(file) for file in side.values()] for side in (pair.a, pair.b))
     for other in (*mine, *theirs):
         check_alike(mine[0], other)
@@ -121,6 +124,8 @@ def _read(file: RecordFile) -> Outcomes:
             again = f"Measure {file.label} again with --force."
             raise CompareError(f"The outcomes beside {file.path} {problem}. {again}")
 
+    if problem := alike.contradiction(record):
+        raise CompareError(f"{file.path}: {problem}. Measure {file.label} again with --force.")
     check(bool(outcomes.metrics), "contain nothing that can be compared")
     check(len(np.unique(outcomes.sample)) == len(outcomes.sample), "name a sample twice")
     other = "they belong to another run"
