@@ -53,7 +53,7 @@ def facts(record: ResultRecord) -> dict[str, str | None]:
         "variant": record.variant,
         "data": f"{data.name} {data.split}, {data.count} images, {data.fingerprint}",
         "samples": str(record.n),
-        "exif": data.exif,
+        "exif": data.exif or "by annotated sizes",
         "class order": data.class_order,
         "categories": data.class_categories and ", ".join(map(str, data.class_categories)),
         "weights": f"{weights.tag} {weights.sha256}",

@@ -25,7 +25,7 @@ _LEGEND = {
     diff.REPRODUCED: ("=", f"reproduced: {diff.INTERVAL} within ±{diff.MARGIN:g} point"),
     diff.ABOVE: ("↑", "above the published number"),
     diff.BELOW: ("↓", "below the published number"),
-    diff.UNCERTAIN: ("?", "too uncertain for one of these three"),
+    diff.UNCERTAIN: ("?", "too uncertain, for the reason below"),
     NOT_COMPARABLE: ("×", "not comparable, for the reason below"),
     NOT_MEASURED: ("°", "published number, not measured yet"),
     "": (NOTHING, "no number"),
