@@ -260,7 +260,8 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     """Compare all records with published numbers; print and write the table.
 
     ``show_all`` also lists metrics without a published number. Returns the exit code: 0 if all
-    comparable numbers are reproduced, 1 if some are not, ``nothing`` if no number is comparable.
+    comparable numbers are reproduced; 1 if some are not, also those that are too uncertain;
+    ``nothing`` if no number is comparable; 2 if a record cannot be read.
     """
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
@@ -270,7 +271,7 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     if not found:
         where = f"nothing is measured under {results / 'runs'}"
         print(f"Nothing is comparable yet: {where}. Run `make reproduce-table` first.")
-        return nothing
+        return 2 if problems else nothing
     table = diff([record for _, record in found])
     path = results / "tables" / "diff.csv"
     scores.write_text(path, scores.csv_text(table))
@@ -288,7 +289,10 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
             "and bits as a published one. To measure such numbers: "
             "make reproduce-table TABLE=fimaq IMAGENET=/path/to/imagenet"
         )
-        return nothing
+        return 2 if problems else nothing
     counts = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
     print(f"{verdicts.sum()} comparisons: {counts}. Table: {path}")
+    if problems:
+        print(f"Not compared: {scores.count(len(problems), 'record')} that cannot be read.")
+        return 2
     return 0 if set(verdicts.index) == {REPRODUCED} else 1

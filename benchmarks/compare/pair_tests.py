@@ -98,6 +98,9 @@ def _compare(
     pair: Pair, level: float, metrics: Sequence[str], short: bool
 ) -> list[MetricComparison]:
     """Test ``metrics`` of a pair, by default all common ones (if ``short``, the main ones)."""
+    for file in (*pair.a.values(), *pair.b.values()):
+        if problem := alike.contradiction(file.record):
+            raise CompareError(f"{file.path}: {problem}. Measure {file.label} again with --force.")
     if unlike := alike.differing(pair.records, (*alike.MODEL, *alike.ORIGIN)):
         raise CompareError(f"The records of {pair.label} are unlike: they differ in {unlike}.")
     mine, theirs = ([_read(file) for file in side.values()] for side in (pair.a, pair.b))
@@ -124,8 +127,6 @@ def _read(file: RecordFile) -> Outcomes:
             again = f"Measure {file.label} again with --force."
             raise CompareError(f"The outcomes beside {file.path} {problem}. {again}")
 
-    if problem := alike.contradiction(record):
-        raise CompareError(f"{file.path}: {problem}. Measure {file.label} again with --force.")
     check(bool(outcomes.metrics), "contain nothing that can be compared")
     check(len(np.unique(outcomes.sample)) == len(outcomes.sample), "name a sample twice")
     other = "they belong to another run"
