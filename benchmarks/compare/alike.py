@@ -8,7 +8,7 @@ from functools import cache
 
 import pandas as pd
 
-from benchmarks.grid.names import PUBLISHED, Names
+from benchmarks.grid.names import PUBLISHED, Names, load_names
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS, OFF, Recipe
 from tasks.common import registry
@@ -64,10 +64,12 @@ def facts(record: ResultRecord) -> dict[str, str | None]:
         **{name: where.versions.get(name) for name in MACHINE[1:]},
     }
     if own is not None:
-        ids = hashlib.sha256("\n".join(own.ids).encode()).hexdigest()
+        listed = None if own.listed is None else "none"
+        if own.listed:
+            listed = hashlib.sha256("\n".join(own.ids).encode()).hexdigest()
         found |= {
             "calibration data": own.split and f"{own.dataset or 'files'} {own.split}",
-            "calibration list": None if own.listed is None else ids if own.listed else "none",
+            "calibration list": listed,
             "calibration images": str(len(own.ids)),
             "calibration transform": own.transform,
             "calibration batch": str(own.batch),
@@ -118,6 +120,7 @@ def changed_settings(recipe: Recipe, task: str) -> dict[str, object]:
     return {name: value for name, value in changes.items() if has_effect(recipe, name)}
 
 
+@cache
 def published_rows() -> pd.DataFrame:
     """Return the published accuracies. Bits are 0 where the source does not state them."""
     table = pd.read_csv(PUBLISHED / "accuracy.csv", dtype=str, keep_default_na=False)
@@ -132,7 +135,7 @@ def mismatch(record: ResultRecord, metric: str, names: Names) -> str | None:
     if why or record.method == "fp":
         return why
     return (
-        _other_full_precision(record, metric, names)
+        _other_full_precision(record, metric)
         or _other_recipe(record)
         or _other_calibration(record, names)
     )
@@ -230,32 +233,34 @@ def _other_calibration(record: ResultRecord, names: Names) -> str | None:
     return None
 
 
-@cache
-def _full_precision() -> pd.DataFrame:
-    rows = published_rows()
-    rows = rows[(rows["method"] == "FP") & (rows["variant"] == "")]
-    return rows.assign(strong=rows["evidence"].isin(STRONG))
-
-
-def _other_full_precision(record: ResultRecord, metric: str, names: Names) -> str | None:
+def _other_full_precision(record: ResultRecord, metric: str) -> str | None:
     """Return the reason why a model is not the published one, by its score in full precision."""
-    rows, own = _full_precision(), names.models_for(record.model)
-    here = pd.Series(False, index=rows.index)
-    for task, dataset, entry in names.published_on(record.task, record.dataset.name):
-        metrics = [theirs for theirs, mine in entry.metrics.items() if mine == metric]
-        here |= (rows["task"] == task) & (rows["dataset"] == dataset) & rows["metric"].isin(metrics)
-    models = [name for name, entry in names.models.items() if entry in own]
-    rows = rows[here & rows["model"].isin(models)]
-    rows = rows[rows["strong"]] if rows["strong"].any() else rows
-    if rows.empty:
+    published = _full_precision(record.task, record.dataset.name, record.model, metric)
+    if not published:
         return None
     if metric not in record.fp_metrics:
         return f"the record lacks {metric} in full precision, which would show the right weights"
     mine = record.fp_metrics[metric].value
-    value = min(rows["value"], key=lambda value: abs(value - mine))
+    value = min(published, key=lambda value: abs(value - mine))
     if abs(value - mine) <= FULL_PRECISION_MARGIN:
         return None
     return (
         f"full precision has {metric} {mine:.2f} here and {value:.2f} where it is published, more "
         f"than {FULL_PRECISION_MARGIN:g} point apart: other weights, images or preprocessing"
     )
+
+
+@cache
+def _full_precision(task: str, dataset: str, model: str, metric: str) -> list[float]:
+    """Return the published scores of a model in full precision, with strong evidence if any."""
+    names, rows = load_names(), published_rows()
+    models = [name for name, one in names.models.items() if model in (one.id, one.tag)]
+    rows = rows[(rows["method"] == "FP") & (rows["variant"] == "") & rows["model"].isin(models)]
+    found = pd.concat([
+        rows[rows["task"].eq(theirs) & rows["dataset"].eq(name) & rows["metric"].isin(
+            [published for published, mine in entry.metrics.items() if mine == metric]
+        )]
+        for theirs, name, entry in names.published_on(task, dataset)
+    ])  # fmt: skip
+    strong = found[found["evidence"].isin(STRONG)]
+    return (found if strong.empty else strong)["value"].tolist()

@@ -139,7 +139,9 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
     Full precision compares with rows of all scopes, since it has none. A row that does not state
     its scope compares with all scopes.
     """
-    record = item.record
+    record, sets = item.record, names.published_on(item.record.task, item.record.dataset.name)
+    if not sets:
+        return rows.iloc[:0]
     methods = [
         name
         for name, entry in names.methods.items()
@@ -152,7 +154,7 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
         if entry in own and (record.method == "fp" or entry.scope in scopes)
     ]
     here = pd.Series(False, index=rows.index)
-    for task, dataset, entry in names.published_on(record.task, record.dataset.name):
+    for task, dataset, entry in sets:
         metrics = [name for name, mine in entry.metrics.items() if mine == item.metric]
         here |= (rows["task"] == task) & (rows["dataset"] == dataset) & rows["metric"].isin(metrics)
     bits = (rows["w_bit"] == record.w_bit) & (rows["a_bit"] == record.a_bit)
