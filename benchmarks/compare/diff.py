@@ -88,8 +88,8 @@ def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
         if latest.setdefault(key, record).finished < record.finished:
             latest[key] = record
     own: dict[str, list[ResultRecord]] = {}
-    for (key, _), record in latest.items():
-        own.setdefault(key, []).append(record)
+    for (settings, _), record in latest.items():
+        own.setdefault(settings, []).append(record)
     table, keys = scores.record_scores(latest.values()), [key for key, _ in latest]
     table["settings"] = [keys[place] for place in table["item"]]
     means = scores.over_seeds(table, ["settings", "metric"]).to_dict("records")
