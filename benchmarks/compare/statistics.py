@@ -174,10 +174,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def half_width(sampling: float, sd: float, seeds: int, alpha: float) -> float:
     """Return half the width of the ``1 - 2 alpha`` interval of a mean over seeds.
 
-    The variance of the mean is ``sampling² + sd² / seeds``. Its first part is known and its second
-    part is estimated, so the quantile is Student's t with Satterthwaite's degrees of freedom
-    (Biometrics Bulletin 2, 1946). These are ``seeds - 1`` if the seeds vary much more than the
-    samples, and grow to infinity (a normal quantile) if they vary much less.
+    It is the root of the sum of the squares of two half-widths: the normal quantile times the known
+    error from samples, and Student's quantile with ``seeds - 1`` degrees of freedom times the
+    estimated error over seeds (Zou and Donner, Statistics in Medicine 27, 2008). Each alone is
+    exact, and both together err on the wide side. More noise of either kind gives a wider interval,
+    which is not so with Satterthwaite's degrees of freedom.
 
     Args:
         sampling: standard error from the finite number of samples, which all seeds share.
@@ -185,8 +186,7 @@ def half_width(sampling: float, sd: float, seeds: int, alpha: float) -> float:
         seeds: number of seeds.
         alpha: error of each of the two one-sided tests.
     """
-    spread = sd**2 / seeds if seeds > 1 else 0.0
-    variance = sampling**2 + spread
-    share = spread / variance if variance > 0 else 0.0
-    freedom = (seeds - 1) / share**2 if share > 1e-6 else math.inf
-    return float(t.ppf(1 - alpha, freedom)) * math.sqrt(variance)
+    samples, spread = float(norm.ppf(1 - alpha)) * sampling, 0.0
+    if seeds > 1:
+        spread = float(t.ppf(1 - alpha, seeds - 1)) * sd / math.sqrt(seeds)
+    return math.hypot(samples, spread)

@@ -110,15 +110,14 @@ def test_without_an_error_from_samples_the_verdict_is_that_of_two_one_sided_t_te
     assert "one seed" not in row["reason"]
 
 
-def test_the_error_holds_samples_and_seeds_with_satterthwaites_degrees_of_freedom():
-    row = seeds((FIMAQ_VIT_S_W3A3, FIMAQ_VIT_S_W3A3 + 0.8), 0.2)
-    assert row["seeds"] == 2
-    assert row["measured"] == pytest.approx(FIMAQ_VIT_S_W3A3 + 0.4)
-    assert row["se"] == pytest.approx((0.2**2 + 0.32 / 2) ** 0.5)
-    # 0.04 known, 0.16 estimated with one degree of freedom: 0.2² / 0.16² = 1.5625 in all.
-    half = stats.t.ppf(0.95, 1.5625) * 0.2**0.5
-    assert half == pytest.approx(1.592, abs=1e-3)
-    assert f"{0.4 - half:+.2f} to {0.4 + half:+.2f}" in row["reason"]
+def test_the_interval_holds_samples_and_seeds():
+    row = seeds((FIMAQ_VIT_S_W3A3, FIMAQ_VIT_S_W3A3 + 0.8, FIMAQ_VIT_S_W3A3 + 0.1), 0.2)
+    assert row["seeds"] == 3
+    assert row["measured"] == pytest.approx(FIMAQ_VIT_S_W3A3 + 0.3)
+    # The seeds have the variance (0.3² + 0.5² + 0.2²) / 2 = 0.19.
+    assert row["se"] == pytest.approx((0.2**2 + 0.19 / 3) ** 0.5)
+    half = ((1.6449 * 0.2) ** 2 + (2.91999 * (0.19 / 3) ** 0.5) ** 2) ** 0.5
+    assert f"difference of {0.3 - half:+.2f} to {0.3 + half:+.2f}" in row["reason"]
     assert row["verdict"] == "too uncertain"
 
 
