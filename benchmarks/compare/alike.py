@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
 
@@ -132,13 +133,14 @@ def published_rows() -> pd.DataFrame:
 def mismatch(record: ResultRecord, metric: str, names: Names) -> str | None:
     """Return the reason why a record compares with no published number; None if it may."""
     why = _other_data(record, names) or _other_model(record, names) or contradiction(record)
-    if why or record.method == "fp":
-        return why
-    return (
-        _other_full_precision(record, metric)
-        or _other_recipe(record)
-        or _other_calibration(record, names)
-    )
+    if not why and record.method != "fp":
+        why = (
+            _other_full_precision(record, metric)
+            or _other_recipe(record)
+            or _other_calibration(record, names)
+        )
+    # Records of other people may have texts of any length.
+    return why and textwrap.shorten(why, 400, placeholder=" ...")
 
 
 def _other_data(record: ResultRecord, names: Names) -> str | None:
@@ -254,7 +256,8 @@ def _other_full_precision(record: ResultRecord, metric: str) -> str | None:
 def _full_precision(task: str, dataset: str, model: str, metric: str) -> list[float]:
     """Return the published scores of a model in full precision, with strong evidence if any."""
     names, rows = load_names(), published_rows()
-    models = [name for name, one in names.models.items() if model in (one.id, one.tag)]
+    own = names.models_for(model)
+    models = [name for name, entry in names.models.items() if entry in own]
     rows = rows[(rows["method"] == "FP") & (rows["variant"] == "") & rows["model"].isin(models)]
     found = pd.concat([
         rows[rows["task"].eq(theirs) & rows["dataset"].eq(name) & rows["metric"].isin(

@@ -125,12 +125,11 @@ def _apart(own: Mapping[str, Sequence[ResultRecord]]) -> dict[str, str]:
             v for k, v in facts(record).items() if k in alike.CELL or k.startswith(alike.RECIPE)
         ]
         cells.setdefault((record.dataset.name, record.dataset.split, *same), []).append(key)
-    return {
-        key: differing(own[one][0] for one in keys)
-        for keys in cells.values()
-        if len(keys) > 1
-        for key in keys
-    }
+    found = {}
+    for keys in cells.values():
+        if len(keys) > 1:
+            found |= dict.fromkeys(keys, differing(own[key][0] for key in keys))
+    return found
 
 
 def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFrame:
@@ -254,7 +253,9 @@ def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Jud
     note = names.datasets[row["task"]][row["dataset"]].notes.get(row["method"])
     apart = f"not averaged with other records of this cell, which differ in {item.apart}"
     seed = one_seed if item.seeds == 1 and not full else None
-    remarks = (seed, apart if item.apart else None, note)
+    changed = any(one.environment.git_revision.endswith("+changes") for one in item.records)
+    code = "measured by code with changes that are not committed" if changed else None
+    remarks = (seed, apart if item.apart else None, code, note)
     return Judgement(verdict, gap, rule, tuple(filter(None, remarks)))
 
 

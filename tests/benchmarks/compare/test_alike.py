@@ -239,6 +239,24 @@ def test_a_remark_says_what_kept_seeds_apart():
     assert all(reason.endswith(words) for reason in rows["reason"])
 
 
+def test_a_remark_says_that_the_code_was_changed():
+    change = {"git_revision": "0123456789+changes"}
+    other = record(2)
+    other = other.model_copy(update={"environment": other.environment.model_copy(update=change)})
+    (row,) = beside_fimaq(record(1), other).to_dict("records")
+    assert (row["seeds"], row["verdict"]) == (2, "reproduced")
+    assert row["reason"].endswith("; measured by code with changes that are not committed")
+    assert "changes" not in beside_fimaq(record(1)).iloc[0]["reason"]
+
+
+def test_reasons_are_one_line_of_bounded_length():
+    odd = "a\nb " * 2000
+    (reason,) = reasons(changed(record(), weights(tag=odd)))
+    assert reason.startswith("weights a b a b")
+    assert len(reason) <= 400
+    assert "\n" not in reason
+
+
 def test_one_unlike_seed_is_not_hidden_by_the_first():
     strange = changed(record(2), constant(fp_metrics={"top1": Metric(value=40.0, stderr=0.2)}))
     assert all("full precision has top1 40.00" in reason for reason in reasons(record(1), strange))
