@@ -26,16 +26,16 @@ CELL = ("task", "model", "method", "bits", "variant")
 #: Start of the names of facts from a recipe.
 RECIPE = "recipe's "
 #: Facts that all records of a model share where methods are compared.
-MODEL = (
+SHARED = (
     "weights", "weights entry", "model arguments", "preprocessing", "exif", "class order",
-    "categories",
+    "categories", "calibration data",
 )  # fmt: skip
-#: Origin of the calibration images.
-ORIGIN = ("calibration data", "calibration list")
-#: Software and kind of device. They move a score, but as little as a seed does.
-MACHINE = (
-    "device", "fimaq", "torch", "torchvision", "timm", "open_clip_torch", "transformers", "numpy",
+#: Versions in records that may move a score, but as little as a seed does.
+_LIBRARIES = (
+    "fimaq", "torch", "torchvision", "timm", "open_clip_torch", "transformers", "numpy",
 )  # fmt: skip
+#: Facts that are only noted where methods are compared. A list may be the images of the other run.
+NOTED = ("calibration list", "device", *_LIBRARIES)
 
 
 def facts(record: ResultRecord) -> dict[str, str | None]:
@@ -62,7 +62,7 @@ def facts(record: ResultRecord) -> dict[str, str | None]:
         "model arguments": json.dumps(record.model_args, sort_keys=True) if record.identity else "",
         "preprocessing": record.preprocessing and record.preprocessing.text(),
         "device": "cpu" if where.device.startswith("cpu") else "cuda",
-        **{name: where.versions.get(name) for name in MACHINE[1:]},
+        **{name: where.versions.get(name) for name in _LIBRARIES},
     }
     if own is not None:
         listed = None if own.listed is None else "none"

@@ -101,7 +101,7 @@ def _compare(
     for file in (*pair.a.values(), *pair.b.values()):
         if problem := alike.contradiction(file.record):
             raise CompareError(f"{file.path}: {problem}. Measure {file.label} again with --force.")
-    if unlike := alike.differing(pair.records, (*alike.MODEL, *alike.ORIGIN)):
+    if unlike := alike.differing(pair.records, alike.SHARED):
         raise CompareError(f"The records of {pair.label} are unlike: they differ in {unlike}.")
     mine, theirs = ([_read(file) for file in side.values()] for side in (pair.a, pair.b))
     for other in (*mine, *theirs):

@@ -26,7 +26,7 @@ def order_lines(table: pd.DataFrame, measured: Items = (), mark: str = "") -> li
     rows, apart = table[table["bits"] != FULL], []
     for model, own in rows.groupby("model", sort=False) if measured else ():
         same = [measured[place].record for place in own["item"].unique()]
-        if unlike := alike.differing(same, ("data", *alike.MODEL, *alike.ORIGIN)):
+        if unlike := alike.differing(same, ("data", *alike.SHARED)):
             apart.append(
                 f"Expected orders leave out {model}{mark}: its records differ in {unlike}."
             )

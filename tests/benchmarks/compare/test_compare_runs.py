@@ -215,11 +215,6 @@ ZEROS = "0" * 12
             {"calibration": CALIBRATION.model_copy(update={"split": "val"})},
             "calibration data (d train; d val)",
         ),
-        (
-            {"calibration": CALIBRATION},
-            {"calibration": CALIBRATION.model_copy(update={"listed": True})},
-            "calibration list (",
-        ),
     ],
 )
 def test_pairs_of_unlike_records_are_refused_by_the_fact_that_differs(
@@ -268,6 +263,17 @@ def test_other_libraries_are_noted(tmp_path: Path):
     result = run(a, b)
     assert result.exit_code == 0
     assert "Note: demo_vit w3a3: the records differ in torch (1; 2)." in result.stdout
+
+
+def test_a_list_of_calibration_images_is_noted(tmp_path: Path):
+    listed = CALIBRATION.model_copy(update={"listed": True})
+    a, b = (
+        save(tmp_path, "fimaq", calibration=CALIBRATION),
+        save(tmp_path, "qdrop", calibration=listed),
+    )
+    result = run(a, b)
+    assert result.exit_code == 0
+    assert "the records differ in calibration list (" in result.stdout
 
 
 def test_ambiguous_and_empty_sides_are_refused(tmp_path: Path):
