@@ -66,7 +66,7 @@ class Judgement:
 
     verdict: str  #: one of the five, see :func:`diff`
     difference: float  #: measured minus published, in points; NaN without a comparable number
-    rule: str  #: the tolerance, or the reason why the two are not comparable
+    rule: str  #: the interval, or the reason why the two are not comparable
     remarks: tuple[str, ...] = ()
 
     @property
