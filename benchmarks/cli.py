@@ -1,7 +1,8 @@
 """The command line: ``python -m benchmarks COMMAND``.
 
 Exit codes: 0 done; 1 cells failed, or measured numbers differ from published numbers; 2 cannot
-run, or nothing can be compared (``diff`` and published tables); 130 interrupted by Ctrl-C.
+run, records cannot be read, or nothing can be compared (``diff`` and published tables); 130
+interrupted by Ctrl-C.
 """
 
 from dataclasses import replace
@@ -20,7 +21,7 @@ from benchmarks.published.table import load_table
 from benchmarks.report.command import report
 from benchmarks.run.command import run_grid
 from benchmarks.run.options import RunRequest
-from benchmarks.run.plan import plan_text
+from benchmarks.run.plan import make_plan
 from benchmarks.run.published import published
 from benchmarks.watch.command import status
 
@@ -116,7 +117,11 @@ def run(
     context = click.get_current_context()
     request = replace(request, options=replace(options, **changes), report=report)
     if plan:
-        click.echo(plan_text(request, terminal_width()))
+        found = make_plan(request, terminal_width())
+        click.echo(found.text)
+        for message in found.unreadable:
+            click.echo(f"warning: {message}", err=True)
+        context.exit(2 if found.unreadable else 0)
     elif rehearse:
         from benchmarks.rehearsal.rehearse import rehearse as rehearse_grid
 
@@ -172,7 +177,8 @@ def tables(profile: str, chosen: str, output: Path | None, options: RunOptions) 
     from benchmarks.tables.write import remake
 
     ending = "tex" if chosen == "latex" else chosen
-    remake(load_grid(profile), options, given.adapter(), ending, output)
+    code = remake(load_grid(profile), options, given.adapter(), ending, output)
+    click.get_current_context().exit(code)
 
 
 _METRICS = (
@@ -197,7 +203,7 @@ def compare(run_a: Path, run_b: Path, metric: str, level: float, as_json: bool) 
     side has several methods or variants, the pair shares these too. Full precision has no bits: it
     is paired with each record of the other side.
 
-    Exit codes: 0 compared, whatever the result; 2 cannot compare.
+    Exit codes: 0 compared, whatever the result; 2 cannot compare, or records cannot be read.
     """
     from benchmarks.compare.pair_tests import compare_pairs
     from benchmarks.compare.pairs import pair_up, read_side
@@ -208,6 +214,9 @@ def compare(run_a: Path, run_b: Path, metric: str, level: float, as_json: bool) 
     compared = compare_pairs(pair_up(a, b), level, wanted)
     text = json_text if as_json else comparison_text
     click.echo(text(a, b, compared, level))
+    for problem in (*a.problems, *b.problems):
+        click.echo(f"warning: {problem}", err=True)
+    click.get_current_context().exit(2 if a.problems or b.problems else 0)
 
 
 for command in (published, status, doctor, report):

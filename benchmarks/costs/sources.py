@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from benchmarks.console import plain
 from benchmarks.costs.estimate import METHOD, MODEL, OWN, Estimator
 from benchmarks.grid.cell import Adapter, Cell, CellName, Key, finished
 from benchmarks.grid.names import PUBLISHED, load_names
@@ -135,6 +136,7 @@ class Costs:
 
     def __init__(self, cells: Iterable[Cell], rows: Iterable[tuple[str, CostRow]]) -> None:
         """Take the cells of a whole grid, and pairs of source and row, most trusted first."""
+        self.unreadable: dict[Key, str] = {}  #: cells with unreadable records, and the reasons
         named = {cell.key: cell for cell in cells}
         self._known: dict[tuple[str, str], Estimator] = defaultdict(Estimator)
         for source, row in rows:
@@ -200,20 +202,31 @@ def gather(
 ) -> tuple[Costs, list[str]]:  # fmt: skip
     """Return the costs of whole grids from all sources, and one warning per unreadable file.
 
+    The warnings include those of ``Costs.unreadable``.
+
     ``reference`` is the folder with the costs of ``profiles`` and a rehearsal. The user's own
     rehearsal is in ``results``.
     """
-    found = ((cell, finished(cell, adapter)) for cell in cells)
-    rows = [(FINISHED, cost_row(cell, done[0])) for cell, done in found if done is not None]
+    rows: list[tuple[str, CostRow]] = []
+    unreadable: dict[Key, str] = {}
+    for cell in cells:
+        try:
+            done = finished(cell, adapter)
+        except FimaqError as error:
+            unreadable[cell.key] = f"{cell.label}: {plain(str(error))}"
+        else:
+            rows += [(FINISHED, cost_row(cell, done[0]))] if done is not None else []
     files = [(COMMITTED, costs_path(name, reference)) for name in profiles]
     files += [(REHEARSED, place / "rehearsal.json") for place in (results / "rehearsal", reference)]
-    warnings = []
+    warnings = [f"warning: {message}" for message in unreadable.values()]
     for source, path in files:
         try:
             rows += [(source, row) for row in read_costs(path)]
         except FimaqError as error:
             warnings.append(f"warning: {error}")
-    return Costs(cells, rows), warnings
+    costs = Costs(cells, rows)
+    costs.unreadable = unreadable
+    return costs, warnings
 
 
 def device_kind(cell: Cell) -> Device:

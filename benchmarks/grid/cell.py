@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import OnProgress
 from tasks.common.cell import identity
-from tasks.common.record import ResultRecord, bits_name, read_record
+from tasks.common.record import NotMeasured, ResultRecord, bits_name, read_record
 from tasks.common.request import CellRequest, Missing
 
 #: Metric of each task that tables and progress show; the CSV files have all metrics.
@@ -165,10 +165,15 @@ def known_folder(cell: Cell, adapter: Adapter) -> Path | None:
 
 
 def finished(cell: Cell, adapter: Adapter) -> tuple[ResultRecord, Path] | None:
-    """Return the cell's record and its folder; None if there is no readable record."""
+    """Return the cell's record and its folder; None if there is no record.
+
+    Raises CheckpointError if there is a record, but it cannot be read or is of another cell.
+    """
+    folder = known_folder(cell, adapter)
+    if folder is None:
+        return None
     try:
-        folder = adapter.planned_folder(cell.request)
-        path = folder / "result.json"
-        return (read_record(path), folder) if path.is_file() else None
-    except FimaqError:
+        digest = identity.recipe_digest(cell.request)
+        return read_record(folder / "result.json", digest), folder
+    except NotMeasured:
         return None

@@ -17,7 +17,10 @@ from benchmarks.grid.options import adapter, folder_options, profile_option
     help="File to write (default: report.html in the results folder).",
 )
 def report(profile: str, options: RunOptions, output: Path | None) -> None:
-    """Write tables, charts and the origin of every number of a grid to one HTML file."""
+    """Write tables, charts and the origin of every number of a grid to one HTML file.
+
+    Exit codes: 0 written; 2 not written, or records in the results folder cannot be read.
+    """
     from benchmarks.console import size_text
     from benchmarks.grid.schema import load_grid
     from benchmarks.report.page import write_report
@@ -30,3 +33,4 @@ def report(profile: str, options: RunOptions, output: Path | None) -> None:
     )
     for name, message in found.problems:
         click.echo(f"warning: could not be read: {name}: {message}", err=True)
+    click.get_current_context().exit(2 if found.unreadable else 0)

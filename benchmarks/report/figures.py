@@ -11,9 +11,9 @@ from markupsafe import Markup
 from benchmarks.console import duration, size_text
 from benchmarks.report import charts
 from benchmarks.report.groups import Group, find
-from benchmarks.results.scores import FULL, Column, columns_of, is_percent, unique
+from benchmarks.results.scores import FULL, Column, columns_of, unique
 from fimaq_core.recipe import OFF
-from tasks.common.record import own_seconds
+from tasks.common.record import is_percent, own_seconds
 
 #: Name of the only stage in memory figures of records that state no memory per stage.
 _WHOLE = "whole cell (memory)"

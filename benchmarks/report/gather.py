@@ -4,13 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.console import plain
 from benchmarks.grid.cell import Adapter, Cell, RunOptions, known_folder
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import FP, Grid
-from benchmarks.results.scores import Measured, collect
+from benchmarks.results.scores import Damaged, Measured, collect
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
-from tasks.common.record import ResultRecord, bits_name, outcomes_problem, read_record
+from tasks.common.outcome_files import outcomes_problem
+from tasks.common.record import bits_name, read_record
+
+#: Method, bits of weights and activations, and seed of a record.
+_Settings = tuple[str, int, int, int | None]
 
 
 @dataclass
@@ -21,12 +26,14 @@ class Gathered:
     results: Path  #: root folder of runs
     cells: list[Cell]  #: of the grid, and of runs with filters beyond it, in the order of tables
     measured: list[Measured]  #: the finished cells
+    damaged: list[Damaged]  #: cells with unreadable records
     beyond: int = 0  #: number of ``measured`` cells that are not in the grid
     foreign: int = 0  #: number of records of other grids or settings
     #: Unmeasured cells whose last run failed, with the last line of the error log.
     failed: list[tuple[Cell, str]] = field(default_factory=list)
     #: Unreadable files, with the reason.
     problems: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: int = 0  #: number of records among ``problems``
 
     def relative(self, path: Path) -> str:
         """Return ``path`` relative to the results folder, or the name of a file elsewhere."""
@@ -37,35 +44,47 @@ class Gathered:
 
     def add_problem(self, name: str, error: object) -> None:
         """Note an unreadable file, with paths relative to the results folder in the message."""
-        self.problems.append((name, str(error).replace(f"{self.results}/", "")))
+        self.problems.append((name, plain(str(error)).replace(f"{self.results}/", "")))
 
 
 def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:
     """Read the finished cells of ``grid``, and those that runs with filters measured beyond it."""
     own = list({cell.key: cell for cell in expand(grid, Filters(), options)}.values())
-    gathered = Gathered(grid, options.results, own, collect(own, adapter))
+    gathered = Gathered(grid, options.results, own, *collect(own, adapter))
     known = {item.folder.resolve() for item in gathered.measured if item.folder is not None}
-    others: dict[Path, ResultRecord] = {}
+    for one in gathered.damaged:
+        folder = known_folder(one.cell, adapter)
+        if folder is not None:
+            known.add(folder.resolve())
+            gathered.add_problem(gathered.relative(folder / "result.json"), one.message)
+    others: dict[Path, _Settings] = {}
     for path in sorted((options.results / "runs").rglob("result.json")):
         if path.parent.resolve() not in known:
             try:
-                others[path.parent.resolve()] = read_record(path)
+                record = read_record(path)
+                settings = record.method, record.w_bit, record.a_bit, record.seed
+                others[path.parent.resolve()] = settings
             except FimaqError as error:
                 gathered.add_problem(gathered.relative(path), error)
+    gathered.unreadable = len(gathered.problems)
     beyond = _beyond(gathered, options, adapter, others)
     gathered.beyond, gathered.foreign = len(beyond), len(others) - len(beyond)
     if beyond:  # in the order of the grid's sections and models
         sections, cells = list(grid.tasks), [*own, *beyond]
         models = list(dict.fromkeys(cell.model for cell in cells))
-        cells.sort(key=lambda cell: (sections.index(cell.section), models.index(cell.model)))
-        gathered.cells, gathered.measured = cells, collect(cells, adapter)
+        order = {
+            cell.key: (sections.index(cell.section), models.index(cell.model)) for cell in cells
+        }
+        gathered.measured += collect(beyond, adapter).measured
+        gathered.cells = sorted(cells, key=lambda cell: order[cell.key])
+        gathered.measured.sort(key=lambda item: order[item.cell.key])
     for item in gathered.measured:
         if item.folder is not None and (problem := outcomes_problem(item.record, item.folder)):
             gathered.add_problem(gathered.relative(item.folder / item.record.outcomes), problem)
-    done = {item.cell.key for item in gathered.measured}
+    done = {item.cell.key for item in (*gathered.measured, *gathered.damaged)}
     for cell in own:
         folder = None if cell.key in done else known_folder(cell, adapter)
-        if folder is not None and not (folder / "result.json").exists():
+        if folder is not None:
             try:
                 log = (folder / "error.log").read_text(encoding="utf-8", errors="replace")
             except OSError:  # no failed run
@@ -75,12 +94,12 @@ def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:
 
 
 def _beyond(
-    gathered: Gathered, options: RunOptions, adapter: Adapter, others: Mapping[Path, ResultRecord]
+    gathered: Gathered, options: RunOptions, adapter: Adapter, others: Mapping[Path, _Settings]
 ) -> list[Cell]:
     """Return the cells that filters would add to the grid and whose folders are in ``others``."""
     found = {cell.key: cell for cell in gathered.cells}
     own = set(found)
-    wanted = dict.fromkeys((r.method, r.w_bit, r.a_bit, r.seed) for r in others.values())
+    wanted = dict.fromkeys(others.values())
     for section, part in gathered.grid.tasks.items():
         models = (*part.models, *part.available)
         for method, w_bit, a_bit, seed in wanted:

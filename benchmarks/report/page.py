@@ -97,7 +97,9 @@ def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | N
         "sections": sections,
         "empty": [name for name in grid.tasks if name not in names],
         "published": diff_table(measured),
-        "table": None if table is None else paper_table(Reproduction(table, measured)),
+        "table": None
+        if table is None
+        else paper_table(Reproduction(table, measured, damaged=gathered.damaged)),
         "pictures": list(pictures.values()),
         "filters": {
             "task": names,
@@ -133,6 +135,7 @@ def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stag
         "metric": metric_title(metric),
         "data": data_lines(mine),
         "table": score_table(groups, cells, metric, main=True),
+        "damaged": [one.line for one in gathered.damaged if one.cell.section == name],
         "others": [score_table(groups, cells, other) for other in others],
         "notes": note_lines(own, metric, mine),
         "by_bits": list(figures.bits_figures(own, metric, looks)),
@@ -157,10 +160,7 @@ def data_lines(measured: Sequence[Measured]) -> list[str]:
 def note_lines(groups: Sequence[Group], metric: str, measured: Sequence[Measured]) -> list[str]:
     """Return lines on settings of ``groups``, sampling errors and the expected order of methods."""
     mine = [item for group in groups for item in group.items]
-    try:
-        lines = settings_lines(mine)
-    except FimaqError as error:  # for example, another version wrote the recipe
-        lines = [str(error)]
+    lines = settings_lines(mine)
     table = scores(measured)
     lines.append(sampling_line(table.loc[table["metric"] == metric, "stderr"]))
     for mark in unique(item.cell.mark for item in mine if item.cell.method != "fp"):

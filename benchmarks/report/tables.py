@@ -11,10 +11,11 @@ from benchmarks.compare import diff
 from benchmarks.grid.cell import Cell
 from benchmarks.published.schema import head_pair
 from benchmarks.report.groups import Group, find, row_name, rows_of
-from benchmarks.results.outcomes import compare
-from benchmarks.results.scores import FULL, Measured, columns_of, is_percent, metric_title
+from benchmarks.results.outcomes import CompareError, compare
+from benchmarks.results.scores import FULL, Measured, columns_of, metric_title
 from benchmarks.tables.reproduction import Reproduction, bits_text
 from benchmarks.tables.settings import recipe_marks
+from tasks.common.record import is_percent
 
 #: A method counts as equal to the best within this number of standard errors of their difference.
 _ERRORS = 2.0
@@ -45,9 +46,11 @@ def score_table(
             if main:
                 values[name] |= {"link": found[name].id, "title": s.error_text, "near": False}
                 if best and name in judged and name not in best:
-                    pair = compare(found[best[0]].items, found[name].items)
-                    near = pair is not None and abs(pair.difference) <= _ERRORS * pair.se
-                    values[name]["near"] = near
+                    try:
+                        pair = compare(found[best[0]].items, found[name].items)
+                        values[name]["near"] = abs(pair.difference) <= _ERRORS * pair.se
+                    except CompareError as error:
+                        values[name]["title"] += f"; not compared with the best: {error}"
         filled.append(values)
     recipes = {row_name(cell): cell.request.recipe for cell in cells}
     return {

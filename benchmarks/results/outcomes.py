@@ -1,25 +1,36 @@
 """Outcomes of single samples: files beside records, and differences between two methods."""
 
+import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from benchmarks.grid.cell import MAIN_METRIC
 from benchmarks.results.scores import Items, Measured
 from fimaq_core.errors import FimaqError
-from tasks.common.record import ResultRecord, outcome_arrays
+from tasks.common.outcome_files import OutcomesError, outcome_arrays
+from tasks.common.record import ResultRecord
 from tasks.retrieval.metrics import CUTS, MEAN_CUTS
 
 logger = logging.getLogger(__name__)
+#: Points by which rounding to 32 bits may move a metric that is the mean of contributions.
+_ROUNDING = 0.01
+#: Arrays that runs share, such as ids of samples; an array is gone when no outcomes use it.
+_arrays: WeakValueDictionary[tuple[str, bytes], np.ndarray] = WeakValueDictionary()
 
 
 class CompareError(FimaqError):
     """Runs, or outcomes of runs, that cannot be compared."""
+
+
+class DifferentSamples(CompareError):
+    """Two runs were measured on different samples."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,10 @@ class Outcomes:
         """Number of clusters."""
         return int(self.cluster.max(initial=-1)) + 1
 
+    def value(self, metric: str) -> float:
+        """Return a metric in percent."""
+        return float(np.mean([100 * part.score.mean() for part in self.metrics[metric]]))
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -52,6 +67,7 @@ class Paired:
 
     difference: float
     se: float
+    left_out: tuple[str, ...] = ()  #: reasons why seeds are left out
 
 
 def read(record: ResultRecord, folder: Path) -> Outcomes:
@@ -61,14 +77,13 @@ def read(record: ResultRecord, folder: Path) -> Outcomes:
     metric as their mean: jackknife pseudo-values (Efron and Stein, Annals of Statistics 9, 1981).
 
     Raises:
-        CheckpointError: the file is missing or damaged, belongs to another record, or has another
-            form.
+        OutcomesError: the file is missing or damaged, or contradicts the record.
     """
     content = outcome_arrays(record, folder)
     order = np.argsort(content["sample"], kind="stable")
     content = {name: array[order] for name, array in content.items()}
     sample = content.pop("sample")
-    every = cluster = np.arange(len(sample))
+    every = cluster = _shared(np.arange(len(sample)))
     if "cluster" in content:
         cluster = np.unique(content["cluster"], return_inverse=True)[1]
     metrics: dict[str, tuple[MetricPart, ...]] = {}
@@ -83,12 +98,45 @@ def read(record: ResultRecord, folder: Path) -> Outcomes:
         for name in record.metrics:
             if name in content:
                 metrics[name] = (MetricPart(every, content[name].astype(np.float64)),)
-    return Outcomes(sample, cluster, metrics, folder)
+    outcomes = Outcomes(_shared(sample), _shared(cluster), metrics, folder)
+    for problem in _contradictions(record, outcomes):
+        raise OutcomesError(
+            f"The outcomes {folder / record.outcomes} {problem}: they belong to another run. "
+            f"Measure "
+            f"{record.model} {record.method} again with --force.",
+            "outcomes of another record",
+        )
+    return outcomes
+
+
+def _contradictions(record: ResultRecord, outcomes: Outcomes) -> Iterator[str]:
+    """Yield what in the outcomes contradicts their record."""
+    if (outcomes.sample[1:] == outcomes.sample[:-1]).any():
+        yield "name a sample twice"
+    if outcomes.clusters != record.n:
+        yield f"have {outcomes.clusters} samples, but the record has {record.n}"
+    if not outcomes.metrics:
+        yield "contain nothing that can be compared"
+    for name, parts in outcomes.metrics.items():
+        for part in parts:
+            counts = np.bincount(outcomes.cluster[part.rows], minlength=outcomes.clusters)
+            if not counts.all() or not np.isfinite(part.score).all():
+                yield f"lack the {name} of some images, or it is not finite"
+        stated, found = record.metrics.get(name), outcomes.value(name)
+        exact = all(part.score.dtype == bool for part in parts)
+        if stated is not None and not abs(stated.value - found) <= (1e-6 if exact else _ROUNDING):
+            yield f"give {name} {found:.2f}, but the record has {stated.value:.2f}"
+
+
+def _shared(array: np.ndarray) -> np.ndarray:
+    """Return an equal array that is in use already, or else ``array``."""
+    key = array.dtype.str, hashlib.sha256(np.ascontiguousarray(array)).digest()
+    return _arrays.setdefault(key, array)
 
 
 def _recalls(direction: np.ndarray, rank: np.ndarray) -> dict[str, tuple[MetricPart, ...]]:
     """Return the recalls of papers: R@k over both directions, the mean recall, each direction."""
-    images, captions = np.flatnonzero(direction == 0), np.flatnonzero(direction == 1)
+    images, captions = (_shared(np.flatnonzero(direction == side)) for side in (0, 1))
     each = {
         f"{side}_R@{cut}": (MetricPart(rows, rank[rows] < cut),)
         for side, rows, candidates in (("i2t", images, captions), ("t2i", captions, images))
@@ -107,19 +155,23 @@ def _recalls(direction: np.ndarray, rank: np.ndarray) -> dict[str, tuple[MetricP
 
 
 def check_alike(one: Outcomes, other: Outcomes) -> None:
-    """Raise CompareError with the reason unless both runs have the same samples."""
+    """Raise DifferentSamples with the reason unless both runs have the same samples."""
+    if one.sample is other.sample and one.cluster is other.cluster:
+        return
     sizes = len(one.sample), len(other.sample)
     if sizes[0] != sizes[1]:
-        raise CompareError(
+        raise DifferentSamples(
             f"Different samples: {one.folder} has {sizes[0]}, {other.folder} has {sizes[1]}. "
             "Measure both with the same images: a run leaves out images that were damaged."
         )
     where = f"Different samples: {one.folder} and {other.folder}"
     if unlike := sorted(set(one.sample.tolist()) ^ set(other.sample.tolist())):
-        raise CompareError(f"{where} do not share all samples: only one of them has {unlike[0]}.")
+        raise DifferentSamples(
+            f"{where} do not share all samples: only one of them has {unlike[0]}."
+        )
     same = np.array_equal(one.sample, other.sample)
     if not (same and np.array_equal(one.cluster, other.cluster)):
-        raise CompareError(f"{where} have the same samples, but group them differently.")
+        raise DifferentSamples(f"{where} have the same samples, but group them differently.")
 
 
 def cluster_sums(first: Sequence[Outcomes], second: Sequence[Outcomes], metric: str) -> np.ndarray:
@@ -149,7 +201,7 @@ def statistic(sums: np.ndarray) -> np.ndarray:
     return np.asarray((sums[..., 0] / sums[..., 1]).mean(axis=-1))
 
 
-def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Paired | None:
+def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Paired:
     """Return the difference of the first metric of two methods, given their outcomes by seed.
 
     One seed and samples that are right or wrong are McNemar's setting (Psychometrika 12, 1947).
@@ -158,18 +210,19 @@ def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Pai
     sd(d)/√n.
 
     Returns:
-        ``first`` minus ``second``. None if they have no common seed, different samples, or fewer
-        than two clusters.
+        ``first`` minus ``second``.
+
+    Raises:
+        CompareError: they have no common seed, different samples, or fewer than two clusters.
     """
     seeds = sorted(set(first) & set(second))
     own, base = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
-    try:
-        for other in (*own, *base):
-            check_alike(own[0], other)
-    except CompareError:
-        return None
-    if not own or own[0].clusters < 2:
-        return None
+    if not own:
+        raise CompareError("no common seed")
+    for other in (*own, *base):
+        check_alike(own[0], other)
+    if own[0].clusters < 2:
+        raise CompareError("a single sample")
     sums = cluster_sums(own, base, next(iter(own[0].metrics)))
     groups, parts = sums.shape[:2]
     total = sums.sum(axis=0)
@@ -179,32 +232,41 @@ def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Pai
     return Paired(difference, math.sqrt(groups / (groups - 1) * squares))
 
 
-def compare(first: Items, second: Items) -> Paired | None:
-    """Compare finished cells of two methods by :func:`paired`; None if that is impossible."""
-    return paired(_by_seed(first), _by_seed(second))
+def compare(first: Items, second: Items) -> Paired:
+    """Compare finished cells of two methods by :func:`paired`, on the seeds that can be read.
 
-
-def _by_seed(items: Items) -> dict[int, Outcomes]:
-    """Read the outcomes of cells that differ in their seeds. Cells without outcomes are absent."""
-    found = ((item.record.seed, read_outcomes(item)) for item in items)
-    return {seed: outcomes for seed, outcomes in found if seed is not None and outcomes is not None}
-
-
-def read_outcomes(item: Measured) -> Outcomes | None:
-    """Return the outcomes of a cell in the main metric of its task; None if there are none.
-
-    If the file cannot be read, one warning gives the reason.
+    One warning names each file that cannot be read. Raises CompareError with the reason in a few
+    words if nothing can be compared.
     """
-    if item.folder is None:
-        return None
+    mine, theirs = ({item.record.seed: item for item in items} for items in (first, second))
+    found: dict[int, tuple[Outcomes, Outcomes]] = {}
+    reasons: dict[str, None] = {}
+    for seed in sorted((mine.keys() & theirs.keys()) - {None}):
+        try:
+            found[seed] = read_outcomes(mine[seed]), read_outcomes(theirs[seed])
+        except OutcomesError as error:
+            _warn(str(error))
+            reasons[error.reason] = None
+    if reasons and not found:
+        raise CompareError(", ".join(reasons))
     try:
-        outcomes = read(item.record, item.folder)
-    except FimaqError as error:
-        _warn(str(error))
-        return None
+        pair = paired(*({seed: both[side] for seed, both in found.items()} for side in (0, 1)))
+    except DifferentSamples as error:
+        raise CompareError("different samples") from error
+    return replace(pair, left_out=tuple(reasons))
+
+
+@lru_cache(maxsize=512)  # small, since equal arrays are shared
+def read_outcomes(item: Measured) -> Outcomes:
+    """Return the outcomes of a cell in the main metric of its task. Raises OutcomesError."""
+    if item.folder is None:
+        raise OutcomesError(f"{item.cell.label} has no folder.", "outcomes missing")
+    outcomes = read(item.record, item.folder)
     wanted = (MAIN_METRIC.get(item.record.task), "top1")
     shown = {name: parts for name, parts in outcomes.metrics.items() if name in wanted}
-    return replace(outcomes, metrics=shown) if shown else None
+    if not shown:
+        raise OutcomesError(f"{item.folder} has other metrics.", "outcomes of other metrics")
+    return replace(outcomes, metrics=shown)
 
 
 @cache

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from benchmarks.console import plain
 from benchmarks.grid.cell import MAIN_METRIC, Adapter, Cell, Key, finished
 from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import METHODS, OFF
-from tasks.common.record import ResultRecord, bits_name, read_record
+from tasks.common.record import ResultRecord, bits_name, is_percent, read_record
 
 #: Columns of the CSV files in ``results/tables``.
 COLUMNS = [
@@ -34,7 +35,7 @@ RECONSTRUCTION = ("brecq", "qdrop", "pdquant", "aphq", "fimaq", "lsvit", "adalog
 FULL = bits_name(OFF, OFF)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """A finished cell with its record."""
 
@@ -43,27 +44,80 @@ class Measured:
     folder: Path | None = None  #: folder of the record; None if the record is not on disk
 
 
+class Damaged(NamedTuple):
+    """A cell with a record that cannot be read."""
+
+    cell: Cell
+    message: str  #: reason and remedy in one line
+
+    @property
+    def line(self) -> str:
+        """Line below tables and on stderr."""
+        return f"Not shown: {self.cell.label}, whose record cannot be used. {self.message}"
+
+
+class Collected(NamedTuple):
+    """Cells with records, in order."""
+
+    measured: list[Measured]
+    damaged: list[Damaged]
+
+    def only(self, cells: Iterable[Cell]) -> "Collected":
+        """Return the part that belongs to ``cells``."""
+        keys = {cell.key for cell in cells}
+        measured, damaged = ([it for it in own if it.cell.key in keys] for own in self)
+        return Collected(measured, damaged)
+
+
 Items = Sequence[Measured]
 Cells = Sequence[Cell]
 
 
-def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
-    """Return the finished ones among ``cells`` in order, each once."""
+def collect(cells: Iterable[Cell], adapter: Adapter) -> Collected:
+    """Return the cells that have a record, each once. Cells without a record are left out."""
     distinct: dict[Key, Cell] = {}
     for cell in cells:
         distinct.setdefault(cell.key, cell)
-    found = ((cell, finished(cell, adapter)) for cell in distinct.values())
-    return [Measured(cell, *it) for cell, it in found if it is not None]
+    found, share = Collected([], []), Shared()
+    for cell in distinct.values():
+        try:
+            done = finished(cell, adapter)
+        except FimaqError as error:
+            found.damaged.append(Damaged(cell, plain(str(error))))
+        else:
+            if done is not None:
+                record, folder = done
+                found.measured.append(Measured(cell, share(record), folder))
+    return found
+
+
+class Shared:
+    """Keeps equal parts of records only once: calibration, module map and data set.
+
+    Thousands of records of a grid would fill the memory otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, object] = {}
+
+    def __call__(self, record: ResultRecord) -> ResultRecord:
+        """Return an equal record that shares its parts with earlier ones."""
+        parts = {}
+        for name in ("calibration", "modules", "dataset", "environment"):
+            part = getattr(record, name)
+            if part is not None:
+                parts[name] = self._parts.setdefault(part.model_dump_json(), part)
+        return record.model_copy(update=parts)
 
 
 def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]]:
     """Return all records under ``root`` with their files, and a message for each unreadable one."""
-    records, problems = [], []
+    records, problems, share = [], [], Shared()
     for path in sorted(root.rglob("result.json")):
         try:
-            records.append((path, read_record(path)))
+            records.append((path, share(read_record(path))))
         except FimaqError as error:
-            problems.append(str(error))
+            problems.append(plain(str(error)))
     return records, problems
 
 
@@ -118,7 +172,9 @@ def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
             rows.append((*shared, *score, item))
     table = pd.DataFrame(rows, columns=[*COLUMNS, "item"])
     numbers = dict.fromkeys(("value", "stderr", "fp_value"), float)
-    return with_bits(table.astype({"seed": "Int64", **numbers}))
+    largest = max((seed for seed in table["seed"] if seed is not None), default=0)
+    seeds = "Int64" if largest < 2**63 else "UInt64"
+    return with_bits(table.astype({"seed": seeds, **numbers}))
 
 
 def with_bits(table: pd.DataFrame) -> pd.DataFrame:
@@ -168,11 +224,6 @@ def main_metric(task: str, table: pd.DataFrame) -> str:
     present = unique(table["metric"])
     wanted = MAIN_METRIC.get(task)
     return wanted if wanted in present else present[0]
-
-
-def is_percent(metric: str) -> bool:
-    """Return True for a percentage, False for a median rank."""
-    return not metric.endswith("median_rank")
 
 
 def metric_title(metric: str) -> str:

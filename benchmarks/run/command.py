@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from benchmarks.grid.cell import Cell, Key, finished
+from benchmarks.grid.cell import Adapter, Cell, Key, finished
 from benchmarks.grid.preflight import missing
 from benchmarks.run.options import RunRequest, make_executor, settled
 from fimaq_core.errors import FimaqError
@@ -29,15 +29,16 @@ def run_grid(request: RunRequest) -> int:
     """Measure the cells that are not finished, and write tables; see ``run --help``.
 
     Returns:
-        The exit code: 0, or 1 if cells failed or numbers differ from the published table.
+        The exit code: 0; 1 if cells failed or numbers differ from the published table; 2 if
+        records cannot be read.
 
     Raises:
         FimaqError: data or weights are missing.
     """
     cells, adapter = request.cells(), request.adapter
-    found = ((cell.key, finished(cell, adapter)) for cell in cells)
-    measured = {key: done[0] for key, done in found if done is not None}
-    todo = [cell for cell in cells if request.options.force or cell.key not in measured]
+    measured, unreadable = _records(cells, adapter)
+    known = {} if request.options.force else measured | unreadable
+    todo = [cell for cell in cells if cell.key not in known]
     failures: list[Failure] = []
     if todo:
         messages = missing(todo, adapter)
@@ -46,9 +47,16 @@ def run_grid(request: RunRequest) -> int:
             raise FimaqError("\n".join(lines))
         request = settled(request)
         failures = _measure(request, {cell.key for cell in todo}, measured)
-    else:
+    elif not unreadable:
         print(f"All {len(cells)} cells are done already.")
-    code = _write(request, cells)
+    code, complete = _write(request, cells)
+    if unreadable and not request.options.force:
+        print(
+            f"\n{len(unreadable)} of {len(cells)} cells were not measured, since their records "
+            "cannot be read (see above): restore or delete these records. With --force, all cells "
+            "of the command are measured again.",
+            file=sys.stderr,
+        )
     if failures:
         print(f"\n{len(failures)} of {len(cells)} cells failed:", file=sys.stderr)
         for failure in failures:
@@ -56,7 +64,23 @@ def run_grid(request: RunRequest) -> int:
             print(f"  {failure.cell.label}: {failure.message}{log}", file=sys.stderr)
         words = "To run the failed cells again, repeat the command without --force"
         print(f"{words}: it skips finished cells.", file=sys.stderr)
-    return 1 if failures else code
+    return 1 if failures and complete else code
+
+
+def _records(
+    cells: Sequence[Cell], adapter: Adapter
+) -> tuple[dict[Key, ResultRecord], dict[Key, FimaqError]]:
+    """Return the records of finished cells, and the reasons why records cannot be read."""
+    measured, unreadable = {}, {}
+    for cell in cells:
+        try:
+            done = finished(cell, adapter)
+        except FimaqError as error:
+            unreadable[cell.key] = error
+        else:
+            if done is not None:
+                measured[cell.key] = done[0]
+    return measured, unreadable
 
 
 def _measure(
@@ -88,16 +112,21 @@ def _measure(
     return failures
 
 
-def _write(request: RunRequest, cells: Sequence[Cell]) -> int:
-    """Write and print the tables, and the report; return the exit code of a published table."""
+def _write(request: RunRequest, cells: Sequence[Cell]) -> tuple[int, bool]:
+    """Write and print the tables, and the report.
+
+    Returns the exit code, and False if records of the grid cannot be read.
+    """
     from benchmarks.tables.write import write_published, write_tables  # imports pandas: slow
 
     grid, options, adapter, table = request.grid, request.options, request.adapter, request.table
-    sentence, code = "", 0
+    sentence = ""
     if table is None:
-        write_tables(grid, request.filters, options, adapter, cells)
+        code = write_tables(grid, request.filters, options, adapter, cells)
+        complete = code == 0
     else:
-        sentence, code = write_published(table, grid, options, adapter, cells).conclusion()
+        part = write_published(table, grid, options, adapter, cells)
+        (sentence, code), complete = part.conclusion(), not part.damaged
     if request.report:
         from benchmarks.report.page import write_report
 
@@ -108,7 +137,7 @@ def _write(request: RunRequest, cells: Sequence[Cell]) -> int:
     for line in (*grid.next, sentence):
         if line:
             print(line)
-    return code
+    return code, complete
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
@@ -29,7 +30,14 @@ _LEAST = (
 )  # fmt: skip
 
 
-def plan_text(request: RunRequest, width: int | None = None, reference: Path = REFERENCE) -> str:
+class Plan(NamedTuple):
+    """Plan of a run."""
+
+    text: str
+    unreadable: list[str]  #: one message per cell whose record cannot be read
+
+
+def make_plan(request: RunRequest, width: int | None = None, reference: Path = REFERENCE) -> Plan:
     """Return the table of a run's cells, then their number, total time, memory and cost sources.
 
     ``#`` is the order in which cells start. ``s bits`` are the bits of attention probabilities if
@@ -44,7 +52,8 @@ def plan_text(request: RunRequest, width: int | None = None, reference: Path = R
     costs, warnings = gather(every, adapter, [grid.name], options.results, reference)
     each = {cell.key: costs.of(cell) for cell in cells}
     done = {key for key, cost in each.items() if cost is not None and cost.source == MEASURED}
-    todo = [cell for cell in cells if options.force or cell.key not in done]
+    bad = {} if options.force else costs.unreadable
+    todo = [cell for cell in cells if options.force or cell.key not in (done | bad.keys())]
     chains = make_chains(todo)
     order = {cell.key: n for n, cell in enumerate((c for chain in chains for c in chain), 1)}
     rows = []
@@ -52,11 +61,14 @@ def plan_text(request: RunRequest, width: int | None = None, reference: Path = R
         is_done, folder = cell.key in done, known_folder(cell, adapter)
         cached = [] if is_done or folder is None else adapter.cached(cell.request, folder)
         row = _settings(cell) | _cost(cell, each[cell.key]) | {"cached": ", ".join(cached)}
-        row |= {"#": order.get(cell.key), "done": "yes" if is_done else "no"}
+        state = "yes" if is_done else "unreadable" if cell.key in bad else "no"
+        row |= {"#": order.get(cell.key), "done": state}
         rows.append({name: str(row.get(name) or "-") for name in _COLUMNS})
-    counts = f"{len(rows)} cells, {len(done)} done, {len(todo)} to run."
+    own = [bad[cell.key] for cell in cells if cell.key in bad]
+    unread = f", {len(own)} with unreadable records" if own else ""
+    counts = f"{len(rows)} cells, {len(done)} done{unread}, {len(todo)} to run."
     totals = _totals(chains, each, request)
-    return "\n".join([*_table(rows, width), "", counts, *totals, *warnings])
+    return Plan("\n".join([*_table(rows, width), "", counts, *totals, *warnings]), own)
 
 
 def _settings(cell: Cell) -> dict[str, object]:

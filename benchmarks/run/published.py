@@ -16,7 +16,7 @@ from benchmarks.grid.options import adapter, folder_options
 from benchmarks.grid.preflight import fetch_weights, missing_data
 from benchmarks.published.table import load_table, table_names
 from benchmarks.run.options import RunRequest
-from benchmarks.run.plan import plan_text
+from benchmarks.run.plan import make_plan
 from tasks.common import registry
 from tasks.common.request import Missing, describe_missing
 
@@ -44,7 +44,7 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
     # Several tables may have the same cell.
     every = list({cell.key: cell for own in cells for cell in own}.values())
     if table:
-        plan = plan_text(requests[0], console.width if console.is_terminal else None)
+        plan = make_plan(requests[0], console.width if console.is_terminal else None).text
         lines = [f"{tables[0].name}: {tables[0].title} ({tables[0].paper})", plan]
     else:
         costs, lines = gather(every, adapter(), [t.name for t in tables], options.results)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.console import duration
 from benchmarks.costs.estimate import Estimator
-from benchmarks.grid.cell import MAIN_METRIC, Adapter, Cell, Key, known_folder
+from benchmarks.grid.cell import MAIN_METRIC, Adapter, Cell, Key, finished, known_folder
 from benchmarks.run.executor import Executor, Failed, MakeExecutor, Message, Started
 from benchmarks.run.order import CellQueue
 from benchmarks.watch.live import Watch
@@ -175,15 +175,14 @@ class Runner:
     def _next(self, slot: str) -> Cell | None:
         """Return the next cell of a slot. Cells that another runner has measured end here."""
         while (cell := self._queue.take(slot)) is not None:
-            path = self._record_path(cell)
-            if path is None or not path.is_file():
-                return cell
             try:
-                text = f"measured elsewhere: {_scores(read_record(path))}"
+                done = finished(cell, self._adapter)
             except FimaqError as error:  # the user decides about a damaged record
                 self._fail(cell, str(error))
-            else:
-                self._end(cell, "elsewhere", text)
+                continue
+            if done is None:
+                return cell
+            self._end(cell, "elsewhere", f"measured elsewhere: {_scores(done[0])}")
         return None
 
     def _check_aside(self) -> None:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from benchmarks.grid.schema import Axes
 from benchmarks.results import scores
-from benchmarks.results.outcomes import compare, mean_difference
+from benchmarks.results.outcomes import CompareError, compare, mean_difference
 from benchmarks.results.scores import Cells, Items, unique
 
 NOTE = (
@@ -71,12 +71,13 @@ def axis_table(
 
 
 def _error(rows: pd.DataFrame, base: pd.DataFrame, items: Items) -> str:
-    """Return the error of the mean over models; ``-`` unless all models have outcomes."""
+    """Return the error of the mean over models, or ``-`` and the reason why there is none."""
     found = []
     for model, own in rows.groupby("model", sort=False):
         theirs = base[base["model"] == model]
-        pair = compare([items[i] for i in own["item"]], [items[i] for i in theirs["item"]])
-        if pair is None:
-            return "-"
+        try:
+            pair = compare([items[i] for i in own["item"]], [items[i] for i in theirs["item"]])
+        except CompareError as error:
+            return f"- ({error})" if len(theirs) else "-"
         found.append(pair)
     return f"{mean_difference(found)[1]:.2f}" if found else "-"

@@ -6,7 +6,7 @@ import pandas as pd
 
 from benchmarks.compare import alike
 from benchmarks.results import scores
-from benchmarks.results.outcomes import compare
+from benchmarks.results.outcomes import CompareError, Paired, compare
 from benchmarks.results.scores import FULL, Items, Measured, count
 
 #: Bits at which no method should be worse than rounding to nearest by _ERRORS standard errors.
@@ -102,23 +102,29 @@ def _rounding_lines(items: Items, mark: str) -> list[str]:
     for item in items:
         if item.cell.bits == _MILD_BITS:
             groups.setdefault((item.cell.subject, item.cell.method), []).append(item)
-    results = {
-        f"{method} on {subject}": compare(mine, groups[subject, "rtn"])
-        for (subject, method), mine in groups.items()
-        if method != "rtn" and (subject, "rtn") in groups
-    }
-    if not results:
+    judged: dict[str, Paired] = {}
+    reasons: dict[str, list[str]] = {}  # names of comparisons by the reason why they are left out
+    for (subject, method), mine in groups.items():
+        name = f"{method} on {subject}"
+        if method == "rtn" or (subject, "rtn") not in groups:
+            continue
+        try:
+            judged[name] = compare(mine, groups[subject, "rtn"])
+        except CompareError as error:
+            reasons.setdefault(str(error), []).append(name)
+            continue
+        for reason in judged[name].left_out:
+            reasons.setdefault(f"{reason} for some seeds", []).append(name)
+    if not judged and not reasons:
         return []
     claim = f"No method below rtn at {_MILD_BITS}{mark} by more than two paired standard errors, "
     claim += "on any model"
-    judged = {name: result for name, result in results.items() if result is not None}
+    why = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in reasons.items())
     if not judged:
-        why = "there are no per-sample outcomes of the same samples and seeds"
-        return [f"{claim}: not judged, since {why}."]
+        return [f"{claim}: not judged ({why})."]
     texts = {name: f"{name} {r.difference:+.2f} ± {r.se:.2f}" for name, r in judged.items()}
     below = [texts[name] for name, r in judged.items() if r.difference < -_ERRORS * r.se]
     nearest = texts[min(judged, key=lambda name: judged[name].difference)]
     verdict = f"NO: {', '.join(below)}" if below else f"yes: lowest is {nearest}"
-    rest = len(results) - len(judged)
-    left_out = f"; {rest} more not judged for lack of per-sample outcomes" if rest else ""
+    left_out = f"; not compared: {why}" if why else ""
     return [f"{claim}: {verdict} points ({count(len(judged), 'comparison')}{left_out})."]

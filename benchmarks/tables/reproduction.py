@@ -13,11 +13,12 @@ from benchmarks.grid.cell import CellName
 from benchmarks.grid.names import UNSTATED, load_names
 from benchmarks.published.schema import head_pair, head_text
 from benchmarks.published.table import FULL, Line, PublishedTable, TableCell
-from benchmarks.results.scores import Measured, count, csv_text, seeds_of, unique
+from benchmarks.results.scores import Damaged, Measured, count, csv_text, seeds_of, unique
 from benchmarks.tables import formats
 from benchmarks.tables.summary import data_lines
 
 NOT_MEASURED = "not measured"
+UNREADABLE = "with unreadable records"
 #: Text of a cell without a number.
 NOTHING = "–"
 #: Marks after numbers, with their meaning, by verdict.
@@ -28,6 +29,7 @@ _LEGEND = {
     diff.UNCERTAIN: ("?", "too uncertain, for the reason below"),
     NOT_COMPARABLE: ("×", "not comparable, for the reason below"),
     NOT_MEASURED: ("°", "published number, not measured yet"),
+    UNREADABLE: ("!", "published number, measured, but the record cannot be read"),
     "": (NOTHING, "no number"),
 }
 #: Columns of the CSV file.
@@ -60,12 +62,14 @@ class Reproduction:
         table: PublishedTable,
         measured: Iterable[Measured],
         names: Collection[CellName] | None = None,
+        damaged: Sequence[Damaged] = (),
     ) -> None:
         """Combine a table with finished cells of its grid.
 
         Shown are the lines and columns with cells of ``names`` (None: all cells), and the context
-        at the same bits.
+        at the same bits. ``damaged`` are cells of the whole grid with unreadable records.
         """
+        self.damaged, unreadable = damaged, {one.cell.name for one in damaged}
         wanted = set(table.measured if names is None else names)
         self.table, self.measured = table, [item for item in measured if item.cell.name in wanted]
         places = [cell for cell in table.cells if names is None or cell.name in wanted]
@@ -83,7 +87,8 @@ class Reproduction:
                 own = [it for it in own if (cell.name, it.settings) in keys]
                 # There are several if data, weights or settings differ between the seeds.
                 item = max(own, key=lambda one: one.record.finished, default=None)
-                rows.append(_cell(table, cell, item))
+                missing = UNREADABLE if cell.name in unreadable else NOT_MEASURED
+                rows.append(_cell(table, cell, item, missing))
         self.cells = pd.DataFrame(rows)
 
     @property
@@ -126,7 +131,7 @@ class Reproduction:
         noted, order = self.judged.explode("notes").dropna(subset="notes"), {"×": 0, "?": 1}
         texts = sorted(unique(noted["notes"]), key=lambda text: order.get(text[0], 2))
         lines = [f"{text}: {self._places(noted[noted['notes'] == text])}." for text in texts]
-        return [*lines, *self.table.footnotes]
+        return [*lines, *self.table.footnotes, *(one.line for one in self.damaged)]
 
     def _places(self, cells: pd.DataFrame) -> str:
         """Return the names of judged cells, summarised where they are all of a kind."""
@@ -144,7 +149,8 @@ class Reproduction:
     def conclusion(self) -> tuple[str, int]:
         """Return the last sentence of a run, and its exit code.
 
-        0: all comparable numbers are reproduced; 1: some are not; 2: no number is comparable.
+        0: all comparable numbers are reproduced; 1: some are not; 2: no number is comparable, or
+        records cannot be read.
         """
         # A number that the table repeats counts once.
         numbers = self.cells[self.cells["name"] != ""].drop_duplicates(["name", "metric"])
@@ -155,12 +161,15 @@ class Reproduction:
             why = f"{count(len(done), 'number')} measured, but {'; '.join(unique(done['rule']))}"
             why = why if len(done) else "nothing is measured"
             return f"Nothing is comparable with the published table: {why}.", 2
-        missing = int((numbers["mark"] == _LEGEND[NOT_MEASURED][0]).sum())
+        missing, unread = (
+            int((numbers["mark"] == _LEGEND[why][0]).sum()) for why in (NOT_MEASURED, UNREADABLE)
+        )
         counts = ", ".join(f"{verdicts[name]} {name}" for name in _LEGEND if name in verdicts)
-        others = ((unlike, NOT_COMPARABLE), (missing, NOT_MEASURED))
+        others = ((unlike, NOT_COMPARABLE), (missing, NOT_MEASURED), (unread, UNREADABLE))
         rest = ", ".join(f"{number} {words}" for number, words in others if number)
         sentence = f"Compared {count(verdicts.sum(), 'number')}: {counts}{rest and f' ({rest})'}."
-        return sentence, 0 if set(verdicts.index) == {diff.REPRODUCED} else 1
+        same = set(verdicts.index) == {diff.REPRODUCED}
+        return sentence, 2 if self.damaged else 0 if same else 1
 
     def markdown(self, width: int | None = None) -> str:
         """Return the table with legend and notes, split to fit the ``width`` of a terminal."""
@@ -202,8 +211,10 @@ class Reproduction:
         return f"{formats.PREAMBLE}\n\n{text}\n"
 
 
-def _cell(table: PublishedTable, cell: TableCell, item: Measurement | None) -> dict[str, Any]:
-    """Return a cell of a published table with its measurement.
+def _cell(
+    table: PublishedTable, cell: TableCell, item: Measurement | None, missing: str
+) -> dict[str, Any]:
+    """Return a cell of a published table with its measurement; ``missing`` says why it has none.
 
     Returns:
         :data:`COLUMNS`; ``line``, the index of the line; ``name`` of the grid's cell (empty for
@@ -214,7 +225,7 @@ def _cell(table: PublishedTable, cell: TableCell, item: Measurement | None) -> d
     row, line, name = cell.published or {}, table.lines[cell.row], cell.name
     number = float(row["value"]) if row else None
     judged = diff.judge(item, row, load_names()) if item and row else None
-    missing = "context" if name is None else NOT_MEASURED if item is None else NOT_COMPARABLE
+    missing = "context" if name is None else missing if item is None else NOT_COMPARABLE
     verdict = judged.verdict if judged else missing
     mark = _LEGEND[verdict][0] if row and verdict in _LEGEND else ""
     unclear = judged and verdict in (NOT_COMPARABLE, diff.UNCERTAIN)

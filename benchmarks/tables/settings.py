@@ -6,6 +6,7 @@ import pandas as pd
 
 from benchmarks.compare.alike import has_effect
 from benchmarks.results.scores import Cells, Items, in_order, seeds_of, unique
+from fimaq_core.errors import CheckpointError
 from fimaq_core.recipe import METHODS, Recipe, make_recipe
 from tasks.common import registry
 from tasks.common.record import recipe_of
@@ -49,7 +50,14 @@ def settings_lines(mine: Items) -> list[str]:
     """
     usual = registry.defaults(mine[0].cell.task) if mine else {}
     recipes: dict[str, list[Recipe]] = {}
-    for recipe in (recipe_of(item.record) for item in mine):
+    lines = []
+    for item in mine:
+        try:
+            recipe = recipe_of(item.record)
+        except CheckpointError:
+            why = "its recipe is of another version of fimaq"
+            lines.append(f"Settings of {item.cell.label} are not listed, since {why}.")
+            continue
         if recipe is None or recipe.method not in METHODS:
             continue
         if recipe.reconstruct or recipe.reconstruct_mlp:
@@ -68,7 +76,6 @@ def settings_lines(mine: Items) -> list[str]:
         if values:
             beside = "" if released == values else f" (released: {_text(released)})"
             parts.append(f"{name} {_text(values)}{beside}")
-    lines = []
     if parts:
         listed = ", ".join(recipes)
         lines.append(f"Settings of {listed}, where a method has them: {', '.join(parts)}.")

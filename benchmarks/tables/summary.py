@@ -1,45 +1,71 @@
 """Tables of a grid: Markdown with settings, spreads, means and expected orders; LaTeX."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.grid.schema import Axes
 from benchmarks.results import scores
-from benchmarks.results.scores import FULL, METRIC_PAIRS, Cells, Items, in_order, over_seeds, unique
+from benchmarks.results.scores import (
+    FULL,
+    METRIC_PAIRS,
+    Cells,
+    Damaged,
+    Items,
+    in_order,
+    over_seeds,
+    unique,
+)
 from benchmarks.tables.ablation import NOTE, axis_tables
 from benchmarks.tables.expected_orders import order_lines
-from benchmarks.tables.formats import PREAMBLE, latex, markdown
+from benchmarks.tables.formats import PREAMBLE, escape, latex, markdown
 from benchmarks.tables.settings import MARKS, marks, settings_lines
 
 
 def grid_markdown(
-    title: str, measured: Items, cells: Cells, width: int | None = None, axes: Axes | None = None
+    title: str,
+    measured: Items,
+    cells: Cells,
+    width: int | None = None,
+    axes: Axes | None = None,
+    damaged: Sequence[Damaged] = (),
 ) -> str:
     """Return the tables of ``cells``, measured or not, as Markdown.
 
     Tables wider than the ``width`` of a terminal are split. ``axes`` are those of the grid.
+    ``damaged`` are cells with unreadable records, which are named below the tables.
     """
     parts = [f"# {title}"]
     for section, mine, planned in scores.by_section(measured, cells):
+        lines = [one.line for one in damaged if one.cell.section == section]
         if mine:
-            parts += _section_parts(section, mine, planned, width, axes or {})
+            parts += _section_parts(section, mine, planned, width, axes or {}, lines)
+        elif lines:
+            parts += [f"{section}: nothing can be shown.", "\n".join(f"- {it}" for it in lines)]
         else:
             parts.append(f"{section}: nothing is measured yet.")
     return "\n\n".join(parts) + "\n"
 
 
-def grid_latex(name: str, measured: Items, cells: Cells, axes: Axes | None = None) -> str:
+def grid_latex(
+    name: str,
+    measured: Items,
+    cells: Cells,
+    axes: Axes | None = None,
+    damaged: Sequence[Damaged] = (),
+) -> str:
     """Return the tables of ``cells`` in measured sections as LaTeX.
 
     There is one table of scores per bit-width. Its columns are models; the best score of each
-    column is bold.
+    column is bold. ``damaged`` are cells with unreadable records, named below the tables.
     """
     parts = [PREAMBLE]
     for section, mine, planned in scores.by_section(measured, cells):
+        notes = " ".join(one.line for one in damaged if one.cell.section == section)
         if not mine:
+            parts += [f"% {section}: {escape(notes)}"] if notes else []
             continue
         metric, ((title, main), *rest) = _tables(mine, planned)
         tables = _by_bits("", title, _best_bold(main, planned))
@@ -55,7 +81,7 @@ def grid_latex(name: str, measured: Items, cells: Cells, axes: Axes | None = Non
             if any("**" in text for text in table.to_numpy().ravel()):
                 words.append("Bold: the best quantized method of a column.")
             words.append("Quantization is simulated.")
-            parts.append(latex(table, " ".join(words), f"{name}-{section}{label}"))
+            parts.append(latex(table, " ".join(words), f"{name}-{section}{label}", notes))
     return "\n\n".join(parts) + "\n"
 
 
@@ -99,9 +125,12 @@ def _best_bold(table: pd.DataFrame, cells: Cells) -> pd.DataFrame:
 
 
 def _section_parts(
-    section: str, mine: Items, planned: Cells, width: int | None, axes: Axes
+    section: str, mine: Items, planned: Cells, width: int | None, axes: Axes, damaged: Sequence[str]
 ) -> list[str]:
-    """Return the tables of a section and the lines below them, as Markdown."""
+    """Return the tables of a section and the lines below them, as Markdown.
+
+    ``damaged`` has one line per cell with an unreadable record.
+    """
     # The main table and the lines show the grid's own settings; axes have their own tables.
     own, cells = [it for it in mine if not it.cell.point], [c for c in planned if not c.point]
     metric, ((title, main), *tables) = _tables(mine, planned)
@@ -117,9 +146,10 @@ def _section_parts(
     lines += [*data_lines(mine), *settings_lines(own), *_spread_lines(by_mark, table)]
     for mark, rows in by_mark.items():
         lines += order_lines(rows, own, mark)
-    unfinished = len({cell.key for cell in planned}) - len(mine)
+    unfinished = len({cell.key for cell in planned}) - len(mine) - len(damaged)
     if unfinished > 0:
         lines.append(f"{unfinished} of {len(planned)} cells are not measured: `-`.")
+    lines += damaged
     parts = [f"## {section}: {title}", *markdown(marks(cells).join(main), width, MARKS)]
     for title, pair in tables:
         parts += [f"{title}:", *markdown(pair, width)]

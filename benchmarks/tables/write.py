@@ -1,6 +1,6 @@
 """Files with tables of a profile: after a run, made again from records, or as a reference."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -11,10 +11,20 @@ from benchmarks.grid.cell import Adapter, RunOptions
 from benchmarks.grid.expand import Filters, chosen_axes, expand
 from benchmarks.grid.schema import Grid
 from benchmarks.published.table import PublishedTable
-from benchmarks.results.scores import COLUMNS, Cells, Items, collect, csv_text, scores, write_text
+from benchmarks.results.scores import (
+    COLUMNS,
+    Cells,
+    Collected,
+    Damaged,
+    collect,
+    csv_text,
+    scores,
+    write_text,
+)
 from benchmarks.tables.reproduction import Reproduction
 from benchmarks.tables.summary import grid_latex, grid_markdown
 from fimaq_core.errors import FimaqError
+from fimaq_core.files import remove
 
 
 def title(grid: Grid) -> str:
@@ -22,25 +32,44 @@ def title(grid: Grid) -> str:
     return f"Profile {grid.name}" + (f": {grid.description}" if grid.description else "")
 
 
-def texts(grid: Grid, measured: Items, cells: Cells) -> dict[str, str]:
+def texts(grid: Grid, found: Collected, cells: Cells) -> dict[str, str]:
     """Return the texts of the tables of ``cells`` by file ending."""
+    measured, damaged = found
     return {
-        "md": grid_markdown(title(grid), measured, cells, axes=grid.axes),
+        "md": grid_markdown(title(grid), measured, cells, axes=grid.axes, damaged=damaged),
         "csv": csv_text(scores(measured)[COLUMNS]),
-        "tex": grid_latex(grid.name, measured, cells, grid.axes),
+        "tex": grid_latex(grid.name, measured, cells, grid.axes, damaged),
     }
 
 
-def _write(folder: Path, name: str, words: Mapping[str, str]) -> list[Path]:
+def _write(
+    folder: Path, name: str, words: Mapping[str, str], damaged: Sequence[Damaged]
+) -> list[Path]:
+    """Write the files of a table. A CSV file has no lines below, so a text file names ``damaged``.
+
+    Returns the paths, without that text file.
+    """
     paths = [folder / f"{name}.{ending}" for ending in words]
     for path, text in zip(paths, words.values(), strict=True):
         write_text(path, text)
+    beside = folder / f"{name}.unreadable.txt"
+    if damaged:
+        write_text(beside, "".join(f"{one.line}\n" for one in damaged))
+    else:
+        remove(beside)
     return paths
+
+
+def warn(damaged: Sequence[Damaged]) -> int:
+    """Name cells with unreadable records on stderr; return 2 if there are some, else 0."""
+    for one in damaged:
+        click.echo(f"warning: {one.line}", err=True)
+    return 2 if damaged else 0
 
 
 def remake(
     grid: Grid, options: RunOptions, adapter: Adapter, chosen: str, output: Path | None
-) -> None:
+) -> int:
     """Make the tables of a profile again from its records.
 
     Args:
@@ -48,31 +77,34 @@ def remake(
         output: folder of the files. Without it, one table is printed; ``all`` are written to the
             folder ``tables`` of the results.
 
-    Raises FimaqError if nothing is measured.
+    Returns 2 if records cannot be read, else 0. Raises FimaqError if nothing is measured.
     """
     cells = expand(grid, Filters(), options)
-    measured = collect(cells, adapter)
-    if not measured:
+    found = collect(cells, adapter)
+    code = warn(found.damaged)
+    if not found.measured:
         raise FimaqError(
             f"Nothing of the profile '{grid.name}' is measured under {options.results / 'runs'} "
             f"with these data and weights: run `make reproduce-table PROFILE={grid.name}` first, "
             "or give --results and the folders of the run."
         )
-    words = texts(grid, measured, cells)
+    words = texts(grid, found, cells)
     if chosen != "all" and output is None:
         click.echo(words[chosen], nl=False)
-        return
+        return code
     words = words if chosen == "all" else {chosen: words[chosen]}
-    for path in _write(output or options.results / "tables", grid.name, words):
+    for path in _write(output or options.results / "tables", grid.name, words, found.damaged):
         click.echo(f"wrote {path}")
+    return code
 
 
 def write_tables(
     grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Cells
-) -> None:
+) -> int:
     """Write the files, print the table of ``cells``, and compare ``cells`` with the reference.
 
     The files cover the whole grid and this run: filters do not remove rows from them.
+    Returns 2 if records cannot be read, else 0.
     """
     full = expand(grid, Filters(), options)
     known = {cell.key for cell in full}
@@ -82,14 +114,16 @@ def write_tables(
         sections = list(grid.tasks)
         models = list(dict.fromkeys(cell.model for cell in everything))
         everything.sort(key=lambda cell: (sections.index(cell.section), models.index(cell.model)))
-    measured, keys = collect(everything, adapter), {cell.key for cell in cells}
-    words = texts(grid, measured, everything)
-    markdown, table, _ = _write(options.results / "tables", grid.name, words)
-    mine, axes = [it for it in measured if it.cell.key in keys], chosen_axes(grid, filters)
-    print("", grid_markdown(title(grid), mine, cells, terminal_width(), axes), sep="\n")
+    found = collect(everything, adapter)
+    words = texts(grid, found, everything)
+    markdown, table, _ = _write(options.results / "tables", grid.name, words, found.damaged)
+    (mine, damaged), axes = found.only(cells), chosen_axes(grid, filters)
+    text = grid_markdown(title(grid), mine, cells, terminal_width(), axes, damaged)
+    print("", text, sep="\n")
     for line in reference.compare(grid, mine):
         print(line)
     print(f"Table: {table} and {markdown}")
+    return warn(found.damaged)
 
 
 def write_published(
@@ -99,16 +133,16 @@ def write_published(
 
     The files cover the whole table and this run: filters do not remove rows from them.
     """
-    measured = collect([*expand(grid, Filters(), options), *cells], adapter)
-    whole = Reproduction(table, measured)
+    found = collect([*expand(grid, Filters(), options), *cells], adapter)
+    whole = Reproduction(table, found.measured, damaged=found.damaged)
     words = {"md": whole.markdown(), "csv": whole.csv(), "tex": whole.tex()}
-    paths = _write(options.results / "tables", table.name, words)
-    keys = {cell.key for cell in cells}
-    mine = [item for item in measured if item.cell.key in keys]
-    found = Reproduction(table, mine, {cell.name for cell in cells})
-    print("", found.markdown(terminal_width()), sep="\n")
+    paths = _write(options.results / "tables", table.name, words, found.damaged)
+    names, mine = {cell.name for cell in cells}, found.only(cells).measured
+    part = Reproduction(table, mine, names, found.damaged)
+    print("", part.markdown(terminal_width()), sep="\n")
     print(f"Table: {', '.join(map(str, paths))}")
-    return found
+    warn(found.damaged)
+    return part
 
 
 def make_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool) -> None:
@@ -117,7 +151,9 @@ def make_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool)
     Raises FimaqError if cells are missing, or if added cells have other settings or data.
     """
     cells = expand(grid, Filters(), options)
-    measured = collect(cells, adapter)
+    found = collect(cells, adapter)
+    measured = found.measured
+    warn(found.damaged)
     if not measured if add else len(measured) < len(cells):
         raise FimaqError(
             f"Only {len(measured)} of {len(cells)} cells of '{grid.name}' are measured, and a "

@@ -5,26 +5,50 @@ older records in :meth:`ResultRecord._migrate`, and keep a record of the old ver
 ``old_files``. A new field whose default means "not recorded" needs no conversion.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
+import os
 import re
-import zlib
+import stat
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from zipfile import BadZipFile
 
-import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
 from fimaq_core.documents import Strict
-from fimaq_core.errors import CheckpointError, DataError, first_problem
+from fimaq_core.errors import CheckpointError, first_problem
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import OFF, Recipe
-from tasks.common.hashing import file_sha256
 from tasks.common.preprocessing import Preprocessing
+from tasks.common.record_entries import (
+    Bits,
+    BlockFigures,
+    Bytes,
+    Calibration,
+    Count,
+    Dataset,
+    Environment,
+    FileName,
+    LayerEntry,
+    Metric,
+    ModuleMap,
+    Seconds,
+    Seed,
+    Sha256,
+    Text,
+    Weights,
+)
+
+__all__ = [
+    "BlockFigures", "Calibration", "Dataset", "Environment", "LayerEntry", "Metric", "ModuleMap",
+    "NotMeasured", "ResultRecord", "Weights",
+]  # fmt: skip
 
 SCHEMA_VERSION = 4
 #: Fields by the version that added them. Their defaults mean "not recorded".
@@ -33,131 +57,23 @@ _ADDED = {
     4: ("identity", "model_args", "artefacts"),
 }
 
+#: Metrics of the tasks here, as patterns; other tasks have metrics of their own.
+METRICS = {
+    "classification": r"top[15]",
+    "retrieval": r"top[15]|((i2t|t2i)_)?R@\d+|mean_recall|(i2t|t2i)_median_rank",
+    "detection": r"AP(50|75|s|m|l)?_(box|mask)",
+}
+#: Largest size of a record file in bytes.
+_MOST_BYTES = 32 << 20
 #: Largest standard error of a percentage. Jackknife errors of few images may exceed 100 points.
 _LARGEST_ERROR = 1e4
 
 #: Name of the stage in which a cell waited for a file that another cell was making.
 WAIT = "wait"
 
-#: Name of a file beside the record, without a folder: records of other people are not trusted.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
-Text = Annotated[str, Field(max_length=10_000)]
-Bits = Literal[2, 3, 4, 5, 6, 7, 8, 32]
-Seed = Annotated[int, Field(ge=0, lt=2**64)]
-Count = Annotated[int, Field(ge=0, le=10**12)]
-Bytes = Annotated[int, Field(ge=0, le=2**60)]
-Seconds = Annotated[FiniteFloat, Field(ge=0, le=1e10)]
-Amount = Annotated[FiniteFloat, Field(ge=0, le=1e12)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
-
-class Metric(Strict):
-    """A value in percent, or a rank from 1, and its standard error over the samples."""
-
-    value: Amount
-    stderr: Amount
-
-
-class Weights(Strict):
-    """Origin of the float weights."""
-
-    tag: Text
-    source: Text
-    sha256: Text
-    entry: Text | None = None  # loaded entry of the file; None if it has none, or in old records
-    entries: list[Text] = []  # all entries of the file that hold weights
-
-    def notes(self) -> list[str]:
-        """Return one line with the loaded entry if the file has several, else no line."""
-        if len(self.entries) < 2:
-            return []
-        return [f"weights: entry '{self.entry}' of {', '.join(self.entries)} (--weights-entry)"]
-
-
-class Dataset(Strict):
-    """The evaluated samples. None means "not recorded" or "does not apply"."""
-
-    name: Text
-    split: Text
-    count: Count  # images
-    classes: Count
-    fingerprint: Text
-    captions: Count | None = None
-    truncated_captions: Count | None = None  # cut off at the model's context length
-    exif: Literal["apply", "ignore"] | None = None  # the user's choice; None: by annotated sizes
-    oriented_images: Count | None = None  # images with an EXIF orientation tag
-    # Source of the class names: weights file or demo, COCO 2017, or the order of annotations.
-    class_names_from: Literal["model", "published", "annotations"] | None = None
-    # Category of each class of the detector; None for a class without category in the data.
-    class_categories: tuple[Text | None, ...] | None = None
-    class_order: Text | None = None  # of class folders, see tasks.common.data.class_order
-    left_out: Count | None = None  # files that are neither hidden nor images
-
-
-class Calibration(Strict):
-    """The calibration images: ids in order, their transform, and their captions if any.
-
-    ``dataset`` and ``split`` name the part of a data set that holds the images. They are None in
-    records before version 4. For listed files that are in no opened data set, ``dataset`` is None
-    and ``split`` is the folder below the data folder that holds all files, if there is one.
-    """
-
-    ids: list[Text]
-    transform: Text
-    fingerprint: Text
-    captions: list[Text] | None = None
-    truncated_captions: Count | None = None
-    batch: Count | None = None  # samples that the divergence compares; None if it compares none
-    dataset: Text | None = None
-    split: Text | None = None
-    listed: bool | None = None  # True: the user listed the images; None in old records
-
-
-class LayerEntry(Strict):
-    """A quantized layer. ``input_*`` describes a product's first operand, ``other_*`` its second.
-
-    ``*_quantizer`` is the kind of quantizer, ``none`` if off. Old records lack the last 4 fields.
-    """
-
-    name: Text
-    kind: Text
-    weight_bits: Bits
-    input_bits: Bits
-    weight_ranges: Text
-    input_ranges: Text
-    weight_quantizer: Text = "uniform"
-    input_quantizer: Text = "uniform"
-    other_bits: Bits | None = None
-    other_quantizer: Text | None = None
-
-
-class ModuleMap(Strict):
-    """All quantized layers, and all modules left in full precision."""
-
-    quantized: list[LayerEntry]
-    full_precision: list[Text]
-
-
-class Environment(Strict):
-    """Machine and software of a measurement."""
-
-    versions: dict[Text, Text]
-    git_revision: Text
-    device: Text
-    instructions: Text = ""  # of the CPU; empty in old records
-    threads: Count
-
-
-class BlockFigures(Strict):
-    """Quality of a reconstructed block.
-
-    ``error`` is ``||q - f||² / ||f||²`` over all calibration images: ``q`` is the block's output
-    in the quantized model, with the errors of all earlier blocks, and ``f`` its output in full
-    precision. ``fisher`` is the mean diagonal Fisher weight of the loss; None if the loss has none.
-    """
-
-    error: FiniteFloat
-    fisher: FiniteFloat | None = None
+class NotMeasured(CheckpointError):
+    """There is no record."""
 
 
 class ResultRecord(Strict):
@@ -276,79 +192,118 @@ def write_record(record: ResultRecord, folder: Path) -> Path:
     return path
 
 
-def read_record(path: Path) -> ResultRecord:
-    """Read and validate a record; convert an older schema to the present one.
+def read_record(path: Path, recipe_digest: str | None = None) -> ResultRecord:
+    """Read and check a record; convert an older schema to the present one.
 
-    Raises CheckpointError if the file is missing, damaged, edited, of a newer schema or no record.
+    Args:
+        path: ``result.json`` of a cell.
+        recipe_digest: digest of the cell's recipe (empty for full precision), if it is known.
+
+    Raises:
+        NotMeasured: there is no file.
+        CheckpointError: the file is unreadable, damaged, edited, of a newer schema or no record;
+            it contradicts itself; or its cell is not the cell of its folder or ``recipe_digest``.
     """
     remedy = "restore it, or delete it to measure that cell again"
     try:
-        content = from_json(path.read_bytes(), allow_inf_nan=False)
+        content = from_json(_bytes(path), allow_inf_nan=False)
+    except FileNotFoundError as error:
+        raise NotMeasured(f"Cannot read the record {path}: {error.strerror}.") from error
     except OSError as error:
         raise CheckpointError(f"Cannot read the record {path}: {error.strerror}.") from error
     except ValueError as error:
         raise CheckpointError(f"The record {path} is damaged ({error}): {remedy}.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"{path} is no record: its schema version is {version!r}.")
+        raise CheckpointError(f"{path} is no record: its schema version is {version!r:.99}.")
     if version > SCHEMA_VERSION:
         raise CheckpointError(
-            f"The record {path} has schema version {version}, and this version of fimaq reads up "
-            f"to {SCHEMA_VERSION}: update fimaq."
+            f"The record {path} has schema version {version!r:.99}, and this version of fimaq "
+            f"reads up to {SCHEMA_VERSION}: update fimaq."
         )
     try:
         if version > 1 and content.get("fingerprint") != fingerprint(content):
             raise ValueError("it was changed after it was written, as its fingerprint shows")
-        return ResultRecord.model_validate(content)
-    except ValueError as error:  # pydantic's ValidationError is one
+        record = ResultRecord.model_validate(content)
+        for problem in _contradictions(record):
+            raise ValueError(problem)
+    except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         why = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        why = why.removeprefix("Value error, ")
-        raise CheckpointError(f"The record {path} is not valid: {why}: {remedy}.") from error
+        why = " ".join(why.removeprefix("Value error, ").split())
+        raise CheckpointError(f"The record {path} is not valid: {why:.300}: {remedy}.") from error
+    if (other := _other_cell(record, path, recipe_digest)) is not None:
+        move = "move it to the folder of its own cell, or delete it to measure this cell again"
+        raise CheckpointError(f"The record {path} is of another cell: {other}: {move}.")
+    return record
 
 
-def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
-    """Return a message if the outcomes in ``folder`` do not belong to the record, else None."""
-    if record.outcomes_sha256 is None:  # schema 1 holds no hash
-        return None
-    path, wanted = folder / record.outcomes, record.outcomes_sha256
+def has_record(path: Path, recipe_digest: str | None = None) -> bool:
+    """Return False if there is no record; raise CheckpointError as :func:`read_record` does."""
     try:
-        found = file_sha256(path)
-    except DataError as error:
-        return str(error)
-    if found == wanted:
-        return None
-    return (
-        f"{path} does not belong to the record beside it (its sha256 is {found[:12]}, the record "
-        f"has {wanted[:12]}): restore it, or delete the record to measure that cell again."
-    )
+        read_record(path, recipe_digest)
+    except NotMeasured:
+        return False
+    return True
 
 
-def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
-    """Return the per-sample outcomes of a record: (n,) ids in ``sample``, (n,) numbers elsewhere.
+def _bytes(path: Path) -> bytes:
+    """Return the content of a regular file of a size that records have. Raises OSError."""
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError(errno.EINVAL, "It is no regular file")
+    if state.st_size > _MOST_BYTES:
+        raise OSError(errno.EFBIG, f"It exceeds {_MOST_BYTES >> 20} MiB, which no run writes")
+    return path.read_bytes()
 
-    Raises CheckpointError if the file is missing, damaged, of another record or has other shapes.
+
+def _contradictions(record: ResultRecord) -> Iterator[str]:
+    """Yield what in a record contradicts another part of it."""
+    recipe, count, left_out = record.recipe, record.dataset.count, len(record.skipped_images)
+    if (record.method == "fp") != (recipe is None):
+        yield f"method {record.method!r:.99} and its recipe do not go together"
+    elif recipe is None:
+        none, bits = (record.seed, record.calibration, record.modules), (record.w_bit, record.a_bit)
+        if none != (None, None, None) or record.recipe_digest or bits != (OFF, OFF):
+            yield "it is of the full-precision model, with facts that only quantized models have"
+    else:
+        fields = {"method": "method", "w_bit": "w_bits", "a_bit": "a_bits", "seed": "seed"}
+        for name, field in fields.items():
+            if (own := getattr(record, name)) != (other := recipe.get(field)):
+                yield f"{name} is {own!r:.99}, and {other!r:.99} in its recipe"
+        if (scope := recipe.get("scope")) and not record.variant.endswith(f" [{scope}]"):
+            yield f"its variant {record.variant!r:.99} does not name its scope {scope!r:.99}"
+        # A recipe of another version of fimaq has a digest that this version cannot compute.
+        with contextlib.suppress(ValidationError):
+            if Recipe.model_validate(recipe).digest() != record.recipe_digest:
+                yield "its recipe has another digest than the record says"
+    if not count - left_out <= record.n <= count:
+        yield f"n is {record.n}, with {count} samples and {left_out} damaged images"
+    known = METRICS.get(record.task, "")
+    for name in record.metrics.keys() | record.fp_metrics.keys() if known else ():
+        if not re.fullmatch(known, name):
+            yield f"task {record.task} has no metric {name!r:.99}"
+
+
+def _other_cell(record: ResultRecord, path: Path, recipe_digest: str | None) -> str | None:
+    """Return a text that names the record's cell and that of its folder; None if they agree.
+
+    A folder without the form of a cell's folder can hold any record. A record without an identity
+    is compared by the names in the path, and by ``recipe_digest`` if it is given.
     """
-    path = folder / record.outcomes
-    again = f"measure {record.model} {record.method} again with --force."
-    if not path.is_file():
-        raise CheckpointError(f"There are no outcomes {path}: {again}")
-    if (problem := outcomes_problem(record, folder)) is not None:
-        raise CheckpointError(problem)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            content = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"The outcomes {path} are damaged ({error}): {again}") from error
-    shapes = {array.shape for array in content.values()}
-    if "sample" not in content or len(shapes) != 1 or content["sample"].ndim != 1:
-        found = ", ".join(f"{name} {array.shape}" for name, array in content.items()) or "nothing"
-        raise CheckpointError(
-            f"The outcomes {path} have no 'sample', or arrays of different sizes: {found}."
-        )
-    for name, array in content.items():
-        if name != "sample" and array.dtype.kind not in "biuf":
-            raise CheckpointError(f"The outcomes {path} have no numbers in {name}: {again}")
-    return content
+    folder = Path(os.path.abspath(path)).parent
+    digits, bits = folder.name[-10:], bits_name(record.w_bit, record.a_bit)
+    seed = "" if record.recipe is None else f"seed{record.seed}-"
+    tail = f"{seed}{record.identity[:10] or digits}"
+    own = Path(record.task, record.model, record.method, bits, tail)
+    form = r"(fp|w\d+a\d+)/(seed\d+-)?[0-9a-f]{10}"
+    if not re.fullmatch(form, "/".join(folder.parts[-2:])):
+        return None
+    there = Path(*folder.parts[-len(own.parts) :])
+    if own != there:
+        return f"it is of {own}, and its folder of {there}"
+    if not record.identity and recipe_digest not in (None, record.recipe_digest):
+        return f"it is of {own} with other settings than the cell of this folder"
+    return None
 
 
 def proportion(correct: int, count: int) -> Metric:

@@ -62,6 +62,7 @@ def make_record(**changes: Any) -> ResultRecord:
     """A valid record. ``value``, ``stderr``, ``fp`` and ``recipe`` set several fields each."""
     value, stderr = changes.pop("value", 80.0), changes.pop("stderr", 0.5)
     recipe = changes.pop("recipe", None)
+    n = changes.get("n", changes.get("dataset", DIGITS).count)
     fields: dict[str, Any] = {
         "task": "classification",
         "model": "demo_vit",
@@ -73,10 +74,10 @@ def make_record(**changes: Any) -> ResultRecord:
         "recipe": None if recipe is None else recipe.model_dump(mode="json"),
         "recipe_digest": "" if recipe is None else recipe.digest(),
         "metrics": {"top1": Metric(value=value, stderr=stderr)},
-        "n": changes.get("dataset", DIGITS).count,
+        "n": n,
         "fp_metrics": {"top1": Metric(value=changes.pop("fp", 95.0), stderr=0.3)},
         "weights": Weights(tag=changes.get("model", "demo_vit"), source="test", sha256="0" * 64),
-        "dataset": DIGITS,
+        "dataset": DIGITS.model_copy(update={"count": n}),
         "calibration": None,
         "modules": None,
         "environment": Environment(
@@ -111,6 +112,7 @@ def record_of(request: CellRequest, value: float) -> ResultRecord:
         "task": request.task,
         "model": request.model.name,
         "variant": variant_name(request),
+        "identity": identity_of(request),
     }
     if request.task == "retrieval" and request.data.evaluation is None:
         values = {
@@ -130,14 +132,18 @@ def record_of(request: CellRequest, value: float) -> ResultRecord:
     return make_record(recipe=request.recipe, value=value, **changes)
 
 
-def planned_folder(request: CellRequest) -> Path:
+def identity_of(request: CellRequest) -> str:
     recipe = request.recipe
-    digest = "f" * 10 if recipe is None else recipe.digest()
+    digest = "f" * 64 if recipe is None else recipe.digest()
     if request.data.path is not None or request.data.evaluation is not None:
-        digest = hashlib.sha256(
-            f"{digest} {request.data.path} {request.data.evaluation}".encode()
-        ).hexdigest()
-    return cell_folder(request.results, request.task, request.model.name, recipe, digest)
+        text = f"{digest[: 10 if recipe is None else 64]} {request.data.path} "
+        digest = hashlib.sha256(f"{text}{request.data.evaluation}".encode()).hexdigest()
+    return digest
+
+
+def planned_folder(request: CellRequest) -> Path:
+    own = request.task, request.model.name, request.recipe, identity_of(request)
+    return cell_folder(request.results, *own)
 
 
 def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
@@ -188,9 +194,12 @@ def write_cells(
         request = cell.request
         record = record_of(request, value(cell))
         folder = planned_folder(request)
-        write_record(record, folder)
         if correct is not None:
             right = correct(cell)
+            dataset = record.dataset.model_copy(update={"count": len(right)})
+            record = record.model_copy(update={"n": len(right), "dataset": dataset})
+        write_record(record, folder)
+        if correct is not None:
             scores = (
                 {"AP_box": right, "AP_mask": right - 0.04}
                 if cell.task == "detection"
@@ -201,7 +210,7 @@ def write_cells(
                 sample=np.array([f"s{i}" for i in range(len(right))]),
                 **scores,
             )
-    return collect(chosen, ADAPTER)
+    return collect(chosen, ADAPTER).measured
 
 
 ADAPTER = Adapter(run_cell, planned_folder, preflight)

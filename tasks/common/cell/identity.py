@@ -47,6 +47,12 @@ def planned_place(request: CellRequest) -> Place:
     return Place(cell_folder(request.results, request.task, tag, recipe, digest), digest)
 
 
+def recipe_digest(request: CellRequest) -> str:
+    """Return the digest of a cell's recipe; empty for full precision."""
+    recipe = resolved(request).recipe
+    return "" if recipe is None else recipe.digest()
+
+
 def _basis(request: CellRequest) -> dict[str, Any]:
     """Return all that determines the result of a resolved request, except recipe and limit."""
     recipe, model, data = request.recipe, request.model, request.data

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from fimaq_core.files import remove_leftovers
 from fimaq_core.progress import OnProgress, silent
-from tasks.common.cell.identity import planned_place, resolved
+from tasks.common.cell.identity import planned_place, recipe_digest, resolved
 from tasks.common.cell.lease import acquire, awaited
 from tasks.common.cell.outputs import write_outputs
 from tasks.common.cell.prepare import prepare
 from tasks.common.cell.stages import run_stages
-from tasks.common.record import read_record
+from tasks.common.record import has_record, read_record
 from tasks.common.request import CellRequest
 
 
@@ -27,10 +27,10 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bo
     request = resolved(request)
     folder, identity = planned_place(request)
     path = folder / "result.json"
-    if not path.is_file():
+    digest = recipe_digest(request)
+    if not has_record(path, digest):
         with awaited(path, on_progress) if wait else acquire(path) as lease:
-            if path.is_file():  # another process has just measured the cell
-                read_record(path)
+            if has_record(path, digest):  # another process has just measured the cell
                 return path
             remove_leftovers(path.parent)
             full = None
@@ -41,5 +41,5 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bo
             if request.recipe is not None:
                 run_stages(cell, lease)
             write_outputs(cell, cell.evaluate(cell.chains), full, lease, identity)
-    read_record(path)
+        read_record(path, digest)
     return path

@@ -54,7 +54,9 @@ def save(
                 "scope": changes.pop("scope", None),
             },
         )
-    record = fakes.make_record(recipe=recipe, **{"n": len(outcomes["sample"]), **changes})
+    n = changes.pop("n", len(outcomes["sample"]))
+    dataset = changes.pop("dataset", fakes.DIGITS).model_copy(update={"count": n})
+    record = fakes.make_record(recipe=recipe, n=n, dataset=dataset, **changes)
     folder = (
         root
         / record.model
@@ -300,8 +302,10 @@ def test_a_damaged_record_among_several_is_told(tmp_path: Path):
         tmp_path / "a" / "demo_vit" / "fimaq" / "w4a4" / "seed1-released-None" / "result.json"
     ).write_text("{")
     result = run(tmp_path / "a", b)
-    assert result.exit_code == 0
+    assert result.exit_code == 2
     assert "Not read in A" in result.stdout
+    assert result.stderr.startswith("warning: The record ")
+    assert "is damaged" in result.stderr
     (a / "result.json").write_text("{")
     assert run(a, b).exit_code == 2
 
@@ -528,6 +532,7 @@ def test_average_precisions_are_compared_by_what_images_contribute(tmp_path: Pat
                 task="detection",
                 dataset=fakes.OBJECTS,
                 metrics=metrics,
+                fp_metrics={},
             )
         )
     found = {

@@ -12,7 +12,7 @@ from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import Grid
 from benchmarks.results import scores
 from benchmarks.run.options import RunRequest
-from benchmarks.run.plan import plan_text
+from benchmarks.run.plan import make_plan
 from benchmarks.tables import summary
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def test_ten_thousand_cells_are_planned_in_seconds(tmp_path: Path) -> None:
     assert len(cells) > 10_000
 
     def plan() -> None:
-        text = plan_text(RunRequest(grid, options=options))
+        text = make_plan(RunRequest(grid, options=options)).text
         assert f"{len(cells)} cells, 0 done, {len(cells)} to run." in text
 
     assert seconds(lambda: expand(grid, Filters(), options)) < 10
@@ -52,7 +52,7 @@ def test_each_finished_cell_is_collected_once_and_tables_take_milliseconds_per_c
     cells = expand(grid, Filters(), options)
     fakes.write_cells(cells, lambda cell: 50.0)
     found: list[scores.Measured] = []
-    spent = seconds(lambda: found.extend(scores.collect([*cells, *cells], fakes.ADAPTER)))
+    spent = seconds(lambda: found.extend(scores.collect([*cells, *cells], fakes.ADAPTER).measured))
     assert [item.cell.key for item in found] == [cell.key for cell in cells]
     spent += seconds(lambda: summary.grid_markdown(grid.name, found, cells))
     assert spent / len(cells) < 0.02

@@ -24,6 +24,7 @@ from benchmarks.tables import summary
 from benchmarks.tables.expected_orders import order_lines
 from benchmarks.tables.settings import settings_lines
 from tasks.common.cell import identity
+from tasks.common.outcome_files import OutcomesError
 from tasks.detection import tags
 
 DEMO = load_grid("demo")
@@ -295,8 +296,10 @@ def test_methods_are_compared_by_what_images_contribute(tmp_path: Path):
     assert "yes: lowest is qdrop on demo_cascade +25.00 ± " in line
     # Without the main metric's contributions there is nothing to compare.
     assert mine[0].folder is not None
-    np.savez(mine[0].folder / "outcomes.npz", sample=found.sample, AP_mask=part.score)
-    assert read_outcomes(mine[0]) is None
+    np.savez(mine[0].folder / "outcomes.npz", sample=found.sample, AP_mask=part.score - 0.04)
+    read_outcomes.cache_clear()
+    with pytest.raises(OutcomesError, match="has other metrics"):
+        read_outcomes(mine[0])
 
 
 def test_what_the_task_sets_is_part_of_a_references_settings(

@@ -16,7 +16,7 @@ from benchmarks.grid.schema import parse_grid
 from benchmarks.results import scores
 from benchmarks.run.options import RunRequest
 from benchmarks.run.order import make_chains
-from benchmarks.run.plan import plan_text
+from benchmarks.run.plan import make_plan
 from benchmarks.tables import summary
 from fimaq_core.recipe import METHODS, make_recipe, register_method
 
@@ -198,7 +198,7 @@ def test_the_plan_lists_steps_of_mlps(tmp_path):
     def lines_of(**overrides: int) -> list[str]:
         grid = parse_grid({**GRID, "overrides": overrides})
         request = RunRequest(grid, options=RunOptions(results=tmp_path), adapter=fakes.ADAPTER)
-        return plan_text(request, reference=tmp_path).splitlines()
+        return make_plan(request, reference=tmp_path).text.splitlines()
 
     common, _, headers, _, *lines = lines_of(mlp_steps=77)
     assert common == "All cells: task classification."

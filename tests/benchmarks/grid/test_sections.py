@@ -17,7 +17,7 @@ from benchmarks.grid.preflight import missing
 from benchmarks.grid.schema import GridError, load_grid, parse_grid
 from benchmarks.run.options import RunRequest
 from benchmarks.run.order import CellQueue, make_chains
-from benchmarks.run.plan import plan_text
+from benchmarks.run.plan import make_plan
 from fimaq_core.errors import RecipeError
 from tasks.common.request import CellRequest, Missing
 
@@ -203,7 +203,7 @@ def test_full_precision_holds_up_its_own_section_only():
 def plan_of(**filters: str) -> str:
     grid = parse_grid(GRID)
     request = RunRequest(grid, filters=parse_filters(grid, **filters), adapter=fakes.ADAPTER)
-    return plan_text(request)
+    return make_plan(request).text
 
 
 def test_the_plan_lists_sections_and_scopes():

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.results.outcomes import (
+    CompareError,
     MetricPart,
     Outcomes,
     Paired,
@@ -19,6 +20,8 @@ from benchmarks.results.outcomes import (
     read_outcomes,
 )
 from tasks.common.hashing import file_sha256
+from tasks.common.outcome_files import OutcomesError
+from tasks.common.record import Metric
 
 
 def outcomes(score, ids=None, cluster=None, parts=None) -> Outcomes:
@@ -95,13 +98,16 @@ def test_samples_are_matched_by_id():
 
 def test_what_does_not_compare_gives_nothing():
     four = right(1, 0, 1, 1)
-    assert paired({1: four}, {2: four}) is None
-    assert paired({}, {}) is None
-    assert paired({1: four}, {1: right(1, 0, 1)}) is None
-    assert (
-        paired({1: four}, {1: outcomes(np.array([1, 0, 1, 1], dtype=bool), list("abcd"))}) is None
-    )
-    assert paired({1: right(1)}, {1: right(0)}) is None
+    other = outcomes(np.array([1, 0, 1, 1], dtype=bool), list("abcd"))
+    for first, second, why in (
+        ({1: four}, {2: four}, "no common seed"),
+        ({}, {}, "no common seed"),
+        ({1: four}, {1: right(1, 0, 1)}, "Different samples"),
+        ({1: four}, {1: other}, "do not share all samples"),
+        ({1: right(1)}, {1: right(0)}, "a single sample"),
+    ):
+        with pytest.raises(CompareError, match=why):
+            paired(first, second)
 
 
 def test_errors_of_independent_models_add_in_squares():
@@ -137,15 +143,19 @@ def test_records_on_disk_are_compared_and_damaged_ones_are_not(tmp_path):
 
     assert base[0].folder is not None
     (base[0].folder / "outcomes.npz").write_text("no archive")
-    assert read_outcomes(base[0]) is None
+    read_outcomes.cache_clear()
+    with pytest.raises(OutcomesError, match="are damaged"):
+        read_outcomes(base[0])
     again = compare(mine, base)
-    assert again is not None
+    assert again.left_out == ("outcomes damaged",)
     assert again.difference == pytest.approx(
         100 * (hits[mine[1].cell.key].mean() - hits[base[1].cell.key].mean())
     )
     assert base[1].folder is not None
     (base[1].folder / "outcomes.npz").unlink()
-    assert compare(mine, base) is None
+    read_outcomes.cache_clear()
+    with pytest.raises(CompareError, match=r"^outcomes damaged, outcomes missing$"):
+        compare(mine, base)
 
 
 def test_outcomes_of_another_record_are_not_used_and_a_warning_says_so(tmp_path, caplog):
@@ -166,18 +176,40 @@ def test_outcomes_of_another_record_are_not_used_and_a_warning_says_so(tmp_path,
         ),
     )
     assert read_outcomes(own) is not None
-    np.savez(
-        item.folder / "outcomes.npz", sample=np.array(list("abcd")), correct=np.ones(4, dtype=bool)
-    )
-    assert read_outcomes(item) is not None  # the record is of schema 1 and cannot tell
-    assert not caplog.records
-    assert read_outcomes(own) is None
-    assert read_outcomes(own) is None
+    path, samples = item.folder / "outcomes.npz", np.array(list("abcd"))
+    np.savez(path, sample=samples, correct=np.array([False, True, True, True]))
+    assert read_outcomes(item) is not None  # a record of schema 1 cannot tell equal shares apart
+    read_outcomes.cache_clear()
+    for _ in range(2):
+        with pytest.raises(CompareError, match=r"^outcomes of another record$"):
+            compare([own], [own])
     (warning,) = caplog.records
-    assert (
-        f"{item.folder / 'outcomes.npz'} does not belong to the record beside it"
-        in warning.getMessage()
+    assert f"{path} does not belong to the record beside it" in warning.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"sample": list("abcd"), "correct": [1, 1, 1, 1]}, "give top1 100.00, but .* has 75.00"),
+        ({"sample": list("abc"), "correct": [1, 1, 1]}, "have 3 samples, but the record has 4"),
+        ({"sample": list("aacd"), "correct": [1, 1, 1, 0]}, "name a sample twice"),
+        ({"sample": list("abcd"), "found": [1, 1, 1, 0]}, "nothing that can be compared"),
+        ({"sample": list("abcd"), "top1": [np.nan, 1, 1, 1]}, "or it is not finite"),
+        ({"sample": [], "correct": []}, "have 0 samples, but the record has 4"),
+    ],
+)
+def test_outcomes_are_checked_against_their_record(tmp_path, content, words):
+    (cell, *_) = expand(
+        fakes.plain_demo(), Filters(models=("demo_vit",)), RunOptions(results=tmp_path)
     )
+    (item,) = fakes.write_cells([cell], lambda _: 75.0, lambda _: np.arange(4) < 3)
+    assert read_outcomes(item).value("top1") == 75.0
+    read_outcomes.cache_clear()
+    arrays = {name: np.array(values) for name, values in content.items()}
+    arrays["sample"] = arrays["sample"].astype(str)
+    np.savez(item.folder / "outcomes.npz", **arrays)
+    with pytest.raises(OutcomesError, match=words):
+        read_outcomes(item)
 
 
 def clustered(
@@ -253,9 +285,11 @@ def test_clusters_follow_their_samples_and_must_agree():
         outcomes(second[order], ids[order], cluster[order], moved),
     )
     assert paired({1: one}, {1: shuffled}) == paired({1: one}, {1: other})
-    assert paired({1: one}, {1: outcomes(second, ids, cluster[order], parts)}) is None
+    with pytest.raises(CompareError, match="group them differently"):
+        paired({1: one}, {1: outcomes(second, ids, cluster[order], parts)})
     lone = np.zeros(n, dtype=int)
-    assert paired({1: outcomes(first, ids, lone)}, {1: outcomes(second, ids, lone)}) is None
+    with pytest.raises(CompareError, match="a single sample"):
+        paired({1: outcomes(first, ids, lone)}, {1: outcomes(second, ids, lone)})
 
 
 def test_clusters_and_directions_are_read_from_outcomes(tmp_path):
@@ -268,16 +302,19 @@ def test_clusters_and_directions_are_read_from_outcomes(tmp_path):
     assert plain.cluster.tolist() == [0, 1]
     assert [part.score.tolist() for part in plain.metrics["top1"]] == [[True, False]]
     assert item.folder is not None
-    retrieval = replace(item, record=item.record.model_copy(update={"task": "retrieval"}))
+    recall = {"R@1": Metric(value=50.0, stderr=1.0)}
+    retrieval = replace(
+        item, record=item.record.model_copy(update={"task": "retrieval", "metrics": recall})
+    )
     content = {
-        "sample": np.array(["b", "a", "c"]),
-        "cluster": np.array([4, 4, 7]),
-        "direction": np.array([1, 0, 0]),
-        "rank": np.array([0, 1, 0]),
+        "sample": np.array(["b", "a", "c", "d"]),
+        "cluster": np.array([4, 4, 7, 7]),
+        "direction": np.array([1, 0, 0, 1]),
+        "rank": np.array([0, 1, 0, 3]),
     }
     np.savez(item.folder / item.record.outcomes, **content)
     found = read_outcomes(retrieval)
     assert found is not None
-    assert found.cluster.tolist() == [0, 0, 1]
+    assert found.cluster.tolist() == [0, 0, 1, 1]
     parts = [(part.rows.tolist(), part.score.tolist()) for part in found.metrics["R@1"]]
-    assert parts == [([0, 2], [False, True]), ([1], [True])]
+    assert parts == [([0, 2], [False, True]), ([1, 3], [True, False])]

@@ -17,7 +17,7 @@ from benchmarks.grid.schema import Grid, load_grid
 from benchmarks.published.table import load_table
 from benchmarks.run.options import RunRequest
 from benchmarks.run.order import make_chains
-from benchmarks.run.plan import plan_text
+from benchmarks.run.plan import make_plan
 from fimaq_core.errors import FimaqError
 from tasks.common.record import Environment, write_record
 from tasks.common.request import CellRequest
@@ -35,7 +35,7 @@ def plan(
 ) -> str:
     adapter, options = replace(fakes.ADAPTER, **more), RunOptions(results=tmp_path, jobs=jobs)
     request = RunRequest(grid, filters, options, adapter)
-    return plan_text(request, width=width, reference=tmp_path / "reference")
+    return make_plan(request, width=width, reference=tmp_path / "reference").text
 
 
 def cells_of(grid: Grid, tmp_path: Path) -> dict[str, Cell]:
@@ -144,7 +144,7 @@ def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
     from benchmarks.results.scores import collect
 
     files = write_reference(
-        grid, collect(theirs, fakes.ADAPTER), "# Title\n\nbody", tmp_path / "reference"
+        grid, collect(theirs, fakes.ADAPTER).measured, "# Title\n\nbody", tmp_path / "reference"
     )
     assert costs_path("demo", tmp_path / "reference") in files
     kept = read_costs(costs_path("demo", tmp_path / "reference"))
@@ -176,7 +176,7 @@ def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
 def test_costs_survive_their_file(tmp_path: Path):
     cells = expand(load_grid("demo"), Filters(), RunOptions(results=tmp_path))
     found = [
-        cost_row(cell, fakes.record_of(cell.request, 1.0))
+        cost_row(cell, fakes.record_of(cell.request, 50.0))
         for cell in (cells[0], cells[1], cells[-1])
     ]
     path = tmp_path / "x.costs.csv"
@@ -240,7 +240,7 @@ def test_the_real_adapter_knows_what_is_there(tmp_path: Path):
     blocks = request.adapter.planned_folder(cell.request) / "blocks"
     blocks.mkdir(parents=True)
     (blocks / "block-000.safetensors").touch()
-    assert rows(plan_text(request))[0]["cached"] == "blocks 1"
+    assert rows(make_plan(request).text)[0]["cached"] == "blocks 1"
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200, None])

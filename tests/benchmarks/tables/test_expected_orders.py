@@ -123,9 +123,7 @@ def test_methods_below_rounding_are_all_named(tmp_path):
 def test_rounding_is_not_judged_without_outcomes_or_bits_or_rtn(tmp_path):
     scores = {"rtn": 80.0, "repq": 70.0}
     (line,) = lines(measure(tmp_path / "a", scores, with_outcomes=False), ROUNDING)
-    assert line.endswith(
-        "not judged, since there are no per-sample outcomes of the same samples and seeds."
-    )
+    assert line.endswith(": not judged (outcomes missing: repq on a, repq on b).")
     assert lines(measure(tmp_path / "b", scores, bits=("w3a3",)), ROUNDING) == []
     assert lines(measure(tmp_path / "c", {"repq": 70.0, "qdrop": 80.0}), ROUNDING) == []
 
@@ -137,7 +135,26 @@ def test_comparisons_without_outcomes_are_counted(tmp_path):
             assert item.folder is not None
             (item.folder / "outcomes.npz").unlink()
     (line,) = lines(measured, ROUNDING)
-    assert line.endswith("(1 comparison; 1 more not judged for lack of per-sample outcomes).")
+    assert line.endswith("(1 comparison; not compared: outcomes missing: repq on b).")
+
+
+def test_the_reason_why_outcomes_are_not_used_is_that_of_each_file(tmp_path):
+    measured = measure(tmp_path, {"rtn": 80.0, "repq": 90.0, "qdrop": 85.0}, ("w4a4",))
+    folders = {(it.cell.model, it.cell.method, it.cell.seed): it.folder for it in measured}
+    files = {key: folder / "outcomes.npz" for key, folder in folders.items()}
+    for seed in (1, 2):  # swapped, missing, cut
+        swapped = files["a", "repq", seed], files["a", "qdrop", seed]
+        contents = [path.read_bytes() for path in swapped]
+        for path, content in zip(swapped, reversed(contents), strict=True):
+            path.write_bytes(content)
+        files["b", "repq", seed].unlink()
+    cut = files["b", "qdrop", 2]
+    cut.write_bytes(cut.read_bytes()[:100])
+    (line,) = lines(measured, ROUNDING)
+    assert line.endswith(
+        "(1 comparison; not compared: outcomes of another record: repq on a, qdrop on a; "
+        "outcomes missing: repq on b; outcomes damaged for some seeds: qdrop on b)."
+    )
 
 
 def test_a_model_whose_records_are_unlike_is_left_out_by_name(tmp_path):

@@ -220,7 +220,7 @@ def test_tables_are_made_anew_from_records(tmp_path: Path):
         )
 
     everything = expand(grid, Filters(), RunOptions(results=tmp_path))
-    measured = scores.collect(everything, fakes.ADAPTER)
+    measured = scores.collect(everything, fakes.ADAPTER).measured
     texts = {
         "md": summary.grid_markdown(title(grid), measured, everything, axes=grid.axes),
         "csv": scores.csv_text(scores.scores(measured)[scores.COLUMNS]),

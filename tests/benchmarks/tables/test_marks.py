@@ -6,7 +6,7 @@ import pytest
 from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.run.options import RunRequest
-from benchmarks.run.plan import plan_text
+from benchmarks.run.plan import make_plan
 from benchmarks.tables import summary
 from benchmarks.tables.settings import marks, recipe_marks
 from fimaq_core.recipe import METHODS, make_recipe
@@ -84,7 +84,7 @@ def test_the_plan_shows_bits_of_attention_probabilities_where_they_differ(tmp_pa
     def headers_and_row(overrides):
         grid = fakes.plain_demo(methods=("fimaq",), bits=("w3a3",), overrides=overrides)
         request = RunRequest(grid, options=RunOptions(tmp_path), adapter=fakes.ADAPTER)
-        lines = plan_text(request, reference=tmp_path).splitlines()
+        lines = make_plan(request, reference=tmp_path).text.splitlines()
         return lines[0], lines[2], lines[4].split()
 
     common, headers, row = headers_and_row({"s_bits": 8})

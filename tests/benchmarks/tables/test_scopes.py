@@ -219,15 +219,15 @@ def test_tables_of_axes_set_each_scope_against_its_own_base(tmp_path):
         "axes": {"k": {"1": {"fisher_k": 1}, "5": {}}},
     }
     cells = expand(parse_grid(grid), Filters(), RunOptions(results=tmp_path))
-    measured = fakes.write_cells(
-        cells,
-        lambda cell: (
-            value(cell) - ({"vision": 1.0, "both": 4.0}[cell.scope] if cell.point else 0.0)
-        ),
-        lambda cell: (
-            np.random.default_rng([len(cell.scope), len(cell.point), cell.seed]).random(50) < 0.5
-        ),
-    )
+
+    def score(cell) -> float:
+        return value(cell) - ({"vision": 1.0, "both": 4.0}[cell.scope] if cell.point else 0.0)
+
+    def correct(cell) -> np.ndarray:
+        rng = np.random.default_rng([len(cell.scope), len(cell.point), cell.seed])
+        return rng.permutation(100) < round(score(cell))
+
+    measured = fakes.write_cells(cells, score, correct)
     table = axis_table("k", ["1", "5"], "R@1", measured, cells)
     assert list(table.columns) == [
         "clip_a [vision] w3a3",

@@ -35,7 +35,7 @@ def measure(
             variant=cell.request.variant or "fp",
         )
         write_record(record, fakes.planned_folder(cell.request))
-    return cells, scores.collect(cells, fakes.ADAPTER)
+    return cells, scores.collect(cells, fakes.ADAPTER).measured
 
 
 def test_csv_has_exactly_the_columns_and_formats(tmp_path: Path):
@@ -163,7 +163,7 @@ def test_an_order_that_did_not_come_out_is_said(tmp_path: Path, monkeypatch: pyt
 def test_unreadable_records_count_as_missing(tmp_path: Path):
     cells, measured = measure(tmp_path)
     (fakes.planned_folder(cells[3].request) / "result.json").write_text("{")
-    assert len(scores.collect(cells, fakes.ADAPTER)) == len(measured) - 1
+    assert len(scores.collect(cells, fakes.ADAPTER).measured) == len(measured) - 1
 
 
 def test_reference_agrees_with_itself_and_names_its_origin(tmp_path: Path):

@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 
 from fimaq_core.errors import CheckpointError
-from tasks.common.record import (
-    SCHEMA_VERSION,
-    LayerEntry,
-    outcomes_problem,
-    read_record,
-    recipe_of,
-    write_record,
-)
+from tasks.common.outcome_files import outcomes_problem
+from tasks.common.record import SCHEMA_VERSION, LayerEntry, read_record, recipe_of, write_record
 
 #: ``record-v1.json``: FIMA-Q on ``demo_vit`` in three steps, written by the code of schema 1.
 DATA = Path(__file__).parent / "old_files"

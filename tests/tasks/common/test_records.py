@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from fimaq_core import files
 from fimaq_core.errors import CheckpointError
 from fimaq_core.recipe import make_recipe
+from tasks.common.outcome_files import outcomes_problem
 from tasks.common.record import (
     BlockFigures,
     Calibration,
@@ -24,13 +26,19 @@ from tasks.common.record import (
     bits_name,
     cell_folder,
     fingerprint,
-    outcomes_problem,
+    has_record,
     own_seconds,
     proportion,
     read_record,
     recipe_of,
     write_record,
 )
+
+#: Changes of :func:`record` for the full-precision model.
+FULL: dict[str, Any] = {
+    **dict.fromkeys(("seed", "recipe", "calibration", "modules")),
+    **{"method": "fp", "recipe_digest": "", "w_bit": 32, "a_bit": 32},
+}
 
 
 def record(**changes: Any) -> ResultRecord:
@@ -49,7 +57,7 @@ def record(**changes: Any) -> ResultRecord:
         "n": 50_000,
         "fp_metrics": {"top1": Metric(value=81.4, stderr=0.1)},
         "weights": Weights(tag="tag", source="file", sha256="0" * 64),
-        "dataset": Dataset(name="folder", split="val", count=5, classes=2, fingerprint="f"),
+        "dataset": Dataset(name="folder", split="val", count=50_000, classes=2, fingerprint="f"),
         "calibration": Calibration(
             ids=["train/a/1.png"],
             transform="train",
@@ -95,9 +103,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_record(path).model_copy(update={"fingerprint": ""}) == original
     assert len(read_record(path).fingerprint) == 64
     assert recipe_of(read_record(path)) == make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
-    full = record(
-        method="fp", recipe=None, seed=None, calibration=None, modules=None, w_bit=32, a_bit=32
-    )
+    full = record(**FULL)
     path = write_record(full, tmp_path / "cell")
     assert read_record(path).model_copy(update={"fingerprint": ""}) == full
     assert recipe_of(full) is None
@@ -183,6 +189,154 @@ def test_invalid_records_name_the_field(tmp_path: Path) -> None:
         read_record(written(tmp_path, blocks={"head": {"error": "large"}}))
 
 
+def test_numbers_and_texts_that_no_run_writes_are_refused(tmp_path: Path) -> None:
+    top1 = {"value": 71.25, "stderr": 0.1}
+    dataset = record().dataset.model_dump(mode="json")
+    machine = record().environment.model_dump(mode="json")
+    layer = {
+        **{"name": "head", "kind": "linear", "weight_bits": 3, "input_bits": 3},
+        **{"weight_ranges": "2", "input_ranges": "per tensor"},
+    }
+    for field, value in (
+        ("metrics", {"top1": {**top1, "value": 150}}),
+        ("metrics", {"top1": {**top1, "value": -1}}),
+        ("metrics", {"top1": {**top1, "stderr": -0.5}}),
+        ("metrics", {"top1": {**top1, "stderr": 1e200}}),
+        ("metrics", {"top1": {**top1, "stderr": 1e5}}),
+        ("metrics", {}),
+        ("fp_metrics", {"top1": {**top1, "value": 101}}),
+        ("n", -1),
+        ("n", 0),
+        ("n", 10**30),
+        ("seed", 10**30),
+        ("seed", 2**64),
+        ("seed", -1),
+        ("w_bit", 9),
+        ("w_bit", 0),
+        ("a_bit", 1),
+        ("seconds", {"load": -1}),
+        ("seconds", {"load": 1e200}),
+        ("peak_memory_bytes", -1),
+        ("peak_memory_bytes", 10**30),
+        ("stage_memory_bytes", {"load": 2**61}),
+        ("fisher_passes", {"head": -1}),
+        ("blocks", {"head": {"error": -1}}),
+        ("blocks", {"head": {"error": 1e300}}),
+        ("finished", "yesterday"),
+        ("finished", "2025-13-01T00:00:00+00:00"),
+        ("finished", "2025-01-01T00:00:00" + "0" * 100),
+        ("dataset", {**dataset, "count": -5}),
+        ("dataset", {**dataset, "captions": 10**400}),
+        ("environment", {**machine, "threads": -1}),
+        ("modules", {"quantized": [{**layer, "weight_bits": 10**6}], "full_precision": []}),
+        ("variant", "x" * 10_001),
+        ("identity", "0" * 63),
+        ("artefacts", {"../x": "0" * 64}),
+        ("artefacts", {"x.safetensors": "0"}),
+        ("outcomes_sha256", "0"),
+    ):
+        with pytest.raises(CheckpointError, match=f"is not valid: {field}") as caught:
+            read_record(written(tmp_path, **{field: value}))
+        assert "\n" not in str(caught.value)
+    # A rank is no percentage, and the largest seed of PyTorch is a seed.
+    rank = {"i2t_median_rank": {"value": 2500.5, "stderr": 12.0}}
+    facts = {"task": "retrieval", "metrics": rank, "fp_metrics": {}}
+    assert read_record(written(tmp_path, **facts)).metrics["i2t_median_rank"].value == 2500.5
+    recipe = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3, "seed": 2**64 - 1})
+    changes = {"recipe": recipe.model_dump(mode="json"), "recipe_digest": recipe.digest()}
+    assert read_record(written(tmp_path, seed=2**64 - 1, **changes)).seed == 2**64 - 1
+
+
+def test_records_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    recipe = record().recipe
+    assert recipe is not None
+    both = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3, "scope": "both"})
+    for changes, words in (
+        ({"method": "qdrop"}, "method is 'qdrop', and 'fimaq' in its recipe"),
+        ({"w_bit": 4}, "w_bit is 4, and 3 in its recipe"),
+        ({"a_bit": 8}, "a_bit is 8, and 3 in its recipe"),
+        ({"seed": 7}, "seed is 7, and 3407 in its recipe"),
+        ({"seed": None}, "seed is None, and 3407 in its recipe"),
+        ({"recipe_digest": "0" * 64}, "its recipe has another digest"),
+        ({"recipe": {**recipe, "steps": 1}}, "its recipe has another digest"),
+        ({"recipe": None}, "method 'fimaq' and its recipe do not go together"),
+        ({"method": "fp"}, "method 'fp' and its recipe do not go together"),
+        ({**FULL, "seed": 1}, "full-precision model, with facts"),
+        ({**FULL, "w_bit": 4}, "full-precision model, with facts"),
+        (
+            {"recipe": both.model_dump(mode="json"), "recipe_digest": both.digest()},
+            "its variant 'released' does not name its scope 'both'",
+        ),
+        ({"n": 50_001}, "n is 50001, with 50000 samples and 0 damaged images"),
+        ({"n": 49_998, "skipped_images": ["a.png"]}, "n is 49998, with 50000 samples and 1"),
+        ({"task": "detection"}, "task detection has no metric 'top1'"),
+    ):
+        with pytest.raises(CheckpointError, match="is not valid") as caught:
+            read_record(written(tmp_path, **changes))
+        assert words in str(caught.value)
+    # Damaged calibration images are listed too, so there may be more of them than samples lack.
+    assert read_record(written(tmp_path, n=49_999, skipped_images=["a.png", "b.png"])).n == 49_999
+    # A recipe of another version has no digest here.
+    other = {**recipe, "setting_of_tomorrow": 1}
+    assert read_record(written(tmp_path, recipe=other, recipe_digest="1" * 64)).method == "fimaq"
+
+
+def test_a_record_in_the_folder_of_another_cell_is_refused(tmp_path: Path) -> None:
+    own = record(identity="ab" * 32)
+    cell = tmp_path / "runs" / "classification" / "vit.tag" / "fimaq" / "w3a3"
+    folder = cell / "seed3407-ababababab"
+    assert read_record(write_record(own, folder)) is not None
+    for other in (
+        cell / "seed3407-cdababab00",
+        cell / "seed1-ababababab",
+        cell.parent / "w4a4" / folder.name,
+        cell.parents[1] / "qdrop" / "w3a3" / folder.name,
+        cell.parents[2] / "other.tag" / "fimaq" / "w3a3" / folder.name,
+        tmp_path / "retrieval" / "vit.tag" / "fimaq" / "w3a3" / folder.name,
+        cell.parents[1] / "fp" / "fp" / "ababababab",
+    ):
+        path = write_record(own, other)
+        with pytest.raises(CheckpointError, match="is of another cell") as caught:
+            read_record(path)
+        there = "/".join(other.parts[-5:])
+        own_place = "classification/vit.tag/fimaq/w3a3/seed3407-ababababab"
+        assert f"it is of {own_place}, and its folder of {there}" in str(caught.value)
+    # A folder without the form of a cell's folder holds any record.
+    assert read_record(write_record(own, tmp_path / "mine")).method == "fimaq"
+
+
+def test_an_old_record_is_compared_by_its_path_and_by_the_digest_of_the_recipe(
+    tmp_path: Path,
+) -> None:
+    old, cell = record(identity=""), tmp_path / "classification" / "vit.tag" / "fimaq" / "w3a3"
+    path = write_record(old, cell / "seed3407-0123456789")
+    assert read_record(path, old.recipe_digest).identity == ""
+    with pytest.raises(CheckpointError, match="with other settings than the cell of this folder"):
+        read_record(path, make_recipe("fimaq", {"w_bits": 3, "a_bits": 3, "steps": 9}).digest())
+    with pytest.raises(CheckpointError, match="is of another cell"):
+        read_record(write_record(old, cell.parent / "w4a4" / "seed3407-0123456789"))
+
+
+def test_only_regular_files_of_a_usual_size_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.mkdir()
+    with pytest.raises(CheckpointError, match="It is no regular file"):
+        read_record(path)
+    path.rmdir()
+    os.mkfifo(path)  # opening it would wait for a writer
+    with pytest.raises(CheckpointError, match="It is no regular file"):
+        has_record(path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(64 << 20)
+    with pytest.raises(CheckpointError, match="It exceeds 32 MiB"):
+        read_record(path)
+    path.unlink()
+    assert not has_record(path)
+    path.symlink_to(tmp_path / "nowhere")
+    assert not has_record(path)
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_that_are_none_are_refused(tmp_path: Path, value: str) -> None:
     for number in ("71.25", "0.5", "0.1"):  # a metric, a loss, and seconds
@@ -263,7 +417,7 @@ def test_no_number_that_is_none() -> None:
 
 
 def test_a_full_disk_keeps_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_record(record(n=1), tmp_path)
+    path = write_record(record(), tmp_path)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -272,7 +426,7 @@ def test_a_full_disk_keeps_the_old_record(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(files.os, "fsync", full)
         with pytest.raises(CheckpointError, match="No space left"):
             write_record(record(n=2), tmp_path)
-    assert read_record(path).n == 1
+    assert read_record(path).n == 50_000
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
 

@@ -26,7 +26,8 @@ from tasks.common.cell.environment import resolve_device
 from tasks.common.cell.identity import forget, planned_folder, variant_name
 from tasks.common.cell.lease import this_process
 from tasks.common.cell.run import run_cell
-from tasks.common.record import outcomes_problem, read_record, recipe_of
+from tasks.common.outcome_files import outcomes_problem
+from tasks.common.record import read_record, recipe_of
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
 pytestmark = pytest.mark.slow
