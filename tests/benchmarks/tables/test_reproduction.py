@@ -213,10 +213,10 @@ def test_all_cells_of_a_verdict_s_reason_have_one_line():
 def test_seeds_are_averaged_and_counted(tmp_path: Path):
     table = load_table(written(tmp_path))
     cells = [c for c in cells_of(table, (1, 2)) if c.model == "vit_small" and c.method != "fp"]
-    found = Reproduction(table, [finished(cells[0], 76.5), finished(cells[1], 76.9)])
+    found = Reproduction(table, [finished(cells[0], 76.66), finished(cells[1], 76.74)])
     (entry,) = found.judged.to_dict("records")
     assert (entry["text"], entry["seeds"]) == ("76.70 =", 2)
-    assert entry["difference text"] == "+0.02 ± 0.22"
+    assert entry["difference text"] == "+0.02 ± 0.11"
     assert found.notes == []
     assert "- Seeds: 1, 2." in found.markdown()
 
