@@ -9,7 +9,8 @@ from functools import cache
 
 import pandas as pd
 
-from benchmarks.grid.names import PUBLISHED, Names, load_names
+from benchmarks.grid.names import Names, load_names
+from benchmarks.published.table import csv_rows
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS, OFF, Recipe
 from tasks.common import registry
@@ -124,7 +125,7 @@ def changed_settings(recipe: Recipe, task: str) -> dict[str, object]:
 @cache
 def published_rows() -> pd.DataFrame:
     """Return the published accuracies. Bits are 0 where the source does not state them."""
-    table = pd.read_csv(PUBLISHED / "accuracy.csv", dtype=str, keep_default_na=False)
+    table = pd.DataFrame(csv_rows("accuracy"))
     for column in ("w_bit", "a_bit"):
         table[column] = pd.to_numeric(table[column]).fillna(0).astype(int)
     return table.assign(value=table["value"].astype(float))
