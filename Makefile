@@ -70,7 +70,8 @@ reproduce-table: $(STAMP) ## measure a published table (TABLE=fimaq) or a profil
 	@$(RUN) run --report $(if $(TABLE),--table $(TABLE),--profile $(PROFILE)) $(FILTERS) $(PLACES) \
 		$(SETTINGS)
 
-# Exit code 1 if results differ. Without comparable results the exit code is 0.
+# Exit code 1 if results differ or are too uncertain, 2 if a record cannot be read. Without
+# comparable results it is 0.
 diff: $(STAMP) ## compare measured with published numbers
 	@$(RUN) diff --allow-nothing
 

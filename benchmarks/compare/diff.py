@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from benchmarks.grid.names import PUBLISHED, UNSTATED, Names, load_names
+from benchmarks.compare import alike
+from benchmarks.compare.alike import STRONG, differing, facts, mismatch, published_rows
+from benchmarks.compare.statistics import half_width
+from benchmarks.grid.names import UNSTATED, Names, load_names
 from benchmarks.results import scores
-from fimaq_core.errors import FimaqError
-from fimaq_core.recipe import METHODS, Recipe
-from tasks.common import registry
-from tasks.common.record import ResultRecord, bits_name, recipe_of
+from tasks.common.record import ResultRecord, bits_name
 
 #: Columns of ``diff.csv``.
 COLUMNS = [
@@ -22,14 +22,19 @@ COLUMNS = [
     "variant", "source", "evidence", "difference", "verdict", "reason",
 ]  # fmt: skip
 
-#: Points by which two runs of one recipe may differ in any case.
+#: Points around a published number in which a reproduction must lie.
+MARGIN = 1.0
+#: Points by which a published number may be off: it is mostly one seed of another machine.
 TOLERANCE = 0.3
-#: Largest tolerance in points: beyond it, agreement would be claimed from noise.
-WIDEST = 1.0
+#: Error of each of the two one-sided tests, so that intervals have the level ``1 - 2 ALPHA``.
+ALPHA = 0.05
+#: Name of the intervals.
+INTERVAL = f"{1 - 2 * ALPHA:.0%} interval"
 REPRODUCED, ABOVE, BELOW, UNCERTAIN, NOT_COMPARABLE = (
     "reproduced", "above", "below", "too uncertain", "not comparable",
 )  # fmt: skip
-_STRONG = ("primary", "cited")
+#: Points by which rounding of decimal numbers may move an interval.
+_TINY = 1e-9
 
 
 class Measurement(NamedTuple):
@@ -38,7 +43,9 @@ class Measurement(NamedTuple):
     :func:`benchmarks.results.scores.over_seeds` explains the fields after ``metric``.
     """
 
-    record: ResultRecord
+    records: tuple[ResultRecord, ...]  #: one per seed
+    apart: str  #: facts that keep other records of the same cell from being averaged with these
+    conflict: str  #: reason why the weights of the model are not clear; empty if they are
     settings: str
     metric: str
     mean: float
@@ -47,6 +54,11 @@ class Measurement(NamedTuple):
     sampling: float
     se: float
 
+    @property
+    def record(self) -> ResultRecord:
+        """The first record; all of them are alike."""
+        return self.records[0]
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -54,7 +66,7 @@ class Judgement:
 
     verdict: str  #: one of the five, see :func:`diff`
     difference: float  #: measured minus published, in points; NaN without a comparable number
-    rule: str  #: the tolerance, or the reason why the two are not comparable
+    rule: str  #: the interval, or the reason why the two are not comparable
     remarks: tuple[str, ...] = ()
 
     @property
@@ -65,13 +77,7 @@ class Judgement:
 
 def settings_key(record: ResultRecord) -> str:
     """Return a key that is equal for records that differ only in their seed."""
-    recipe = {k: v for k, v in (record.recipe or {}).items() if k != "seed"}
-    fields = (
-        record.task, record.dataset.fingerprint, record.dataset.name, record.dataset.split,
-        record.model, record.method, record.w_bit, record.a_bit, record.variant,
-        record.weights.sha256, sorted(recipe.items()),
-    )  # fmt: skip
-    return repr(fields)
+    return repr(sorted(facts(record).items()))
 
 
 def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
@@ -81,71 +87,49 @@ def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
         key = (settings_key(record), record.seed)
         if latest.setdefault(key, record).finished < record.finished:
             latest[key] = record
+    own: dict[str, list[ResultRecord]] = {}
+    for (settings, _), record in latest.items():
+        own.setdefault(settings, []).append(record)
     table, keys = scores.record_scores(latest.values()), [key for key, _ in latest]
     table["settings"] = [keys[place] for place in table["item"]]
-    first = {key: record for (key, _), record in reversed(latest.items())}
-    means = scores.over_seeds(table, ["settings", "metric"])
-    return [Measurement(first[row["settings"]], **row) for row in means.to_dict("records")]
+    means = scores.over_seeds(table, ["settings", "metric"]).to_dict("records")
+    apart, conflicts = _apart(own), _conflicts(latest.values())
+    found = []
+    for row in means:
+        same = tuple(own[row["settings"]])
+        conflict = conflicts.get((same[0].task, same[0].model), "")
+        found.append(Measurement(same, apart.get(row["settings"], ""), conflict, **row))
+    return found
 
 
-def published_rows() -> pd.DataFrame:
-    """Return the published accuracies. Bits are 0 where the source does not state them."""
-    table = pd.read_csv(PUBLISHED / "accuracy.csv", dtype=str, keep_default_na=False)
-    for column in ("w_bit", "a_bit"):
-        table[column] = pd.to_numeric(table[column]).fillna(0).astype(int)
-    return table.assign(value=table["value"].astype(float))
+def _conflicts(records: Iterable[ResultRecord]) -> dict[tuple[str, str], str]:
+    """Return a message for each task and model whose records have several weights files."""
+    files: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        # Model arguments and entries change the weights, and are refused by their own names.
+        if not record.model_args and len(record.weights.entries) < 2:
+            files.setdefault((record.task, record.model), set()).add(record.weights.sha256[:12])
+    return {
+        place: f"records of this model have different weights (sha256 {'; '.join(sorted(found))}): "
+        "keep those of one weights file"
+        for place, found in files.items()
+        if len(found) > 1
+    }
 
 
-def has_effect(recipe: Recipe, name: str) -> bool:
-    """Return True if the setting ``name`` influences the results of a recipe."""
-    if name in ("reconstruct", "reconstruct_mlp", "refit"):
-        return True
-    if name.startswith("mlp_"):
-        return recipe.reconstruct_mlp
-    extra = Recipe.model_fields[name].json_schema_extra
-    group = extra.get("group") if isinstance(extra, dict) else None
-    if group == "reconstruction":
-        return recipe.reconstruct
-    return group != "loss" or recipe.reconstruct or recipe.reconstruct_mlp
-
-
-def changed_settings(recipe: Recipe, task: str) -> dict[str, object]:
-    """Return the settings that differ from the released ones of ``task`` and have an effect."""
-    changes = recipe.changes(registry.defaults(task))
-    return {name: value for name, value in changes.items() if has_effect(recipe, name)}
-
-
-def mismatch(item: Measurement, names: Names) -> str | None:
-    """Return the reason why a measurement compares with no published number; None if it may."""
-    record, data = item.record, item.record.dataset
-    sets = names.published_on(record.task, data.name)
-    if not sets:
-        where = f"{data.name} ({data.split}, {data.count} samples)"
-        return f"measured on {where}, on which nothing is published"
-    wanted = sets[0][2]
-    if (data.split, data.count, record.n) != (wanted.split, wanted.count, wanted.count):
-        return (
-            f"measured on a part of {data.name} ({data.split}, {record.n} samples); "
-            f"published numbers use {wanted.split} with {wanted.count}"
-        )
-    if record.skipped_images:
-        return f"{len(record.skipped_images)} damaged images were left out"
-    models = names.models_for(record.model)
-    if not models:
-        return f"no published name is mapped to the model {record.model}"
-    if record.weights.tag != models[0].tag:
-        return f"weights {record.weights.tag}; published numbers use {models[0].tag}"
-    if record.method == "fp":
-        return None
-    if record.method not in METHODS:
-        return f"the method '{record.method}' and its released settings are not known here"
-    try:
-        recipe = recipe_of(record)
-    except FimaqError:
-        return "the record's recipe is not one of this version"
-    changes = {} if recipe is None else changed_settings(recipe, record.task)
-    listed = ", ".join(f"{name} {value}" for name, value in changes.items())
-    return f"settings changed from the released ones: {listed}" if changes else None
+def _apart(own: Mapping[str, Sequence[ResultRecord]]) -> dict[str, str]:
+    """Return the facts that keep seeds of one recipe from being averaged, by their settings."""
+    cells: dict[tuple[str | None, ...], list[str]] = {}
+    for key, (record, *_) in own.items():
+        same = [
+            v for k, v in facts(record).items() if k in alike.CELL or k.startswith(alike.RECIPE)
+        ]
+        cells.setdefault((record.dataset.name, record.dataset.split, *same), []).append(key)
+    found = {}
+    for keys in cells.values():
+        if len(keys) > 1:
+            found |= dict.fromkeys(keys, differing(own[key][0] for key in keys))
+    return found
 
 
 def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFrame:
@@ -154,7 +138,9 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
     Full precision compares with rows of all scopes, since it has none. A row that does not state
     its scope compares with all scopes.
     """
-    record = item.record
+    record, sets = item.record, names.published_on(item.record.task, item.record.dataset.name)
+    if not sets:
+        return rows.iloc[:0]
     methods = [
         name
         for name, entry in names.methods.items()
@@ -167,7 +153,7 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
         if entry in own and (record.method == "fp" or entry.scope in scopes)
     ]
     here = pd.Series(False, index=rows.index)
-    for task, dataset, entry in names.published_on(record.task, record.dataset.name):
+    for task, dataset, entry in sets:
         metrics = [name for name, mine in entry.metrics.items() if mine == item.metric]
         here |= (rows["task"] == task) & (rows["dataset"] == dataset) & rows["metric"].isin(metrics)
     bits = (rows["w_bit"] == record.w_bit) & (rows["a_bit"] == record.a_bit)
@@ -177,13 +163,13 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
 def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> pd.DataFrame:
     """Compare records with published numbers (``rows``; None: all of them).
 
-    The tolerance is :data:`TOLERANCE` or two standard errors of the measured mean (from samples and
-    seeds), whichever is larger. It is rather wide, because published numbers come from the same
-    images. Verdicts:
+    The verdicts follow from the interval of ``measured - published`` at the level ``1 - 2 ALPHA``
+    (:func:`~benchmarks.compare.statistics.half_width`), as in an equivalence test by two one-sided
+    tests (Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15, 1987):
 
-    - ``reproduced``: the difference is within the tolerance;
-    - ``above``, ``below``: the difference is beyond the tolerance;
-    - ``too uncertain``: within a tolerance wider than :data:`WIDEST`;
+    - ``reproduced``: the interval is within :data:`MARGIN`;
+    - ``above``, ``below``: the interval is beyond :data:`TOLERANCE`, but not within the margin;
+    - ``too uncertain``: neither, so a noisier measurement is reproduced less often;
     - ``not comparable``: other data, settings, weights or framework; a source that does not name
       the quantized parts; weak evidence.
 
@@ -237,7 +223,8 @@ def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> list[
 
 def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Judgement:
     """Compare a measurement with a published row of the same cell (None: there is no row)."""
-    why = mismatch(item, names)
+    reasons = (mismatch(record, item.metric, names) for record in item.records)
+    why = next(filter(None, reasons), item.conflict or None)
     if row is None:
         why = why or "no published number for this model, method and bits"
     if row is None or why:
@@ -245,23 +232,30 @@ def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Jud
     gap = item.mean - float(row["value"])
     method, variant = names.methods[row["method"]], row["variant"]
     full = item.record.method == "fp"
-    weak = [] if row["evidence"] in _STRONG else [f"{row['evidence']} evidence"]
+    weak = [] if row["evidence"] in STRONG else [f"{row['evidence']} evidence"]
     if not full and names.models[row["model"]].scope == UNSTATED:
         weak.append("the source does not name the quantized parts of the model")
     if not weak and method.comparable.get(variant) != item.record.method:
         weak = [f"published variant '{variant}' was run with another framework or recipe"]
     if weak:
         return Judgement(NOT_COMPARABLE, gap, f"context only: {'; '.join(weak)}")
-    tolerance = max(TOLERANCE, 2 * item.se)
-    within = abs(gap) <= tolerance + 1e-9
-    basis = f"{TOLERANCE:g} points" if tolerance == TOLERANCE else "2 standard errors"
-    rule = f"{'within' if within else 'beyond'} ±{tolerance:.2f} ({basis})"
-    verdict = REPRODUCED if within else ABOVE if gap > 0 else BELOW
-    if within and tolerance > WIDEST:
-        verdict, rule = UNCERTAIN, f"{rule}, which is too wide to tell"
+    half = half_width(item.sampling, item.sd, item.seeds, ALPHA)
+    low, high = gap - half, gap + half
+    if max(abs(low), abs(high)) <= MARGIN + _TINY:
+        verdict, rule = REPRODUCED, f"within ±{MARGIN:g} point"
+    elif min(abs(low), abs(high)) >= TOLERANCE - _TINY and low * high > 0:
+        verdict, rule = (ABOVE if gap > 0 else BELOW), f"beyond ±{TOLERANCE:g} points"
+    else:
+        verdict = UNCERTAIN
+        rule = f"neither within ±{MARGIN:g} point nor beyond ±{TOLERANCE:g} points"
+    rule = f"difference of {low:+.2f} to {high:+.2f} ({INTERVAL}), {rule}"
     one_seed = "one seed, so the spread over seeds is not counted"
     note = names.datasets[row["task"]][row["dataset"]].notes.get(row["method"])
-    remarks = (one_seed if item.seeds == 1 and not full else None, note)
+    apart = f"not averaged with other records of this cell, which differ in {item.apart}"
+    seed = one_seed if item.seeds == 1 and not full else None
+    changed = any(one.environment.git_revision.endswith("+changes") for one in item.records)
+    code = "measured by code with changes that are not committed" if changed else None
+    remarks = (seed, apart if item.apart else None, code, note)
     return Judgement(verdict, gap, rule, tuple(filter(None, remarks)))
 
 
@@ -269,7 +263,8 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     """Compare all records with published numbers; print and write the table.
 
     ``show_all`` also lists metrics without a published number. Returns the exit code: 0 if all
-    comparable numbers are reproduced, 1 if some are not, ``nothing`` if no number is comparable.
+    comparable numbers are reproduced; 1 if some are not, also those that are too uncertain;
+    ``nothing`` if no number is comparable; 2 if a record cannot be read.
     """
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
@@ -279,7 +274,7 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     if not found:
         where = f"nothing is measured under {results / 'runs'}"
         print(f"Nothing is comparable yet: {where}. Run `make reproduce-table` first.")
-        return nothing
+        return 2 if problems else nothing
     table = diff([record for _, record in found])
     path = results / "tables" / "diff.csv"
     scores.write_text(path, scores.csv_text(table))
@@ -297,7 +292,10 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
             "and bits as a published one. To measure such numbers: "
             "make reproduce-table TABLE=fimaq IMAGENET=/path/to/imagenet"
         )
-        return nothing
+        return 2 if problems else nothing
     counts = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
     print(f"{verdicts.sum()} comparisons: {counts}. Table: {path}")
+    if problems:
+        print(f"Not compared: {scores.count(len(problems), 'record')} that cannot be read.")
+        return 2
     return 0 if set(verdicts.index) == {REPRODUCED} else 1

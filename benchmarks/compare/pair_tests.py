@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from benchmarks.compare import alike
 from benchmarks.compare.pairs import Pair, RecordFile
 from benchmarks.compare.statistics import PairedCounts, bootstrap, holm, mcnemar
 from benchmarks.results.outcomes import CompareError, Outcomes, check_alike, cluster_sums, read
@@ -95,6 +96,11 @@ def _compare(
     pair: Pair, level: float, metrics: Sequence[str], short: bool
 ) -> list[MetricComparison]:
     """Test ``metrics`` of a pair, by default all common ones (if ``short``, the main ones)."""
+    for file in (*pair.a.values(), *pair.b.values()):
+        if problem := alike.contradiction(file.record):
+            raise CompareError(f"{file.path}: {problem}. Measure {file.label} again with --force.")
+    if unlike := alike.differing(pair.records, alike.SHARED):
+        raise CompareError(f"The records of {pair.label} are unlike: they differ in {unlike}.")
     mine, theirs = ([_read(file) for file in side.values()] for side in (pair.a, pair.b))
     for other in (*mine, *theirs):
         check_alike(mine[0], other)

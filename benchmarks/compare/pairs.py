@@ -89,6 +89,11 @@ class Pair:
     b: dict[int | None, RecordFile]
 
     @property
+    def records(self) -> list[ResultRecord]:
+        """The records of both sides."""
+        return [file.record for side in (self.a, self.b) for file in side.values()]
+
+    @property
     def label(self) -> str:
         """Name in tables: model, scope, choices (method, variant) and bits."""
         own = [self.key[name] for name in _CHOICES if name in self.key]

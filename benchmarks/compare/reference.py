@@ -39,6 +39,8 @@ def facts_of(grid: Grid, measured: Items) -> dict[str, Any]:
         "date": max(dates, default=datetime.now(UTC).date().isoformat()),
         "settings": _settings(grid),
         "data": _data(measured),
+        "weights": _weights(measured),
+        "calibration": _calibration(measured),
     }
 
 
@@ -71,6 +73,21 @@ def _data(measured: Items) -> list[str]:
     return sorted({
         f"{d.name}, {d.split}, {scores.sample_counts(d.count, d.captions)}, {d.fingerprint[:16]}"
         for d in sets
+    })  # fmt: skip
+
+
+def _weights(measured: Items) -> list[str]:
+    files = [item.record.weights for item in measured]
+    return sorted({f"{weights.tag}, {weights.sha256[:16]}" for weights in files})
+
+
+def _calibration(measured: Items) -> list[str]:
+    """Return the parts that calibrated the cells; a list of images is not one of them."""
+    found = (item.record.calibration for item in measured)
+    return sorted({
+        f"{own.dataset}, {own.split}{', listed' if own.listed else ''}"
+        for own in found
+        if own is not None and own.split is not None
     })  # fmt: skip
 
 
@@ -205,8 +222,16 @@ def _alike(
         theirs = _settings_of(about["settings"], section)
         if theirs != _settings_of(_settings(grid), section):
             lines.append(f"{start} has other settings, {theirs}.")
-        elif not set(_data(mine)) <= set(about["data"]):
-            lines.append(f"{start} was measured on other data, {'; '.join(about['data'])}.")
+        elif other := [
+            f"{what} {'; '.join(about[name])}"
+            for name, what, own in (
+                ("data", "was measured on other data,", _data(mine)),
+                ("weights", "has other weights,", _weights(mine)),
+                ("calibration", "was calibrated on other data,", _calibration(mine)),
+            )
+            if not set(own) <= set(about.get(name, own))
+        ]:
+            lines.append(f"{start} {' and '.join(other)}.")
         else:
             alike += mine
     return alike, lines

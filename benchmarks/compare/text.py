@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks.compare.alike import NOTED, differing
 from benchmarks.compare.pair_tests import ComparedPair, MetricComparison, p_text
 from benchmarks.compare.pairs import Pair, RecordFile, Side, alone
 from benchmarks.compare.statistics import RESAMPLES
@@ -86,9 +87,8 @@ def _left_out(a: Side, b: Side, compared: Sequence[ComparedPair]) -> list[str]:
             lines.append(f"Without a partner in {other}: {file.label} ({file.path.parent})")
         lines += [f"Not read in {name}: {problem}" for problem in side.problems]
     for pair in pairs:
-        files = (*pair.a.values(), *pair.b.values())
-        if len({file.record.weights.sha256 for file in files}) > 1:
-            lines.append(f"Note: {pair.label}: the records belong to different weight files.")
+        if apart := differing(pair.records, NOTED):
+            lines.append(f"Note: {pair.label}: the records differ in {apart}.")
     return lines
 
 

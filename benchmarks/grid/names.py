@@ -14,6 +14,13 @@ PUBLISHED = Path(__file__).parents[1] / "published"
 UNSTATED = "unstated"
 
 
+class PartName(Strict):
+    """Part of a data set, as records name it."""
+
+    name: str
+    split: str
+
+
 class DatasetName(Strict):
     """Data set of records that are compared with numbers of a published data set."""
 
@@ -21,6 +28,7 @@ class DatasetName(Strict):
     name: str  #: name in the record
     split: str
     count: int  #: samples of the whole split
+    calibration: PartName  #: part that calibrates the models
     metrics: dict[str, str]  #: published metric to the metric of records; others are not compared
     notes: dict[str, str] = {}  #: remarks by published method, printed with every verdict
 
@@ -33,6 +41,8 @@ class ModelName(Strict):
     #: Scope of the recipe in the source. None: always the whole model; ``unstated``: the source
     #: does not state it.
     scope: str | None = None
+    #: Name in :attr:`Names.preprocessing`. None: the task has a preprocessing of its own.
+    preprocessing: str | None = None
 
 
 class MethodName(Strict):
@@ -52,6 +62,7 @@ class Names(Strict):
     """
 
     datasets: dict[str, dict[str, DatasetName]]
+    preprocessing: dict[str, str]  #: of checkpoints, as text of ``Preprocessing``
     models: dict[str, ModelName]
     methods: dict[str, MethodName]
     studies: dict[str, str] = {}  #: GPU of each study of run times
@@ -59,12 +70,15 @@ class Names(Strict):
     unmapped_methods: dict[str, str] = {}
 
     @model_validator(mode="after")
-    def _scopes(self) -> "Names":
+    def _check_references(self) -> "Names":
         tasks = {entry.task for sets in self.datasets.values() for entry in sets.values()}
         known = {UNSTATED, None, *(scope for task in tasks for scope in registry.scopes(task))}
         unknown = {name: m.scope for name, m in self.models.items() if m.scope not in known}
         if unknown:
             raise ValueError(f"scopes that no task has: {unknown}")
+        wanted = {m.preprocessing for m in self.models.values() if m.preprocessing is not None}
+        if missing := sorted(wanted - self.preprocessing.keys()):
+            raise ValueError(f"preprocessing without a text: {missing}")
         return self
 
     def published_on(self, task: str, dataset: str) -> list[tuple[str, str, DatasetName]]:

@@ -155,7 +155,8 @@ def load_table(name: str) -> PublishedTable:
 
 
 @cache
-def _rows(file: str) -> list[dict[str, str]]:
+def csv_rows(file: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV file of published numbers, such as ``accuracy``, as texts."""
     with (PUBLISHED / f"{file}.csv").open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))
 
@@ -205,7 +206,7 @@ def _published(
     fit, and if a row fits in spite of a reason.
     """
     sources = c.source if isinstance(c.source, tuple) else (str(c.source),)
-    rows = _rows("ablation" if c.study else "accuracy")
+    rows = csv_rows("ablation" if c.study else "accuracy")
     for name in sources:
         _among("unknown source", name, {row["source"] for row in rows})
     if c.study:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.compare.diff import changed_settings
+from benchmarks.compare.alike import changed_settings
 from benchmarks.console import duration, size_text
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group

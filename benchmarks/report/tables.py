@@ -94,8 +94,9 @@ def diff_table(measured: Sequence[Measured]) -> Dict:
         "head": _DIFF_HEAD,
         "rows": [(_diff_texts(row), row["verdict"]) for row in rows],
         "hidden": Counter(found["reason"][~known]).most_common(),
+        "interval": diff.INTERVAL,
+        "margin": f"{diff.MARGIN:g}",
         "tolerance": f"{diff.TOLERANCE:g}",
-        "widest": f"{diff.WIDEST:.1f}",
     }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from benchmarks.compare import alike
 from benchmarks.results import scores
 from benchmarks.results.outcomes import CompareError, Paired, compare
 from benchmarks.results.scores import FULL, Items, Measured, count
@@ -15,18 +16,28 @@ _MILD_BITS, _ERRORS = "w4a4", 2.0
 def order_lines(table: pd.DataFrame, measured: Items = (), mark: str = "") -> list[str]:
     """Return one line per expected order that has measured methods.
 
+    A model is left out, with a line, if its records differ in data, weights or calibration data.
+
     Args:
         table: scores of one section, scope (``mark``) and metric, with one variant per method. The
             column ``item`` is the index into ``measured``.
         measured: cells for comparisons sample by sample.
     """
-    rows = table[table["bits"] != FULL]
+    rows, apart = table[table["bits"] != FULL], []
+    for model, own in rows.groupby("model", sort=False) if measured else ():
+        same = [measured[place].record for place in own["item"].unique()]
+        if unlike := alike.differing(same, ("data", *alike.SHARED)):
+            apart.append(
+                f"Expected orders leave out {model}{mark}: its records differ in {unlike}."
+            )
+            rows = rows[rows["model"] != model]
     if rows.empty:
-        return []
+        return apart
     lowest = rows.loc[(rows["w_bit"] + rows["a_bit"]).idxmin(), "bits"]
     here, where = rows[rows["bits"] == lowest], f"{lowest}{mark}"
     items = [measured[place] for place in rows["item"].unique()] if measured else []
     return [
+        *apart,
         *_calibration_lines(here, where),
         *_fimaq_lines(here, where),
         *_rounding_lines(items, mark),

@@ -24,10 +24,10 @@ UNREADABLE = "with unreadable records"
 NOTHING = "–"
 #: Marks after numbers, with their meaning, by verdict.
 _LEGEND = {
-    diff.REPRODUCED: ("=", f"reproduced, within {diff.TOLERANCE:g} points or two standard errors"),
+    diff.REPRODUCED: ("=", f"reproduced: {diff.INTERVAL} within ±{diff.MARGIN:g} point"),
     diff.ABOVE: ("↑", "above the published number"),
     diff.BELOW: ("↓", "below the published number"),
-    diff.UNCERTAIN: ("?", f"too uncertain: two standard errors exceed {diff.WIDEST:.1f} points"),
+    diff.UNCERTAIN: ("?", "too uncertain, for the reason below"),
     NOT_COMPARABLE: ("×", "not comparable, for the reason below"),
     NOT_MEASURED: ("°", "published number, not measured yet"),
     UNREADABLE: ("!", "published number, measured, but the record cannot be read"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from benchmarks.compare.diff import has_effect
+from benchmarks.compare.alike import has_effect
 from benchmarks.results.scores import Cells, Items, in_order, seeds_of, unique
 from fimaq_core.errors import CheckpointError
 from fimaq_core.recipe import METHODS, Recipe, make_recipe

@@ -189,7 +189,9 @@ def open_file(path: Path, annotated: bool = True, exif: Exif | None = None) -> D
         raise DataError(f"There is no file {path}. {LAYOUT}.")
     coco = read_annotations(path, annotated)
     folder, root = image_folder(path, coco["images"][0]["file_name"]), data_root(path.absolute())
-    return _of_files(path.stem, folder, root if folder.parent == root else None, coco, path, exif)
+    # The name of the published data set is for its own files only.
+    name = path.name if path.stem == COCO_NAME else path.stem
+    return _of_files(name, folder, root if folder.parent == root else None, coco, path, exif)
 
 
 @lru_cache(maxsize=2)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmark_fakes import IMAGENET, make_record
+from diff_fakes import published_record
 
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand
@@ -66,11 +66,5 @@ def finished(cell: Cell, value: float, stderr: float = 0.1, **changes: Any) -> M
     (tag,) = {entry.tag for entry in load_names().models.values() if entry.id == cell.model}
     recipe = cell.request.recipe
     metrics = {name: Metric(value=value, stderr=stderr) for name in ("top1", "AP_box", "AP_mask")}
-    record = make_record(
-        task=cell.task,
-        recipe=recipe,
-        model=tag,
-        metrics=metrics,
-        **{"dataset": IMAGENET, **changes},
-    )
+    record = published_record(recipe, tag, task=cell.task, metrics=metrics, **changes)
     return Measured(cell, record)

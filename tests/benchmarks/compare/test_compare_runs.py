@@ -12,7 +12,8 @@ from benchmarks.cli import cli
 from benchmarks.compare.pair_tests import compare_pairs
 from benchmarks.compare.pairs import CompareError, alone, pair_up, read_side
 from fimaq_core.recipe import make_recipe
-from tasks.common.record import Metric, ResultRecord, bits_name, write_record
+from tasks.common.preprocessing import Preprocessing
+from tasks.common.record import Calibration, Metric, ResultRecord, Weights, bits_name, write_record
 
 IDS = np.array([f"val/{i}.png" for i in range(200)])
 RNG = np.random.default_rng(0)
@@ -175,6 +176,106 @@ def test_unlike_runs_are_refused_with_what_differs(tmp_path: Path, changes: dict
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+CALIBRATION = Calibration(
+    ids=["train/1.png"], transform="train", fingerprint="c", dataset="d", split="train",
+    listed=False,
+)  # fmt: skip
+PREPROCESSING = Preprocessing(
+    input_size=(3, 8, 8), crop_mode="center", mean=(0.5,), std=(0.5,), interpolation="bicubic"
+)
+ZEROS = "0" * 12
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "words"),
+    [
+        (
+            {},
+            {"weights": Weights(tag="demo_vit", source="test", sha256="a" * 64)},
+            f"weights (demo_vit {ZEROS}; demo_vit aaaaaaaaaaaa)",
+        ),
+        (
+            {"identity": "1" * 64},
+            {"identity": "2" * 64, "model_args": {"depth": 3}},
+            'model arguments ({"depth": 3}; {})',
+        ),
+        (
+            {"preprocessing": PREPROCESSING},
+            {"preprocessing": PREPROCESSING.model_copy(update={"crop_pct": 0.5})},
+            "preprocessing (3 x 8 x 8, bicubic, center, mean 0.5, std 0.5; 3 x 8 x 8, bicubic, "
+            "crop 0.5 (center)",
+        ),
+        (
+            {"dataset": fakes.DIGITS},
+            {"dataset": fakes.DIGITS.model_copy(update={"exif": "ignore"})},
+            "exif (by annotated sizes; ignore)",
+        ),
+        (
+            {"calibration": CALIBRATION},
+            {"calibration": CALIBRATION.model_copy(update={"split": "val"})},
+            "calibration data (d train; d val)",
+        ),
+    ],
+)
+def test_pairs_of_unlike_records_are_refused_by_the_fact_that_differs(
+    tmp_path: Path, mine: dict, theirs: dict, words: str
+):
+    a, b = save(tmp_path, "fimaq", **mine), save(tmp_path, "qdrop", **theirs)
+    result = run(a, b)
+    assert result.exit_code == 2
+    assert "The records of demo_vit w3a3 are unlike: they differ in " in result.stderr
+    assert words in result.stderr
+    # Other pairs are compared.
+    save(tmp_path, "fimaq", model="demo_swin")
+    save(tmp_path, "qdrop", model="demo_swin")
+    sides = [tmp_path / "demo_vit", tmp_path / "demo_swin"]
+    assert run(*(side / "fimaq" for side in sides)).exit_code == 2
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    for side in sides:
+        (side / "fimaq").rename(tmp_path / "a" / side.name)
+        (side / "qdrop").rename(tmp_path / "b" / side.name)
+    result = run(tmp_path / "a", tmp_path / "b")
+    assert result.exit_code == 0
+    assert "Not compared: demo_vit w3a3: The records of demo_vit w3a3 are unlike" in result.stdout
+
+
+def test_methods_may_differ_in_number_and_transform_of_calibration_images(tmp_path: Path):
+    more = CALIBRATION.model_copy(update={"ids": ["train/1.png", "train/2.png"]})
+    a = save(tmp_path, "fimaq", calibration=CALIBRATION)
+    b = save(tmp_path, "qdrop", calibration=more.model_copy(update={"transform": "eval"}))
+    assert run(a, b).exit_code == 0
+
+
+def test_a_record_that_contradicts_its_recipe_is_not_compared(tmp_path: Path):
+    a, b = save(tmp_path, "fimaq"), save(tmp_path, "qdrop")
+    record = ResultRecord.model_validate_json((a / "result.json").read_text())
+    write_record(record.model_copy(update={"recipe_digest": "0" * 64}), a)
+    result = run(a, b)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_other_libraries_are_noted(tmp_path: Path):
+    other = fakes.make_record().environment.model_copy(update={"versions": {"torch": "2"}})
+    a, b = save(tmp_path, "fimaq"), save(tmp_path, "qdrop", environment=other)
+    result = run(a, b)
+    assert result.exit_code == 0
+    assert "Note: demo_vit w3a3: the records differ in torch (1; 2)." in result.stdout
+
+
+def test_a_list_of_calibration_images_is_noted(tmp_path: Path):
+    listed = CALIBRATION.model_copy(update={"listed": True})
+    a, b = (
+        save(tmp_path, "fimaq", calibration=CALIBRATION),
+        save(tmp_path, "qdrop", calibration=listed),
+    )
+    result = run(a, b)
+    assert result.exit_code == 0
+    assert "the records differ in calibration list (" in result.stdout
 
 
 def test_ambiguous_and_empty_sides_are_refused(tmp_path: Path):

@@ -1,31 +1,29 @@
 """Comparison with published numbers: verdicts in both directions, refusal of unlike numbers."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pandas as pd
 import pytest
-from benchmark_fakes import DIGITS, IMAGENET, make_record
+from benchmark_fakes import DIGITS, IMAGENET
+from diff_fakes import published_record
+from scipy import stats
 
-from benchmarks.compare import diff
+from benchmarks.compare import alike, diff
 from benchmarks.grid.names import PUBLISHED, load_names
 from fimaq_core.recipe import Recipe, make_recipe
 
 VIT_S = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 BITS = {"w_bits": 3, "a_bits": 3}
 FIMAQ_VIT_S_W3A3 = 64.09
+OURS = make_recipe("fimaq", BITS).model_copy(update={"method": "ours"})
 
 
 def imagenet(start: str | None, value: float, **changes):
     settings = {"seed": changes.pop("seed", 3407), **changes.pop("settings", {})}
     recipe = None if start is None else make_recipe(start, BITS, settings)
-    return make_record(
-        **{
-            "recipe": recipe,
-            "model": VIT_S,
-            "value": value,
-            "stderr": 0.2,
-            "dataset": IMAGENET,
-            **changes,
-        }
-    )
+    recipe, model = changes.pop("recipe", recipe), changes.pop("model", VIT_S)
+    return published_record(recipe, model, **{"value": value, "stderr": 0.2, **changes})
 
 
 def compared(records) -> pd.DataFrame:
@@ -42,52 +40,108 @@ def own_row(records) -> pd.Series:
 
 
 @pytest.mark.parametrize(
-    ("offset", "verdict"),
+    ("offset", "stderr", "verdict"),
     [
-        (0.0, "reproduced"),
-        (0.39, "reproduced"),
-        (-0.39, "reproduced"),
-        (0.5, "above"),
-        (-0.5, "below"),
+        (0.0, 0.2, "reproduced"),
+        (0.3, 0.2, "reproduced"),
+        (-0.67, 0.2, "reproduced"),  # to -1.00 with the half width 1.645 x 0.2
+        (-0.68, 0.2, "below"),
+        (0.68, 0.2, "above"),
+        (0.95, 0.05, "above"),
+        (0.9, 0.05, "reproduced"),
+        (0.0, 0.6, "reproduced"),
+        (0.0, 0.61, "too uncertain"),  # 1.645 x 0.61 = 1.003
+        (0.6, 0.3, "too uncertain"),
+        (1.3, 0.6, "above"),
+        (-1.3, 0.6, "below"),
+        (1.3, 0.61, "too uncertain"),  # from 0.297
+        (5.0, 4.0, "too uncertain"),
     ],
 )
-def test_verdicts_are_two_sided(offset: float, verdict: str):
-    row = own_row([imagenet("fimaq", FIMAQ_VIT_S_W3A3 + offset)])
+def test_a_verdict_follows_from_the_interval_of_the_difference(
+    offset: float, stderr: float, verdict: str
+):
+    row = own_row([imagenet("fimaq", FIMAQ_VIT_S_W3A3 + offset, stderr=stderr)])
+    half = stats.norm.ppf(0.95) * stderr
     assert row["verdict"] == verdict
     assert row["difference"] == pytest.approx(offset)
     assert row["model"] == "vit_small"
-    assert "0.40 (2 standard errors)" in row["reason"]
-    assert "one seed" in row["reason"]
+    interval = f"difference of {offset - half:+.2f} to {offset + half:+.2f} (90% interval), "
+    assert row["reason"].startswith(interval)
+    assert "one seed, so the spread over seeds is not counted" in row["reason"]
 
 
-def test_standard_error_holds_sampling_and_seeds():
-    row = own_row(
-        [
-            imagenet("fimaq", FIMAQ_VIT_S_W3A3 + gap, seed=seed)
-            for seed, gap in enumerate((0.0, 0.8))
-        ]
-    )
-    assert row["seeds"] == 2
-    assert row["measured"] == pytest.approx(FIMAQ_VIT_S_W3A3 + 0.4)
-    assert row["se"] == pytest.approx((0.2**2 + 0.32 / 2) ** 0.5)
-    assert row["verdict"] == "reproduced"
+def test_one_seed_of_fifty_thousand_images_near_the_published_number_reproduces_it():
+    share = (FIMAQ_VIT_S_W3A3 + 0.3) / 100
+    stderr = 100 * (share * (1 - share) / 50_000) ** 0.5
+    assert own_row([imagenet("fimaq", 100 * share, stderr=stderr)])["verdict"] == "reproduced"
+
+
+def seeds(values: Sequence[float], stderr: float) -> pd.Series:
+    """The verdict on seeds with these values."""
+    return own_row([
+        imagenet("fimaq", value, seed=seed, stderr=stderr) for seed, value in enumerate(values)
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("offset", "verdict"), [(0.9, "too uncertain"), (1.3, "above"), (-1.3, "below")]
+    ("values", "verdict"),
+    [
+        ((64.0, 64.1, 64.3), "reproduced"),
+        ((63.5, 64.0, 65.2), "too uncertain"),
+        ((62.0, 62.1, 62.2), "below"),
+        ((66.2, 66.1), "above"),
+        ((76.6, 10.0), "too uncertain"),
+    ],
 )
-def test_agreement_within_more_than_a_point_is_none(offset: float, verdict: str):
-    row = own_row([imagenet("fimaq", FIMAQ_VIT_S_W3A3 + offset, stderr=0.6)])
+def test_without_an_error_from_samples_the_verdict_is_that_of_two_one_sided_t_tests(
+    values: tuple[float, ...], verdict: str
+):
+    row = seeds(values, 0.0)
+    p = [
+        stats.ttest_1samp(values, FIMAQ_VIT_S_W3A3 + edge, alternative=way).pvalue
+        for edge, way in ((-diff.MARGIN, "greater"), (diff.MARGIN, "less"))
+    ]
     assert row["verdict"] == verdict
-    assert row["difference"] == pytest.approx(offset)
-    assert ("which is too wide to tell" in row["reason"]) == (verdict == "too uncertain")
-    assert "±1.20 (2 standard errors)" in row["reason"]
+    assert (max(p) <= 0.05) == (verdict == "reproduced")
+    ends = stats.t.interval(0.9, len(values) - 1, np.mean(values), stats.sem(values))
+    low, high = (end - FIMAQ_VIT_S_W3A3 for end in ends)
+    assert f"difference of {low:+.2f} to {high:+.2f} (90% interval)" in row["reason"]
+    assert "one seed" not in row["reason"]
 
 
-def test_small_errors_keep_the_smallest_tolerance():
-    assert (
-        "0.30 (0.3 points)" in own_row([imagenet("fimaq", FIMAQ_VIT_S_W3A3, stderr=0.01)])["reason"]
-    )
+def test_the_interval_holds_samples_and_seeds():
+    row = seeds((FIMAQ_VIT_S_W3A3, FIMAQ_VIT_S_W3A3 + 0.8, FIMAQ_VIT_S_W3A3 + 0.1), 0.2)
+    assert row["seeds"] == 3
+    assert row["measured"] == pytest.approx(FIMAQ_VIT_S_W3A3 + 0.3)
+    # The seeds have the variance (0.3² + 0.5² + 0.2²) / 2 = 0.19.
+    assert row["se"] == pytest.approx((0.2**2 + 0.19 / 3) ** 0.5)
+    half = ((1.6449 * 0.2) ** 2 + (2.91999 * (0.19 / 3) ** 0.5) ** 2) ** 0.5
+    assert f"difference of {0.3 - half:+.2f} to {0.3 + half:+.2f}" in row["reason"]
+    assert row["verdict"] == "too uncertain"
+
+
+def test_noise_makes_a_reproduction_less_likely():
+    order = ["reproduced", "too uncertain"]
+    for gap in (0.0, 0.2, 0.5):
+        found = [
+            seeds((FIMAQ_VIT_S_W3A3 + gap - spread, FIMAQ_VIT_S_W3A3 + gap + spread), 0.1)[
+                "verdict"
+            ]
+            for spread in (0.0, 0.02, 0.1, 0.3, 1.0, 10.0, 35.0)
+        ]
+        assert found == sorted(found, key=order.index)
+        assert set(found) == set(order)
+
+
+def test_the_issues_noisy_seeds_are_no_reproduction():
+    qdrop = [
+        imagenet("qdrop", value, seed=seed, settings={"w_bits": 4, "a_bits": 4})
+        for seed, value in enumerate((76.6, 10.0))
+    ]
+    table = compared(qdrop)
+    table = table[table["verdict"] != diff.NOT_COMPARABLE]
+    assert set(table["verdict"]) == {"too uncertain"}
 
 
 def test_full_precision_checks_the_checkpoint():
@@ -96,7 +150,7 @@ def test_full_precision_checks_the_checkpoint():
 
 
 def test_weak_evidence_and_other_frameworks_are_context():
-    table = diff.diff([imagenet("fimaq", 64.0), imagenet("qdrop", 41.0)])
+    table = diff.diff([imagenet("fimaq", 64.0), imagenet("qdrop", 41.05)])
     secondary = table[table["evidence"] == "secondary"]
     assert len(secondary) == 1
     assert set(secondary["verdict"]) == {"not comparable"}
@@ -137,7 +191,7 @@ def test_numbers_of_an_older_loss_under_the_same_name_are_not_compared():
         ({"settings": {"steps": 300}}, "steps 300"),
         ({"skipped_images": ["x.jpg"]}, "damaged"),
         ({"model": "vit_small_patch16_224.local-0123"}, "no published name"),
-        ({"method": "ours"}, "not known"),
+        ({"recipe": OURS, "method": "ours"}, "not known"),
     ],
 )
 def test_only_like_is_compared_with_like(changes: dict[str, object], words: str):
@@ -161,13 +215,15 @@ def test_weights_under_a_published_name_must_be_the_published_ones():
 
 def test_settings_that_do_not_bear_on_the_method_are_no_change():
     assert (
-        diff.changed_settings(make_recipe("rtn", {"steps": 300, "lr_alpha": 0.1}), "classification")
+        alike.changed_settings(
+            make_recipe("rtn", {"steps": 300, "lr_alpha": 0.1}), "classification"
+        )
         == {}
     )
-    assert diff.changed_settings(
+    assert alike.changed_settings(
         make_recipe("rtn", {"calibration_transform": "eval"}), "classification"
     ) == {"calibration_transform": "eval"}
-    assert diff.changed_settings(make_recipe("fimaq", {"steps": 300}), "classification") == {
+    assert alike.changed_settings(make_recipe("fimaq", {"steps": 300}), "classification") == {
         "steps": 300
     }
 

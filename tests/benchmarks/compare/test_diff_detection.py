@@ -5,10 +5,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from benchmark_fakes import make_record
+from diff_fakes import published_record
 from pydantic import ValidationError
 
-from benchmarks.compare import diff
+from benchmarks.compare import alike, diff
 from benchmarks.grid.names import Names, load_names
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Dataset, Metric, ResultRecord
@@ -27,17 +27,9 @@ def measured(
     recipe = None if method is None else make_recipe(method, tags.DEFAULTS, own, settings)
     values = {"AP_box": box, "AP50_box": 70.0, "AP_mask": mask}
     metrics = {name: Metric(value=value, stderr=0.1) for name, value in values.items()}
-    return make_record(
-        **{
-            "task": "detection",
-            "recipe": recipe,
-            "model": TINY,
-            "dataset": COCO,
-            "metrics": metrics,
-            "fp_metrics": {},
-            **changes,
-        }
-    )
+    model = changes.pop("model", TINY)
+    usual = {"task": "detection", "dataset": COCO, "metrics": metrics}
+    return published_record(recipe, model, **{**usual, **changes})
 
 
 def judged(*records: ResultRecord) -> pd.DataFrame:
@@ -126,8 +118,8 @@ def test_only_like_is_compared_with_like(changes: dict[str, Any], words: str):
 
 def test_settings_of_the_task_are_no_change():
     recipe = make_recipe("fimaq", tags.DEFAULTS)
-    assert diff.changed_settings(recipe, "detection") == {}
-    assert diff.changed_settings(recipe, "classification")["batch_size"] == 1
+    assert alike.changed_settings(recipe, "detection") == {}
+    assert alike.changed_settings(recipe, "classification")["batch_size"] == 1
 
 
 def test_other_metrics_have_no_published_number():

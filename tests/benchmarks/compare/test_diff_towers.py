@@ -4,9 +4,9 @@ import math
 
 import pandas as pd
 import pytest
-from benchmark_fakes import IMAGENET, make_record
+from diff_fakes import published_record
 
-from benchmarks.compare import diff
+from benchmarks.compare import alike, diff
 from benchmarks.grid.names import load_names
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Dataset, Metric
@@ -27,33 +27,16 @@ def zero_shot(
 ):
     settings = {"w_bits": bits, "a_bits": bits, "scope": scope}
     recipe = None if method is None else make_recipe(method, settings, changes.pop("settings", {}))
-    return make_record(
-        **{
-            "task": "retrieval",
-            "recipe": recipe,
-            "model": model,
-            "value": value,
-            "stderr": 0.2,
-            "dataset": IMAGENET,
-            **changes,
-        }
-    )
+    usual = {"task": "retrieval", "value": value, "stderr": 0.2}
+    return published_record(recipe, model, **{**usual, **changes})
 
 
 def coco(method: str, scope: str = "vision", **changes):
     values = {"R@1": 50.0, "i2t_R@1": 60.0, "t2i_R@1": 40.0, "i2t_median_rank": 1.0}
     metrics = {name: Metric(value=value, stderr=0.5) for name, value in values.items()}
     recipe = make_recipe(method, {"w_bits": 4, "a_bits": 4, "scope": scope})
-    return make_record(
-        **{
-            "task": "retrieval",
-            "recipe": recipe,
-            "model": B32,
-            "dataset": COCO,
-            "metrics": metrics,
-            **changes,
-        }
-    )
+    usual = {"task": "retrieval", "dataset": COCO, "metrics": metrics}
+    return published_record(recipe, B32, **{**usual, **changes})
 
 
 def judged(records) -> pd.DataFrame:
@@ -135,7 +118,7 @@ def test_a_source_that_leaves_the_towers_open_is_context():
 
 
 def test_changed_settings_still_tell_runs_apart_and_a_scope_is_none():
-    assert diff.changed_settings(make_recipe("fimaq", {"scope": "vision"}), "retrieval") == {}
+    assert alike.changed_settings(make_recipe("fimaq", {"scope": "vision"}), "retrieval") == {}
     table = diff.diff([zero_shot("repq", "vision", 59.2, settings={"calibration_images": 7})])
     assert table["reason"].tolist() == [
         "settings changed from the released ones: calibration_images 7"

@@ -5,8 +5,9 @@ from dataclasses import replace
 import benchmark_fakes as fakes
 import numpy as np
 import pytest
+from diff_fakes import published_record
 
-from benchmarks.compare import diff, reference
+from benchmarks.compare import alike, diff, reference
 from benchmarks.compare.agreement import compared, observations
 from benchmarks.costs.estimate import expected_cost, kind
 from benchmarks.grid.cell import RunOptions
@@ -166,16 +167,8 @@ def test_diff_sets_them_against_their_own_published_row(
     monkeypatch: pytest.MonkeyPatch, offset: float, verdict: str
 ):
     monkeypatch.setitem(METHODS, "mlp-recon", SETTINGS)
-    record = fakes.make_record(
-        recipe=make_recipe("mlp-recon"),
-        model="deit_tiny",
-        value=71.07 + offset,
-        stderr=0.2,
-        dataset=fakes.IMAGENET,
-        weights=fakes.make_record().weights.model_copy(
-            update={"tag": "deit_tiny_patch16_224.fb_in1k"}
-        ),
-    )
+    recipe, tag = make_recipe("mlp-recon"), "deit_tiny_patch16_224.fb_in1k"
+    record = published_record(recipe, tag, value=71.07 + offset, stderr=0.2)
     row, context = diff.diff([record]).to_dict("records")
     assert (context["model"], context["verdict"]) == ("unstated", "not comparable")
     assert (row["method"], row["published"], row["verdict"]) == ("mlp-recon", 71.07, verdict)
@@ -184,7 +177,7 @@ def test_diff_sets_them_against_their_own_published_row(
 
 def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
     def changed(method: str, **settings: object) -> dict[str, object]:
-        return diff.changed_settings(make_recipe(method, settings), "classification")
+        return alike.changed_settings(make_recipe(method, settings), "classification")
 
     assert changed("relu-fp", mlp_steps=7, mlp_batch=4, perturbation=1e-5) == {
         "mlp_steps": 7,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import report_fakes
 from click.testing import CliRunner, Result
+from diff_fakes import published_record
 
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand
@@ -310,14 +311,8 @@ def test_published_numbers_have_verdicts(tmp_path: Path):
             if recipe is None
             else make_recipe(recipe.method, {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits})
         )
-        return fakes.make_record(
-            recipe=released,
-            model=model,
-            identity=fakes.identity_of(cell.request),
-            value=64.1,
-            stderr=0.2,
-            dataset=fakes.IMAGENET,
-        )
+        identity = fakes.identity_of(cell.request)
+        return published_record(released, model, identity=identity, value=64.1, stderr=0.2)
 
     report_fakes.write_results(tmp_path, grid, record, examples=None)
     rows = write(tmp_path, grid).one("table", css="verdicts").one("tbody").all("tr")

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from benchmark_fakes import small_grid
 from click.testing import CliRunner, Result
+from diff_fakes import published_record
 from engine_fakes import HANG, until
 
 from benchmarks.cli import cli
@@ -265,20 +266,25 @@ def test_diff_after_demo_numbers_alone_has_nothing_to_compare(tmp_path: Path):
     assert len((tmp_path / "tables/diff.csv").read_text().splitlines()) == 7
 
 
-@pytest.mark.parametrize(("value", "code"), [(64.1, 0), (60.0, 1), (70.0, 1)])
-def test_diff_exit_codes(tmp_path: Path, value: float, code: int):
+@pytest.mark.parametrize(
+    ("value", "stderr", "code"), [(64.1, 0.2, 0), (60.0, 0.2, 1), (70.0, 0.2, 1), (64.1, 2.0, 1)]
+)
+def test_diff_exit_codes(tmp_path: Path, value: float, stderr: float, code: int):
     from fimaq_core.recipe import make_recipe
     from tasks.common.record import write_record
 
-    recipe = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
-    about = {"model": "vit_small_patch16_224.augreg_in21k_ft_in1k", "dataset": fakes.IMAGENET}
-    record = fakes.make_record(recipe=recipe, **about, value=value, stderr=0.2)
+    recipe, model = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3}), "vit_small_patch16_224"
+    model += ".augreg_in21k_ft_in1k"
+    record = published_record(recipe, model, value=value, stderr=stderr)
     write_record(record, tmp_path / "runs" / "x")
+    assert invoke(tmp_path, "diff").exit_code == code
     (tmp_path / "runs" / "bad").mkdir()
     (tmp_path / "runs" / "bad" / "result.json").write_text("{")
-    result = invoke(tmp_path, "diff")
-    assert result.exit_code == code
-    assert "warning: The record" in result.output
+    for arguments in (["diff"], ["diff", "--allow-nothing"]):
+        result = invoke(tmp_path, *arguments)
+        assert result.exit_code == 2
+        assert "warning: The record" in result.stderr
+        assert "Not compared: 1 record that cannot be read." in result.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -1,5 +1,7 @@
 """Orders known from the literature: judged with numbers if the methods are measured."""
 
+from dataclasses import replace
+
 import benchmark_fakes as fakes
 import numpy as np
 import pytest
@@ -153,3 +155,28 @@ def test_the_reason_why_outcomes_are_not_used_is_that_of_each_file(tmp_path):
         "(1 comparison; not compared: outcomes of another record: repq on a, qdrop on a; "
         "outcomes missing: repq on b; outcomes damaged for some seeds: qdrop on b)."
     )
+
+
+def test_a_model_whose_records_are_unlike_is_left_out_by_name(tmp_path):
+    measured = measure(tmp_path, {"rtn": 60.0, "repq": 70.0, "qdrop": 75.0, "aphq": 80.0})
+    odd = next(
+        place
+        for place, item in enumerate(measured)
+        if (item.cell.model, item.cell.method) == ("b", "aphq")
+    )
+    for change, words in (
+        ({"dataset": fakes.DIGITS.model_copy(update={"fingerprint": "e" * 64})}, "data ("),
+        ({"weights": fakes.make_record(model="b").weights.model_copy(
+            update={"sha256": "a" * 64})}, "weights (b 000000000000; b aaaaaaaaaaaa)"),
+    ):  # fmt: skip
+        item = measured[odd]
+        strange = replace(item, record=item.record.model_copy(update=change))
+        mixed = [*measured[:odd], strange, *measured[odd + 1 :]]
+        (line,) = lines(mixed, "Expected orders leave out b: its records differ in ")
+        assert words in line
+        (line,) = lines(mixed, CALIBRATION)
+        assert "(1 model)" in line
+        only = [item for item in mixed if item.cell.model == "b"]
+        assert [line[:26] for line in order_lines(scores(only), only)] == [
+            "Expected orders leave out "
+        ]

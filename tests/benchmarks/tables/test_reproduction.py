@@ -47,15 +47,15 @@ Its caption. Source: A paper.
 |---------:|
 | QDrop W4/A4        |        71.84 |        82.63 |        65.27 |        72.64 |    79.96 \
 |    81.21 |
-| FIMA-Q W4/A4       |      76.78 = |      83.54 ↑ |      66.34 ↓ |      77.57 ? |  80.33 × \
+| FIMA-Q W4/A4       |      76.78 = |      84.54 ↑ |      65.34 ↓ |      77.57 ? |  80.33 × \
 |  81.82 ° |
 | published          |        76.68 |        83.04 |        66.84 |        76.87 |    80.33 \
 |    81.82 |
-| difference ± error | +0.10 ± 0.10 | +0.50 ± 0.10 | -0.50 ± 0.10 | +0.70 ± 0.60 |          \
+| difference ± error | +0.10 ± 0.10 | +1.50 ± 0.10 | -1.50 ± 0.10 | +0.70 ± 0.60 |          \
 |          |
 
-- = reproduced, within 0.3 points or two standard errors; ↑ above the published number; \
-↓ below the published number; ? too uncertain: two standard errors exceed 1.0 points; \
+- = reproduced: 90% interval within ±1 point; ↑ above the published number; \
+↓ below the published number; ? too uncertain, for the reason below; \
 × not comparable, for the reason below; ° published number, not measured yet; \
 rows without marks: published numbers, for context.
 - Data: ImageNet-1k val, split val, n = 50000 samples.
@@ -63,7 +63,8 @@ rows without marks: published numbers, for context.
 - Seeds: 3407.
 - × measured on digit-pairs (test, 2000 samples), on which nothing is published: \
 FIMA-Q W4/A4 (DeiT-B).
-- ? within ±1.20 (2 standard errors), which is too wide to tell: FIMA-Q W4/A4 (DeiT-S).
+- ? difference of -0.29 to +1.69 (90% interval), neither within ±1 point nor beyond ±0.3 points: \
+FIMA-Q W4/A4 (DeiT-S).
 - one seed, so the spread over seeds is not counted: \
 FIMA-Q W4/A4 (ViT-S, ViT-B, DeiT-T, DeiT-S).
 - A footnote.
@@ -89,8 +90,8 @@ def every_verdict(tmp_path: Path) -> Reproduction:
         table,
         [
             finished(cells[0], 76.78),
-            finished(cells[1], 83.54),
-            finished(cells[2], 66.34),
+            finished(cells[1], 84.54),
+            finished(cells[2], 65.34),
             finished(cells[3], 77.57, stderr=0.6),
             finished(cells[4], 80.33, dataset=fakes.DIGITS),
         ],
@@ -141,7 +142,8 @@ def test_csv_has_a_line_for_each_number(tmp_path: Path):
         "evidence": "primary",
         "difference": "0.1000",
         "verdict": "reproduced",
-        "reason": "within ±0.30 (0.3 points); one seed, so the spread over seeds is not counted",
+        "reason": "difference of -0.06 to +0.26 (90% interval), within ±1 point; one seed, so the "
+        "spread over seeds is not counted",
     }
     assert (lines[10]["difference"], lines[11]["measured"]) == ("", "")
 
@@ -153,8 +155,8 @@ def test_latex_has_every_row_and_needs_booktabs_only(tmp_path: Path):
     rows = [line.removesuffix(r"\\").split("&") for line in body.splitlines()[1:]]
     assert [len(cells) for cells in rows] == [2 + len(MODELS)] * 4
     measured = [cell.strip() for cell in rows[1]]
-    assert measured[:4] == ["", "FIMA-Q", "76.78 =", r"83.54 \ensuremath{\uparrow}"]
-    assert r"66.34 \ensuremath{\downarrow}" in measured
+    assert measured[:4] == ["", "FIMA-Q", "76.78 =", r"84.54 \ensuremath{\uparrow}"]
+    assert r"65.34 \ensuremath{\downarrow}" in measured
     assert r"\multirow" not in found
     assert found.isascii()
     wide = Reproduction(load_table("aphq-coco"), []).tex()
@@ -178,7 +180,7 @@ def test_latex_compiles(name: str, tmp_path: Path):
     [
         ({}, "Compared 21 numbers: 21 reproduced.", 0),
         ({"gap": 2.0}, "Compared 21 numbers: 21 above.", 1),
-        ({"stderr": 0.6}, "Compared 21 numbers: 21 too uncertain.", 1),
+        ({"stderr": 0.7}, "Compared 21 numbers: 21 too uncertain.", 1),
         (
             {"dataset": fakes.DIGITS},
             "Nothing is comparable with the published table: 21 numbers measured, but measured on "
@@ -212,10 +214,10 @@ def test_all_cells_of_a_verdict_s_reason_have_one_line():
 def test_seeds_are_averaged_and_counted(tmp_path: Path):
     table = load_table(written(tmp_path))
     cells = [c for c in cells_of(table, (1, 2)) if c.model == "vit_small" and c.method != "fp"]
-    found = Reproduction(table, [finished(cells[0], 76.5), finished(cells[1], 76.9)])
+    found = Reproduction(table, [finished(cells[0], 76.66), finished(cells[1], 76.74)])
     (entry,) = found.judged.to_dict("records")
     assert (entry["text"], entry["seeds"]) == ("76.70 =", 2)
-    assert entry["difference text"] == "+0.02 ± 0.22"
+    assert entry["difference text"] == "+0.02 ± 0.11"
     assert found.notes == []
     assert "- Seeds: 1, 2." in found.markdown()
 
@@ -249,9 +251,9 @@ def test_boxes_and_masks_are_two_numbers_of_a_cell():
     table = load_table("aphq-coco")
     cell = next(c for c in cells_of(table) if c.method == "aphq")
     coco = Dataset(name="COCO 2017", split="val2017", count=5000, classes=80, fingerprint="c" * 64)
-    item = finished(cell, 38.9, dataset=coco)
+    item = finished(cell, 39.5, dataset=coco)
     found = Reproduction(table, [item], {cell.name})
-    assert found.judged["text"].tolist() == ["38.90 =", "38.90 ↑"]
+    assert found.judged["text"].tolist() == ["39.50 =", "39.50 ↑"]
     assert found.conclusion()[0] == "Compared 2 numbers: 1 reproduced, 1 above."
 
 

@@ -178,6 +178,8 @@ def test_reference_agrees_with_itself_and_names_its_origin(tmp_path: Path):
         "date",
         "settings",
         "data",
+        "weights",
+        "calibration",
     }
     assert "Reference: measured 2024-01-01 on" in (folder / "demo.md").read_text()
     (line,) = reference.compare(GRID, measured, folder)
@@ -219,6 +221,10 @@ def test_reference_of_other_settings_or_data_is_not_compared(tmp_path: Path):
         for item in measured
     ]
     assert "other data" in reference.compare(GRID, changed, folder)[0]
+    weights = measured[0].record.weights.model_copy(update={"sha256": "a" * 64})
+    first = measured[0].record.model_copy(update={"weights": weights})
+    changed = [replace(measured[0], record=first), *measured[1:]]
+    assert "it has other weights, demo" in reference.compare(GRID, changed, folder)[0]
 
 
 def test_several_metrics_are_rows_of_the_csv_but_not_of_the_table(tmp_path: Path):

@@ -331,6 +331,13 @@ def test_missing_files_of_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         open_coco(root, "val")
 
 
+def test_a_file_never_has_the_name_of_the_published_data(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "val2017/COCO 2017.json", tiny())
+    write_images(tmp_path / "val2017", tiny())
+    source = open_file(path)
+    assert (source.name, source.split) == ("COCO 2017.json", "val2017")
+
+
 @pytest.mark.parametrize(
     "folder",
     [
