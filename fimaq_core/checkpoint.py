@@ -28,6 +28,7 @@ from fimaq_core.errors import CheckpointError, first_problem
 from fimaq_core.files import cause_of, is_there, open_regular, remove, replaced_whole
 from fimaq_core.layers import QuantLinear, quant_layers
 from fimaq_core.recipe import Fields, Recipe
+from fimaq_core.terminal import one_line
 
 #: Bound on the length of the texts in a header; those of the largest models have 10**5 characters.
 _MOST_TEXT = 10**6
@@ -155,9 +156,9 @@ def _content(path: Path, most_bytes: int | None) -> tuple[dict[str, str], dict[s
     # The last three are raised for types that PyTorch does not have.
     except (SafetensorError, OSError, MemoryError, AttributeError, TypeError, ValueError) as error:
         if isinstance(error, OSError | MemoryError) or "(os error" in str(error):
-            text = f"Cannot read the checkpoint {path}: {_line(error)}. Check disk and memory."
-            raise CheckpointError(text) from error
-        raise _damaged(path, _line(error)) from error
+            text = f"Cannot read the checkpoint {path}: {one_line(str(error), 300)}."
+            raise CheckpointError(f"{text} Check disk and memory.") from error
+        raise _damaged(path, one_line(str(error), 300)) from error
 
 
 def _parsed(path: Path, texts: Mapping[str, str]) -> tuple[Fingerprint, dict[str, Any]]:
@@ -234,7 +235,7 @@ def _put(path: Path, module: nn.Module, state: dict[str, Tensor]) -> None:
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{foreign}: {_line(error)}") from error
+        raise CheckpointError(f"{foreign}: {one_line(str(error), 300)}") from error
     module.to(device)
 
 
@@ -269,13 +270,6 @@ def _problem(module: nn.Module, recipe: Recipe, calibrated: bool) -> str | None:
 
 def _damaged(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"The checkpoint {path} is damaged ({why}): delete it and run again.")
-
-
-def _line(error: Exception) -> str:
-    """Return an error's message as one short line; names in it may come from a hostile file."""
-    line = " ".join(str(error).split())
-    line = "".join(letter if letter.isprintable() else "?" for letter in line)
-    return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def _add_biases(module: nn.Module, state: dict[str, Tensor]) -> None:

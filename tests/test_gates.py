@@ -69,7 +69,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "csv.reader": ("tasks/retrieval/caption_files.py",),
     #: Costs and scores that the benchmarks write or publish.
     "csv.DictReader": ("benchmarks/costs/sources.py", "benchmarks/published/table.py"),
-    "pandas.read_*": ("benchmarks/compare/reference.py", "benchmarks/compare/diff.py"),
+    "pandas.read_*": ("benchmarks/compare/reference.py",),
     "pycocotools.coco.COCO": ("tasks/detection/evaluate.py",),  # without a file
     "*.loadRes": NOWHERE,
 }

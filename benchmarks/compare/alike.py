@@ -12,9 +12,9 @@ import pandas as pd
 from benchmarks.grid.names import Names, load_names
 from benchmarks.published.table import csv_rows
 from fimaq_core.errors import FimaqError
-from fimaq_core.recipe import METHODS, OFF, Recipe
+from fimaq_core.recipe import METHODS, Recipe
 from tasks.common import registry
-from tasks.common.record import ResultRecord, bits_name, recipe_of
+from tasks.common.record import ResultRecord, bits_name, contradictions, recipe_of
 
 #: Kinds of evidence with which a published number gets a verdict.
 STRONG = ("primary", "cited")
@@ -183,21 +183,12 @@ def _other_model(record: ResultRecord, names: Names) -> str | None:
 
 def contradiction(record: ResultRecord) -> str | None:
     """Return a message if a record contradicts its own recipe, or has a recipe that is unknown."""
-    if record.method == "fp":
-        plain = (record.recipe, record.calibration, record.w_bit, record.a_bit)
-        return None if plain == (None, None, OFF, OFF) else "a record in full precision quantizes"
     try:
-        recipe = recipe_of(record)
+        recipe_of(record)
     except FimaqError:
         return "the record's recipe is not one of this version"
-    if recipe is None:
-        return "the record has no recipe"
-    own = {"method": recipe.method, "w_bit": recipe.w_bits, "a_bit": recipe.a_bits}
-    own |= {"seed": recipe.seed, "recipe_digest": recipe.digest()}
-    for name, value in own.items():
-        if (stated := getattr(record, name)) != value:
-            return f"the record contradicts its recipe: {name} {stated} instead of {value}"
-    return None
+    problem = next(contradictions(record), None)
+    return f"the record contradicts itself: {problem}" if problem else None
 
 
 def _other_recipe(record: ResultRecord) -> str | None:

@@ -225,7 +225,7 @@ def read_record(path: Path, recipe_digest: str | None = None) -> ResultRecord:
         if version > 1 and content.get("fingerprint") != fingerprint(content):
             raise ValueError("it was changed after it was written, as its fingerprint shows")
         record = ResultRecord.model_validate(content)
-        for problem in _contradictions(record):
+        for problem in contradictions(record):
             raise ValueError(problem)
     except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         why = first_problem(error) if isinstance(error, ValidationError) else str(error)
@@ -246,7 +246,7 @@ def has_record(path: Path, recipe_digest: str | None = None) -> bool:
     return True
 
 
-def _contradictions(record: ResultRecord) -> Iterator[str]:
+def contradictions(record: ResultRecord) -> Iterator[str]:
     """Yield what in a record contradicts another part of it."""
     recipe, count, left_out = record.recipe, record.dataset.count, len(record.skipped_images)
     if (record.method == "fp") != (recipe is None):

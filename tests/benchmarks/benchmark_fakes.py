@@ -68,7 +68,11 @@ def make_record(**changes: Any) -> ResultRecord:
         "task": "classification",
         "model": "demo_vit",
         "method": "fp" if recipe is None else recipe.method,
-        "variant": "fp" if recipe is None else "released",
+        "variant": "fp"
+        if recipe is None
+        else f"released [{recipe.scope}]"
+        if recipe.scope
+        else "released",
         "w_bit": OFF if recipe is None else recipe.w_bits,
         "a_bit": OFF if recipe is None else recipe.a_bits,
         "seed": None if recipe is None else recipe.seed,
