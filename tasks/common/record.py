@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 from pydantic_core import from_json
 
-from fimaq_core.documents import Strict
+from fimaq_core.documents import Strict, shown
 from fimaq_core.errors import CheckpointError, DataError, first_problem
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import OFF, Recipe
@@ -241,7 +241,7 @@ def read_record(path: Path) -> ResultRecord:
         raise CheckpointError(f"The record {path} is damaged ({error}): {remedy}.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"{path} is no record: its schema version is {version!r}.")
+        raise CheckpointError(f"{path} is no record: its schema version is {shown(version)}.")
     if version > SCHEMA_VERSION:
         raise CheckpointError(
             f"The record {path} has schema version {version}, and this version of fimaq reads up "
