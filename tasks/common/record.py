@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
-from fimaq_core.documents import Strict
+from fimaq_core.documents import Strict, shown
 from fimaq_core.errors import CheckpointError, first_problem
 from fimaq_core.files import cause_of, open_regular, replaced_whole
 from fimaq_core.recipe import OFF, Recipe
@@ -215,7 +215,7 @@ def read_record(path: Path, recipe_digest: str | None = None) -> ResultRecord:
         raise CheckpointError(f"The record {path} is damaged ({error}): {remedy}.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"{path} is no record: its schema version is {version!r:.99}.")
+        raise CheckpointError(f"{path} is no record: its schema version is {shown(version)}.")
     if version > SCHEMA_VERSION:
         raise CheckpointError(
             f"The record {path} has schema version {version!r:.99}, and this version of fimaq "

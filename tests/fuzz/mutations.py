@@ -146,8 +146,9 @@ class _Child:
             raise AssertionError(f"The child ended with {self._process.exitcode}") from None
 
     def end(self) -> None:
-        self._pipe.close()
+        self._process.kill()  # other children hold its pipe open, so it would wait for ever
         self._process.join()
+        self._pipe.close()
 
 
 _CHILDREN: dict[Callable[..., object], _Child] = {}
