@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.console import plain
 from benchmarks.grid.cell import Adapter, Cell, RunOptions, known_folder
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import FP, Grid
 from benchmarks.results.scores import Damaged, Measured, collect
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
+from fimaq_core.terminal import one_line
 from tasks.common.outcome_files import outcomes_problem
 from tasks.common.record import bits_name, read_record
 
@@ -46,7 +46,7 @@ class Gathered:
 
     def add_problem(self, name: str, error: object) -> None:
         """Note an unreadable file, with paths relative to the results folder in the message."""
-        self.problems.append((name, plain(str(error)).replace(f"{self.results}/", "")))
+        self.problems.append((name, one_line(str(error)).replace(f"{self.results}/", "")))
 
 
 def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:

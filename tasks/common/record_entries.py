@@ -10,7 +10,7 @@ from fimaq_core.documents import Strict
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
 Text = Annotated[str, Field(max_length=10_000)]
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 32]
-Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Bytes = Annotated[int, Field(ge=0, le=2**60)]
 Seconds = Annotated[FiniteFloat, Field(ge=0, le=1e10)]
