@@ -166,13 +166,17 @@ def _parsed(path: Path, texts: Mapping[str, str]) -> tuple[Fingerprint, dict[str
     foreign = f"{path} is not a checkpoint of this project"
     if sum(map(len, texts.values())) > _MOST_TEXT:
         raise CheckpointError(f"{foreign}: the texts in its header have over {_MOST_TEXT} letters.")
+    # Both parsers refuse endless nesting and numbers of thousands of digits.
     try:
-        # Both parsers refuse endless nesting and numbers of thousands of digits.
         fingerprint = Fingerprint.model_validate_json(texts["fingerprint"])
-        facts = from_json(texts["facts"], allow_inf_nan=False)
     except (KeyError, ValueError) as error:
         why = f" ({first_problem(error)})" if isinstance(error, ValidationError) else ""
         raise CheckpointError(f"{foreign}: its header lacks the fingerprint{why}.") from error
+    try:
+        facts = from_json(texts.get("facts", ""), allow_inf_nan=False)
+    except ValueError as error:
+        why = one_line(str(error), 300)
+        raise CheckpointError(f"{foreign}: the facts in its header are no JSON ({why}).") from error
     if not isinstance(facts, dict):
         raise CheckpointError(f"{foreign}: the facts in its header are no object.")
     return fingerprint, facts

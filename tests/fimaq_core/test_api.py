@@ -253,6 +253,7 @@ def test_a_module_of_ones_own_is_quantized_as_its_family_would_be() -> None:
     for method in ("fimaq", "adalog", "repq"):
         model, x = vit(2), images(16)
         settings = {**FEW, "method": method, "reconstruct": False}
+        settings["range_inputs"] = "float"  # the family also quantizes what is before the blocks
         known = quantize(model, x, **settings)
         own = quantize(model, x, **settings, blocks=model.blocks, head=model.head)
         for label in ("blocks.0", "blocks.1"):

@@ -318,7 +318,6 @@ def test_blocks_from_before_the_figures_are_taken_as_they_are(tmp_path: Path) ->
     "change",
     [
         {"error": "1"},
-        {"error": float("nan")},
         {"last_loss": None},
         {"engine": "warp"},
         {"notes": [[]]},
@@ -336,6 +335,15 @@ def test_facts_of_a_block_are_not_trusted(tmp_path: Path, change: dict[str, Any]
         CheckpointError,
         match=rf"block-001.* does not say what was reconstructed \({next(iter(change))}",
     ):
+        resumed(tmp_path, recipe)
+
+
+def test_facts_of_a_block_are_finite(tmp_path: Path) -> None:
+    recipe = quick(steps=1)
+    chain, _ = resumed(tmp_path, recipe)
+    path = tmp_path / "block-001.safetensors"
+    rewrite_facts(path, chain, recipe, lambda facts: facts.update(error=float("nan")))
+    with pytest.raises(CheckpointError, match=r"block-001.*the facts in its header are no JSON"):
         resumed(tmp_path, recipe)
 
 
