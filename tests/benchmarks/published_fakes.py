@@ -65,6 +65,7 @@ def finished(cell: Cell, value: float, stderr: float = 0.1, **changes: Any) -> M
     """A cell measured on ImageNet with the published weights; ``value`` of all its metrics."""
     (tag,) = {entry.tag for entry in load_names().models.values() if entry.id == cell.model}
     recipe = cell.request.recipe
-    metrics = {name: Metric(value=value, stderr=stderr) for name in ("top1", "AP_box", "AP_mask")}
+    names = ("AP_box", "AP_mask") if cell.task == "detection" else ("top1",)
+    metrics = {name: Metric(value=value, stderr=stderr) for name in names}
     record = published_record(recipe, tag, task=cell.task, metrics=metrics, **changes)
     return Measured(cell, record)
