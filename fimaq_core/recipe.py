@@ -23,9 +23,8 @@ from fimaq_core.methods import OFF as OFF
 LOSSES = ["mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr", "fisher_dplr"]
 LOSSES += ["perturb", "perturb_mean", "prediction", "least_squares", "mse_adalog"]
 LOSSES += ["prediction_pdquant"]
-#: Losses that compare the predictions of the whole model.
+#: Losses that compare predictions of the whole model; losses not divided by their first values.
 PREDICTION = ("prediction", "prediction_pdquant")
-#: Losses that are not divided by their values at the first step.
 UNDIVIDED = ("mse_adalog", "prediction_pdquant")
 
 #: Kinds of activation quantizers.
@@ -34,14 +33,11 @@ Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
 #: determine an MLP reconstruction.
 Fields = Literal["all", "ranges", "mlp"]
 
-_SEED = 2**63 - 1  #: largest seed of PyTorch
 _Arithmetic = Literal["float32", "tf32", "bfloat16"]
 #: Fields that older recipes lack. The default of such a field is the older behaviour, and a digest
 #: counts the field only if its value differs, so that older cells keep their folders.
-_LATER: tuple[str, ...] = (
-    "revision", "range_inputs", "reparameterize_merges", "refit_rule", "loss_start",
-    "prediction_lambda",
-)  # fmt: skip
+_LATER = ["revision", "range_inputs", "reparameterize_merges", "refit_rule"]
+_LATER += ["loss_start", "prediction_lambda"]
 
 
 def _field(group: str, default: Any, help: str, **kwargs: Any) -> Any:
@@ -66,7 +62,7 @@ class Recipe(Strict, allow_inf_nan=False):
 
     method: str = _method("fimaq", "Method that the recipe started from.")
     seed: int = _method(
-        3407, "Seed of calibration images, batches, dropping, Fisher passes.", ge=0, le=_SEED
+        3407, "Seed of calibration images, batches, dropping, Fisher passes.", ge=0, le=2**63 - 1
     )
     scope: str | None = _method(
         None,

@@ -456,7 +456,7 @@ def test_methods(place: Path, tmp_path: Path, method: str) -> None:
         (["--temperature", "10"], "leave temperature out"),
         (["--towers", "left"], "Invalid value for '--towers'"),
         (["--gelu-quantizer", "adalog"], "ViT-B-32"),
-        (["--divergence-batch", "1"], "divergence_batch"),
+        (["--divergence-batch", "1"], "--divergence-batch"),
     ],
 )
 def test_what_does_not_fit_is_refused(
