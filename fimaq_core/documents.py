@@ -24,8 +24,10 @@ _TOO_DEEP = f"lists or objects are nested more than {_DEPTH} deep"
 #: Tags of the YAML values that JSON has too, and of the merge key ``<<``.
 _PLAIN = tuple(
     f"tag:yaml.org,2002:{name}"
-    for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")
+    for name in ("str", "merge", "int", "float", "bool", "null", "seq", "map")
 )
+_TEXTS, _NUMBERS = _PLAIN[:2], _PLAIN[2:4]
+_MOST_DIGITS = 100
 
 
 class Strict(BaseModel):
@@ -167,6 +169,9 @@ class _Loader(yaml.SafeLoader):
         self.count = before + self.sizes.get(node, self.count - before + 1)
         if self.count > _MOST_NODES:
             raise _problem(f"the file holds more than {_MOST_NODES:,} values", event)
+        # PyYAML takes quadratic time for numbers such as 1:1:1, in base 60.
+        if node.tag in _NUMBERS and len(node.value) > _MOST_DIGITS:
+            raise _problem(_TOO_LARGE, event)
         if node.tag not in _PLAIN:
             raise _problem(f"the tag {node.tag} is not known", event)
         self.sizes[node] = self.count - before
@@ -174,11 +179,13 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        found: set[str] = set()
+        found: set[Any] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in found:
+            # Keys of other texts may be equal, such as 1 and 1.0, or yes and true.
+            value = key.value if key.tag in _TEXTS else self.construct_object(key)
+            if value in found:
                 raise _problem(f"the key '{key.value}' stands twice", key)
-            found.add(key.value)
+            found.add(value)
         return node
 
 
@@ -212,7 +219,7 @@ def read_yaml(path: Path, what: str, error: type[FimaqError]) -> dict[str, Any]:
     try:
         content = yaml.load(text, _Loader)
         check_values(content)
-    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as problem:
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, RecursionError) as problem:
         raise error(f"The {what} {path} is not YAML: {_reason(problem)}.") from problem
     if content is None:
         return {}

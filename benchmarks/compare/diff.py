@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Measurement(NamedTuple):
 
     records: tuple[ResultRecord, ...]  #: one per seed
     apart: str  #: facts that keep other records of the same cell from being averaged with these
+    repeated: str  #: seed that was measured again with another result; empty if there is none
     conflict: str  #: reason why the weights of the model are not clear; empty if they are
     settings: str
     metric: str
@@ -83,9 +85,13 @@ def settings_key(record: ResultRecord) -> str:
 def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
     """Average records of the same settings over seeds. The latest record of a seed counts."""
     latest: dict[tuple[str, int | None], ResultRecord] = {}
+    repeated: dict[str, str] = {}
     for record in records:
         key = (settings_key(record), record.seed)
-        if latest.setdefault(key, record).finished < record.finished:
+        before = latest.setdefault(key, record)
+        if before.metrics != record.metrics:
+            repeated[key[0]] = f"seed {record.seed}"
+        if _end(before) < _end(record):
             latest[key] = record
     own: dict[str, list[ResultRecord]] = {}
     for (settings, _), record in latest.items():
@@ -98,8 +104,15 @@ def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
     for row in means:
         same = tuple(own[row["settings"]])
         conflict = conflicts.get((same[0].task, same[0].model), "")
-        found.append(Measurement(same, apart.get(row["settings"], ""), conflict, **row))
+        remarks = (text.get(row["settings"], "") for text in (apart, repeated))
+        found.append(Measurement(same, *remarks, conflict, **row))
     return found
+
+
+def _end(record: ResultRecord) -> datetime:
+    """Return the time at which a cell was finished; a time without a zone is in UTC."""
+    end = datetime.fromisoformat(record.finished)
+    return end if end.tzinfo else end.replace(tzinfo=UTC)
 
 
 def _conflicts(records: Iterable[ResultRecord]) -> dict[tuple[str, str], str]:
@@ -255,7 +268,8 @@ def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Jud
     seed = one_seed if item.seeds == 1 and not full else None
     changed = any(one.environment.git_revision.endswith("+changes") for one in item.records)
     code = "measured by code with changes that are not committed" if changed else None
-    remarks = (seed, apart if item.apart else None, code, note)
+    again = f"{item.repeated} has several results, of which the latest counts"
+    remarks = (seed, apart if item.apart else None, again if item.repeated else None, code, note)
     return Judgement(verdict, gap, rule, tuple(filter(None, remarks)))
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from benchmarks.grid.cell import Cell, Key, RunOptions
 from benchmarks.grid.schema import FP, Axes, Extra, Grid, GridError, known_method, parse_bits
+from fimaq_core.documents import shown
 from fimaq_core.errors import suggest
 from fimaq_core.recipe import METHODS, OFF, Recipe, make_recipe
 from tasks.common.cell import identity
@@ -64,8 +65,8 @@ def parse_filters(grid: Grid, **texts: str) -> Filters:
             text = f"Table '{grid.name}' has no {what} '{name}'. It has: {', '.join(has)}."
             raise GridError(text)
     for name in map(str, chosen.seeds or ()):
-        if not (name.isascii() and name.isdigit()):
-            raise GridError(f"'{name}' is no seed: seeds are whole numbers from 0.")
+        if not (name.isascii() and name.isdigit() and len(name) < 20):
+            raise GridError(f"{shown(name)} is no seed: seeds are whole numbers from 0.")
     return replace(chosen, seeds=chosen.seeds and tuple(map(int, chosen.seeds)))
 
 

@@ -28,7 +28,7 @@ class GridError(FimaqError):
 
 def parse_bits(text: str) -> tuple[int, int]:
     """Return weight and activation bits of a name such as ``w3a3``; raise GridError."""
-    match = re.fullmatch(r"w(\d{1,3})a(\d{1,3})", text)
+    match = re.fullmatch(r"w([1-9][0-9]{0,2})a([1-9][0-9]{0,2})", text)
     if match is None:
         raise GridError(f"{shown(text)} is no bit-width: write such as w3a3 or w4a8.")
     bits = (int(match[1]), int(match[2]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.grid.cell import Adapter, Cell, RunOptions, known_folder
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import FP, Grid
-from benchmarks.results.scores import Damaged, Measured, collect
+from benchmarks.results.scores import Damaged, Measured, collect, record_files
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
 from fimaq_core.terminal import one_line
@@ -60,7 +60,10 @@ def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:
             known.add(folder)
             gathered.add_problem(gathered.relative(folder / "result.json"), one.message)
     others: dict[Path, _Settings] = {}
-    for path in sorted((options.results / "runs").rglob("result.json")):
+    paths, problems = record_files(options.results / "runs")
+    for problem in problems:
+        gathered.add_problem("runs", problem)
+    for path in paths:
         if path.parent not in known:
             try:
                 record = read_record(path)

@@ -1,5 +1,6 @@
 """Scores: one table with a row per cell and metric, and its statistics over seeds."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import pandas as pd
 from benchmarks.console import csv_cell
 from benchmarks.grid.cell import MAIN_METRIC, Adapter, Cell, Key, finished
 from fimaq_core.errors import FimaqError
-from fimaq_core.files import replaced_whole
+from fimaq_core.files import cause_of, replaced_whole
 from fimaq_core.recipe import METHODS, OFF
 from fimaq_core.terminal import one_line, printable
 from tasks.common.record import ResultRecord, bits_name, is_percent, read_record
@@ -113,13 +114,44 @@ class Shared:
 
 def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]]:
     """Return all records under ``root`` with their files, and a message for each unreadable one."""
-    records, problems, share = [], [], Shared()
-    for path in sorted(root.rglob("result.json")):
+    paths, problems = record_files(root)
+    records, share = [], Shared()
+    for path in paths:
         try:
             records.append((path, share(read_record(path))))
         except FimaqError as error:
             problems.append(one_line(str(error)))
     return records, problems
+
+
+def record_files(root: Path) -> tuple[list[Path], list[str]]:
+    """Return the record files below ``root``, and a message for each folder that cannot be read.
+
+    Links are followed, and each folder is searched once.
+    """
+    paths: list[Path] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+
+    def refused(error: OSError) -> None:
+        place = Path(error.filename)
+        problems.append(one_line(f"Cannot read {place}: {cause_of(error, place)}."))
+
+    if not os.path.lexists(root):
+        return [], []
+    for folder, folders, files in os.walk(root, onerror=refused, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            if name == "result.json":
+                paths.append(path)
+            elif path.is_symlink() and not path.exists():
+                problems.append(one_line(f"Cannot read {path}: it is a link to nothing."))
+    return sorted(paths), problems
 
 
 def by_section(measured: Items, cells: Cells) -> Iterator[tuple[str, list[Measured], list[Cell]]]:

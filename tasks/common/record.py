@@ -207,6 +207,11 @@ def read_record(path: Path, recipe_digest: str | None = None) -> ResultRecord:
         with open_regular(path, _MOST_BYTES) as file:
             content = from_json(file.read(), allow_inf_nan=False)
     except FileNotFoundError as error:
+        place = next(filter(os.path.lexists, (path, *path.parents)), path)
+        if place.is_symlink() and not place.exists():
+            fix = "mount its disk, or remove the link to measure that cell again"
+            text = f"Cannot read the record {path}: {place} is a link to nothing: {fix}."
+            raise CheckpointError(text) from error
         raise NotMeasured(f"Cannot read the record {path}: {error.strerror}.") from error
     except OSError as error:
         why = cause_of(error, path)

@@ -77,6 +77,11 @@ YAML = {
     "a: \0": "special characters are not allowed",
     "? [b]\n: c": "unhashable key",
     "a: 1\na: 2": "the key 'a' stands twice in line 2",
+    "yes: 1\ntrue: 2": "the key 'true' stands twice in line 2",
+    "1: a\n1.0: b": "the key '1.0' stands twice in line 2",
+    "a: 1" + ":1" * 60_000: "more than 64 bits",
+    "a: 1" + ":1" * 60_000 + ".5": "more than 64 bits",
+    'a: "\\UFFFFFFFF"': "is not YAML: ",
 }
 
 

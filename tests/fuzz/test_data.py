@@ -151,7 +151,7 @@ def read_and_list(path: Path) -> None:
 # Images
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("AVIF", {}), ("BMP", {}), ("DIB", {}), ("GIF", {}), ("ICO", {}), ("JPEG", {}),
+    ("AVIF", {}), ("BMP", {}), ("DIB", {}), ("GIF", {}), ("JPEG", {}),
     ("JPEG", {"progressive": True}), ("JPEG2000", {}), ("PCX", {}), ("PNG", {}), ("PPM", {}),
     ("QOI", {}), ("TGA", {"compression": "tga_rle"}), ("WEBP", {}), ("WEBP", {"lossless": True}),
     ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "packbits"}),

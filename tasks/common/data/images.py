@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import mmap
 import random
 import struct
@@ -26,8 +27,8 @@ from tasks.common.data.files import counted, named
 
 #: Formats that are opened. Pillow knows more: some start programs (EPS), or are no images.
 FORMATS = (
-    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA",
-    "TIFF", "WEBP",
+    "AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF",
+    "WEBP",
 )  # fmt: skip
 #: Bound on the pixels of an image. Pillow warns from there on.
 MOST_PIXELS = 89_478_485
@@ -44,6 +45,8 @@ _BROKEN = (
 _WIDE_FORMATS = ("PNG", "PPM", "TIFF", "JPEG2000")
 #: Numbers of two TIFF tags, and the value of the second for inverted grey.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+#: Numbers of the TIFF tags with the sides of a tile. A small image may have a large tile.
+_TILE = 322, 323
 #: Kinds of Pillow's warnings: a word in the warning, and the words for users. The last kind
 #: matches all other warnings.
 _WARNINGS = (
@@ -81,6 +84,9 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             if short * long > MOST_PIXELS or long > _MOST_RATIO * short:
                 size = f"{image.width} x {image.height} pixels"
                 raise DamagedImage(f"{size} would take too much memory when they are resized")
+            tags = getattr(image, "tag_v2", {})
+            if math.prod(max(1, int(tags.get(tag, 1))) for tag in _TILE) > MOST_PIXELS:
+                raise DamagedImage("its tiles would take too much memory")
             yield image
     except UnidentifiedImageError as error:
         raise DamagedImage(f"it has none of the formats {', '.join(FORMATS)}") from error

@@ -158,6 +158,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0  # values of lists that became mappings
         self.read_storage = read_storage
 
     def run(self, name: str, argument: Any) -> None:
@@ -243,6 +244,9 @@ class _Machine:
             return arguments[0]
         if name in _MAPPINGS:
             listed = arguments[0] if arguments and isinstance(arguments[0], list) else []
+            self.copied += len(listed)  # a list may be copied again and again
+            if self.copied > MOST_INSTRUCTIONS:
+                raise ValueError("its pickle copies too many values")
             return _fill({}, listed)
         if name in _SEQUENCES:
             return []

@@ -302,3 +302,13 @@ def test_the_preprocessing_in_names_is_that_of_the_checkpoints():
             made |= {"input_size": (3, side, side), "crop_mode": own["resize_mode"]}
         text = Preprocessing.model_validate(made).text()
         assert text == names.preprocessing[entry.preprocessing], entry.tag
+
+
+def test_a_seed_with_several_results_is_named_and_the_latest_counts():
+    # In time, not in text: the second one ended 30 minutes before the first.
+    first = record(1, finished="2026-01-02T00:30:00+00:00")
+    other = record(1, value=10.0, finished="2026-01-02T09:00:00+09:00")
+    table = beside_fimaq(first, other)
+    assert set(table["verdict"]) == {"reproduced"}
+    assert all("seed 1 has several results, of which the" in why for why in table["reason"])
+    assert not any("several results" in why for why in beside_fimaq(first, first)["reason"])

@@ -15,7 +15,7 @@ from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import load_grid
 from benchmarks.report.gather import gather
-from benchmarks.results.scores import collect
+from benchmarks.results.scores import collect, read_records
 from benchmarks.tables.formats import escape
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import fingerprint, read_record
@@ -180,8 +180,6 @@ def test_a_cell_without_a_record_is_not_damaged(profile: str, tmp_path: Path) ->
     path.unlink()
     cells = cells_of(profile, tmp_path)
     assert [len(part) for part in collect(cells, fakes.ADAPTER)] == [4, 0]
-    path.symlink_to(tmp_path / "nowhere")
-    assert [len(part) for part in collect(cells, fakes.ADAPTER)] == [4, 0]
     result = command("tables", profile, tmp_path)
     assert (result.exit_code, result.stderr) == (0, "")
     assert "1 of 5 cells are not measured: `-`." in result.stdout
@@ -206,3 +204,24 @@ def test_a_message_is_one_printable_line(profile: str, tmp_path: Path) -> None:
     (line,) = result.stderr.splitlines()
     assert line.isprintable()
     assert "Extra inputs are not permitted" in line
+
+
+def test_records_behind_links_count_and_links_to_nothing_are_named(
+    profile: str, tmp_path: Path
+) -> None:
+    cells = tmp_path / "runs" / "classification"
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(cells, tmp_path / "elsewhere" / "classification")
+    cells.symlink_to(tmp_path / "elsewhere" / "classification")
+    (tmp_path / "elsewhere" / "classification" / "loop").symlink_to(cells)
+    found, problems = read_records(tmp_path / "runs")
+    assert (len(found) > 0, problems) == (True, [])
+    (tmp_path / "runs" / "detection").symlink_to(tmp_path / "not mounted")
+    again, problems = read_records(tmp_path / "runs")
+    assert len(again) == len(found)
+    assert problems == [f"Cannot read {tmp_path}/runs/detection: it is a link to nothing."]
+    cells.unlink()
+    cells.symlink_to(tmp_path / "not mounted")
+    tables = command("tables", profile, tmp_path)
+    assert tables.exit_code == 2
+    assert "classification is a link to nothing" in tables.stderr

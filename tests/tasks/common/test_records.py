@@ -333,8 +333,13 @@ def test_only_regular_files_of_a_usual_size_are_read(tmp_path: Path) -> None:
         read_record(path)
     path.unlink()
     assert not has_record(path)
-    path.symlink_to(tmp_path / "nowhere")
-    assert not has_record(path)
+    path.symlink_to(tmp_path / "nowhere")  # such as one on a disk that is not mounted
+    with pytest.raises(CheckpointError, match="is a link to nothing: mount its disk"):
+        has_record(path)
+    folder = tmp_path / "cell"
+    folder.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="cell is a link to nothing"):
+        has_record(folder / "result.json")
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])

@@ -206,6 +206,16 @@ def test_one_dictionary_at_many_places(tmp_path: Path) -> None:
     )
 
 
+def test_one_list_that_becomes_many_dictionaries(tmp_path: Path) -> None:
+    """A small file names 10^8 copied values."""
+    pairs = [made.tuple_of(made.text(f"k{i}"), b"N") for i in range(10_000)]
+    listed = b"](" + b"".join(pairs) + b"eq\x00"
+    copies = b"](" + (made.name("collections", "OrderedDict") + b"(h\x00tR") * 10_000 + b"e"
+    content = made.mapping((made.text("one"), listed), (made.text("many"), copies))
+    content = made.archive(made.pickled(content))
+    assert "copies too many values" in refused(tmp_path / "weights.pth", content)
+
+
 def test_more_instructions_than_any_checkpoint_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
