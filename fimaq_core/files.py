@@ -10,8 +10,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -144,7 +144,7 @@ def remove(path: Path) -> None:
         ) from error
 
 
-def open_regular(path: Path, most_bytes: int) -> BinaryIO:
+def open_regular(path: Path, most_bytes: int) -> BufferedReader:
     """Open a regular file for reading.
 
     A pipe or a device is refused at once: reading one may wait or go on for ever.

@@ -341,7 +341,7 @@ def test_folders(entries: list[tuple[list[str], str, str]]) -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         for top in ("val/ant", "val/bee", "store"):
-            (root / top).mkdir(parents=True)
+            (root / top).mkdir(parents=True, exist_ok=True)
             for parts, kind, target in entries:
                 make_entry(root.joinpath(top, *parts), kind, target)
         tried(walk, root)

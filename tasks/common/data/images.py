@@ -1,9 +1,11 @@
 """Images as samples: reading, transforms with one seed per image, batches, and model outputs."""
 
 import hashlib
+import io
 import logging
 import math
 import mmap
+import os
 import random
 import struct
 import warnings
@@ -69,6 +71,16 @@ class UnknownRange(DamagedImage):
     """An image that cannot be converted to 8 bits, because its values have no defined range."""
 
 
+class _Bounded(io.BufferedReader):
+    """File that takes no memory for more bytes than it has: a header may promise a gigabyte."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read ``size`` bytes, or those that are left."""
+        if size is not None and size > io.DEFAULT_BUFFER_SIZE:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image file, which may come from anyone. Pixels are read when the block asks for them.
@@ -79,7 +91,10 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             also for Pillow's errors inside the block.
     """
     try:
-        with open_regular(path, _MOST_BYTES) as file, Image.open(file, formats=FORMATS) as image:
+        with (
+            open_regular(path, _MOST_BYTES) as file,
+            Image.open(_Bounded(file.raw), formats=FORMATS) as image,
+        ):
             short, long = sorted(image.size)
             if short * long > MOST_PIXELS or long > _MOST_RATIO * short:
                 size = f"{image.width} x {image.height} pixels"

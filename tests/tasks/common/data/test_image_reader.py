@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -328,6 +329,21 @@ def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path) -> None:
             pass
     with pytest.raises(DamagedImage, match="device"), open_image(Path("/dev/zero")):
         pass
+
+
+def test_a_header_that_promises_a_gigabyte_takes_no_memory(tmp_path: Path) -> None:
+    """A box of JPEG 2000 states its own length."""
+    path = tmp_path / "a.jp2"
+    Image.new("RGB", (8, 8)).save(path)
+    content = path.read_bytes()
+    place = content.index(b"jp2h") - 4
+    path.write_bytes(content[:place] + struct.pack(">I", 2**30) + content[place + 4 :])
+    tracemalloc.start()
+    with pytest.raises(DamagedImage):
+        open_rgb(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 def test_a_small_tiff_with_a_large_tile_is_not_decoded(tmp_path: Path) -> None:
