@@ -142,7 +142,7 @@ def _annotation(
         raise DataError(f"{spot}: bbox is {shown(box)}; x, y, width and height are expected.")
     if max(map(abs, box)) > _REACH * max(size):
         raise DataError(f"{spot}: bbox is {box}, {_FAR}.")
-    if area is not None and not (_finite(area) and 0 <= area <= _MOST_AREA):
+    if area is not None and not (_finite(area) and area <= _MOST_AREA):
         raise DataError(f"{spot}: area is {shown(area)}; the object's area in pixels is expected.")
     if crowd not in (None, 0, 1):
         raise DataError(f"{spot}: iscrowd is {shown(crowd)} instead of 0 or 1.")
