@@ -29,7 +29,7 @@ _CAUSES = {
     **dict.fromkeys(_TOO_MANY, "too many files are open: raise the limit (`ulimit -n 4096`)"),
     **dict.fromkeys(_SILENT, "the disk or the network does not answer ({}): check it"),
 }
-#: What to do about an error of writing, by error number.
+#: Advice for an error of writing, by error number.
 _ADVICE = {
     errno.EISDIR: "Remove the folder of that name",
     errno.ENAMETOOLONG: "Choose shorter names",

@@ -23,7 +23,7 @@ RECORDS = (
     "benchmarks/watch/events.py",
     "benchmarks/speed/results.py",
 )
-#: What reads foreign content, and the files that may use it. A star stands for any characters.
+#: Calls that read foreign content, and the files that may use them. A star: any characters.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "PIL.Image.open": IMAGES,
     "PIL.ImageFile.Parser": NOWHERE,

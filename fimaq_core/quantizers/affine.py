@@ -172,6 +172,7 @@ class AffineQuantizer(ActivationQuantizer):
         scale, zero = self.scale, self.zero_point
         if self.off:
             return None
+        # Shapes are aligned at their ends, and the zero point's may be shorter, as in broadcasting.
         pairs = zip(reversed(zero.shape), reversed(scale.shape), strict=False)
         if zero.ndim > scale.ndim or any(own not in (1, other) for own, other in pairs):
             return f"zero_point has the shape {tuple(zero.shape)}, but scale {tuple(scale.shape)}"
