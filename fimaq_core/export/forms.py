@@ -19,8 +19,13 @@ from torch.nn import functional as F
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
-from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantMatMul, WeightLayer
-from fimaq_core.layers import quant_layers
+from fimaq_core.layers import (
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantMatMul,
+    WeightLayer,
+    quant_layers,
+)
 from fimaq_core.quantizers.affine import AffineQuantizer
 
 #: Version of the operators.
@@ -113,7 +118,9 @@ class IntegerInput(nn.Module):
         self.register_buffer("high", _squeezed(bounds[1]).to(self.dtype))
         wide = [dim for dim, size in enumerate(own.shape) if size > 1]
         self.rank, self.divided = own.ndim, False
-        self.first = self.last = 0  # dimensions that one scale each belongs to, if there are several
+        self.first = self.last = (
+            0  # dimensions that one scale each belongs to, if there are several
+        )
         if wide:
             self.first, self.last = wide[0], wide[-1]
             # A run of dimensions with scales becomes one axis. QuantizeLinear is slow along the last.
@@ -241,7 +248,9 @@ class IntegerProduct(nn.Module):
         super().__init__()
         self.a, self.b = (
             None if quantizer.off else IntegerInput(quantizer, signed, where, order)
-            for quantizer, order in zip((product.a_quantizer, product.b_quantizer), orders, strict=True)
+            for quantizer, order in zip(
+                (product.a_quantizer, product.b_quantizer), orders, strict=True
+            )
         )
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
