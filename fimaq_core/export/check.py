@@ -164,7 +164,7 @@ def _forced(
     def compare(name: str) -> Any:
         theirs = torch.from_numpy(codes[name].astype(np.int32)) - int(zeros[name])
 
-        def hook(quantizer: AffineQuantizer, args: Any, kwargs: Any, _: Tensor) -> Tensor:
+        def hook(quantizer: AffineQuantizer, args: Any, kwargs: Any, _: Tensor) -> Any:
             x, found = args[0], theirs
             scale, zero = quantizer.scale.detach(), quantizer.zero_point
             if kwargs.get("transposed"):

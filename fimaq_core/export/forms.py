@@ -82,6 +82,7 @@ class IntegerInput(nn.Module):
     """
 
     scale: Tensor
+    one: Tensor
     zeros: Tensor
     zero: Tensor
     low: Tensor
@@ -123,7 +124,8 @@ class IntegerInput(nn.Module):
         )
         if wide:
             self.first, self.last = wide[0], wide[-1]
-            # A run of dimensions with scales becomes one axis. QuantizeLinear is slow along the last.
+            # A run of dimensions with scales becomes one axis. Along the last dimension,
+            # QuantizeLinear would be slow.
             self.divided = self.last == own.ndim - 1 or 1 in own.shape[self.first : self.last]
         kept = own if self.divided else own.flatten()
         self.register_buffer("scale", kept.clone() if wide else scale.reshape(()).clone())
@@ -160,7 +162,7 @@ class IntegerInput(nn.Module):
 
 
 def _squeezed(values: Tensor) -> Tensor:
-    """Return ``values`` without repetitions: size 1 where all values along a dimension are equal."""
+    """Return ``values`` with size 1 along dimensions where all values are equal."""
     for dim in range(values.ndim):
         first = values.narrow(dim, 0, 1)
         if bool((values == first).all()):
@@ -206,11 +208,17 @@ class IntegerWeight(nn.Module):
 class IntegerLayer(nn.Module):
     """Layer with a weight in the file."""
 
+    float_weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, layer: WeightLayer, signed: bool, where: str) -> None:
         super().__init__()
         self.weight: IntegerWeight | None = None
         if layer.weight_quantizer.off:
-            self.register_buffer("float_weight", layer.weight.detach().clone())
+            weight = layer.weight.detach()
+            turned = isinstance(layer, nn.Linear | QuantConvTranspose2d)
+            weight = weight.transpose(0, 1).contiguous() if turned else weight.clone()
+            self.register_buffer("float_weight", weight)
         else:
             self.weight = IntegerWeight(layer, signed, where)
         quantizer, self.input = layer.input_quantizer, None
@@ -222,23 +230,20 @@ class IntegerLayer(nn.Module):
         self.layer = [layer]  # in a list, so that its tensors are not part of the file
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, behind = self.layer[0], None
+        layer = self.layer[0]
         if self.input is not None:
-            x, behind = self.input(x), self.input.behind
-        bias = self.bias if behind is None else None
-        if isinstance(layer, nn.Linear):
-            weight = self.float_weight.t() if self.weight is None else self.weight()
-            out = x @ weight
-            out = out if behind is None else out * behind
-            return out if self.bias is None else out + self.bias
+            x = self.input(x)
         weight = self.float_weight if self.weight is None else self.weight()
         if isinstance(layer, QuantConvTranspose2d):
             sizes: Any = (layer.stride, layer.padding, layer.output_padding, 1, layer.dilation)
-            out = F.conv_transpose2d(x, weight, bias, *sizes)
-        else:
-            assert isinstance(layer, QuantConv2d)
-            out = layer._conv_forward(x, weight, bias)
-        return out
+            return F.conv_transpose2d(x, weight, self.bias, *sizes)
+        if isinstance(layer, QuantConv2d):
+            out: Tensor = layer._conv_forward(x, weight, self.bias)
+            return out
+        out = x @ weight
+        if self.input is not None and self.input.behind is not None:
+            out = out * self.input.behind
+        return out if self.bias is None else out + self.bias
 
 
 class IntegerProduct(nn.Module):
@@ -246,11 +251,10 @@ class IntegerProduct(nn.Module):
 
     def __init__(self, product: QuantMatMul, signed: bool, where: str, orders: Orders) -> None:
         super().__init__()
+        pairs: Any = zip((product.a_quantizer, product.b_quantizer), orders, strict=True)
         self.a, self.b = (
             None if quantizer.off else IntegerInput(quantizer, signed, where, order)
-            for quantizer, order in zip(
-                (product.a_quantizer, product.b_quantizer), orders, strict=True
-            )
+            for quantizer, order in pairs
         )
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -289,7 +293,7 @@ def integer_chain(chain: BlockChain, example: Tensor, signed: bool) -> BlockChai
     orders: dict[str, Orders] = {}
 
     def note(path: str) -> Any:
-        return lambda _, operands: orders.update({path: tuple(map(_order, operands))})
+        return lambda _, operands: orders.update({path: (_order(operands[0]), _order(operands[1]))})
 
     found = list(layers_of(chain))
     hooks = [
@@ -315,6 +319,7 @@ def integer_chain(chain: BlockChain, example: Tensor, signed: bool) -> BlockChai
 
 def _order(operand: Tensor) -> tuple[int, ...]:
     """Return the dimensions of a tensor from the largest stride to the smallest, or ``()``."""
-    order = tuple(sorted(range(operand.ndim), key=lambda dim: -operand.stride(dim)))
+    strides: tuple[int, ...] = operand.stride()
+    order = tuple(sorted(range(operand.ndim), key=lambda dim: -strides[dim]))
     moved = order[0] == 0 and order != tuple(range(operand.ndim))
     return order if moved else ()
