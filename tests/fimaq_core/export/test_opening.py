@@ -202,9 +202,20 @@ UNLIKE = "has an input that its metadata do not describe"
         (kind(TensorProto.STRING), "'patch.weight' of a type that an export does not have"),
         (kind(10**6), "'patch.weight' of a type that an export does not have"),
         (sparse, "has sparse tensors"),
-        (operator("com.evil", "Run"), "has the custom operator 'com.evil.Run'"),
-        (operator("com.microsoft", "Gelu"), "has the custom operator 'com.microsoft.Gelu'"),
-        (operator("", "Run\x1b[31m"), r"has the operator 'Run\x1b[31m', which is not standard"),
+        (
+            operator("com.evil", "Run"),
+            "has the operator 'com.evil.Run', which an export does not have",
+        ),
+        (
+            operator("com.microsoft", "Gelu"),
+            "has the operator 'com.microsoft.Gelu', which an export",
+        ),
+        (
+            operator("", "Run\x1b[31m"),
+            r"has the operator 'Run\x1b[31m', which an export does not have",
+        ),
+        (operator("", "RandomNormalLike"), "has the operator 'RandomNormalLike', which an export"),
+        (operator("", "Multinomial"), "has the operator 'Multinomial', which an export"),
         (other_domain, "needs operators of 'com.microsoft', which are not standard"),
         (branch, "has an inner graph (If, Loop, Scan)"),
         (function, "has functions of its own"),
