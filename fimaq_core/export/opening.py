@@ -22,8 +22,8 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.terminal import one_line
 
 #: Bounds in bytes on a file, which is protobuf's, and on all of it except the values of weights.
-#: Parsed, the second part may take 50 times as much memory.
-_MOST_BYTES, _MOST_BESIDE = 2**31 - 1, 2**24
+#: Parsed, the second part may take 50 times as much memory. Exports have about a megabyte of it.
+_MOST_BYTES, _MOST_BESIDE = 2**31 - 1, 2**23
 #: Oldest version of the operators.
 _OLDEST = 21
 #: Protobuf fields on the way to the values of a weight: graph, initializer, raw data.
@@ -98,10 +98,9 @@ def open_onnx(path: Path) -> OnnxFile:
         raise ModelError(f"Cannot read {path}: {cause_of(error, path)}.") from error
     try:
         model = _parsed(content)
-        messages = list(_messages(model))
         facts = _facts(model, path)
         _check_versions(model)
-        _check_messages(messages)
+        _check_messages(model)
         if others := foreign_operators(model):
             raise _Fault(f"has the operator {shown(others[0])}, which an export does not have")
         _check_ports(model.graph, facts)
@@ -202,7 +201,7 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def _facts(model: Any, path: Path) -> OnnxFacts:
-    """Return the facts in the metadata of a file. Raises ModelError."""
+    """Return the facts in the metadata of a file. Raises ModelError and _Fault."""
     texts = [entry.value for entry in model.metadata_props if entry.key == KEY]
     if len(texts) != 1:
         raise _Fault("is not an export of fimaq")
@@ -217,7 +216,7 @@ def _facts(model: Any, path: Path) -> OnnxFacts:
 def _check_versions(model: Any) -> None:
     import onnx
 
-    if domains := [one.domain for one in model.opset_import if one.domain not in ("", "ai.onnx")]:
+    if domains := [one.domain for one in model.opset_import if one.domain]:
         raise _Fault(f"needs operators of {shown(domains[0])}, which are not standard")
     versions = [one.version for one in model.opset_import]
     if len(versions) != 1 or versions[0] < _OLDEST:
@@ -231,10 +230,10 @@ def _check_versions(model: Any) -> None:
         )
 
 
-def _check_messages(messages: list[Any]) -> None:
-    """Check each message of a model by its kind."""
+def _check_messages(model: Any) -> None:
+    """Check each message in a model by its kind."""
     graphs = 0
-    for message in messages:
+    for message in _messages(model):
         kind = message.DESCRIPTOR.name
         graphs += kind == "GraphProto"
         if kind in _REFUSED or graphs > 1:
@@ -280,7 +279,7 @@ def _check_ports(graph: Any, facts: OnnxFacts) -> None:
     ports = [_port(output) for output in graph.output]
     if any(one != TensorProto.FLOAT for one, _ in ports):
         raise _Fault("has outputs that are not float32")
-    if facts.class_names is not None:
+    if facts.class_names is not None and not facts.part:
         classes = len(facts.class_names)
         if len(ports) != 1 or len(ports[0][1]) != 2 or ports[0][1][1] != classes:
             found = ports[0][1][1] if len(ports[0][1]) == 2 else "no"
