@@ -164,6 +164,15 @@ def test_nothing_runs_in_integers_without_optimisation(path: Path) -> None:
     assert found.rest[1:] == [("fc", "runs in float: MatMul"), ("head", "runs in float: MatMul")]
 
 
+def test_coverage_without_two_quantized_operands(tmp_path: Path) -> None:
+    layer = {"name": "fc", "kind": "linear", "macs": 24, "quantized": False}
+    found = OnnxModel(written(small_onnx(layers=[layer]), tmp_path / "model.onnx")).coverage()
+    assert (found.percent, found.quantized_macs, found.macs) == (0, 0, 24)
+    assert found.text() == (
+        "no layer has two quantized operands; not in integers: fc (an operand is in full precision)"
+    )
+
+
 def test_layers_whose_codes_are_shared_are_found(tmp_path: Path) -> None:
     """Onnxruntime joins equal quantizers of a tensor, so the second codes lose their name."""
     graph = """<ir_version: 10, opset_import: ["" : 21]>
