@@ -23,6 +23,13 @@ RECORDS = (
     "benchmarks/watch/events.py",
     "benchmarks/speed/results.py",
 )
+ONNX = ("fimaq_core/export/opening.py",)
+#: Graphs that were just written, by the export or by onnxruntime.
+OWN_GRAPHS = (
+    "fimaq_core/export/check.py",
+    "fimaq_core/export/runtime.py",
+    "fimaq_core/export/writing.py",
+)
 #: Calls that read foreign content, and the files that may use them. A star: any characters.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "PIL.Image.open": IMAGES,
@@ -60,6 +67,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "safetensors.safe_open": (*CHECKPOINTS, *WEIGHTS),
     "safetensors.deserialize": NOWHERE,
     "safetensors.torch.load*": (*WEIGHTS, "scripts/demo_training/detection.py"),  # own weights
+    "onnx.load*": (*ONNX, *OWN_GRAPHS),
+    "onnx.parser.*": NOWHERE,
+    "onnx.external_data_helper.*": NOWHERE,
+    "*.ParseFromString": NOWHERE,
+    "*.FromString": NOWHERE,
+    #: The second runs what the export just wrote, with further outputs.
+    "onnxruntime.InferenceSession": ("fimaq_core/export/runtime.py", "fimaq_core/export/check.py"),
     "pickle.load*": ("benchmarks/run/child.py",),  # from the runner, through a pipe
     "pickle.Unpickler": WEIGHTS,
     "dill.*": NOWHERE,
@@ -156,6 +170,10 @@ def test_no_file_is_allowed_what_it_does_not_use() -> None:
         "Model.model_validate_json(x)",
         "import tarfile\ntarfile.open(x)",
         "import zipfile\nzipfile.ZipFile(x)",
+        "import onnx\nonnx.load_model_from_string(x)",
+        "def f():\n    from onnx import load\n    load(x)",
+        "import onnx\nonnx.ModelProto.FromString(x)",
+        "from onnxruntime import InferenceSession as S\nS(x)",
     ],
 )
 def test_the_walk_sees_through_imports(source: str) -> None:

@@ -41,7 +41,6 @@ class Coverage:
 
     def text(self) -> str:
         """Return the shares in one line, with the layers that do not run in integers."""
-        whole = 100 * self.integer_macs / max(self.macs, 1)
         layers: dict[str, list[str]] = defaultdict(list)
         for name, reason in self.rest:
             layers[reason].append(name)
@@ -49,10 +48,13 @@ class Coverage:
             f"{', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)} ({reason})"
             for reason, names in layers.items()
         ]
-        return (
-            f"{self.percent:.1f} % of the multiply-adds with two quantized operands run in integers"
-            f", {whole:.1f} % of all" + (f"; not in integers: {'; '.join(rest)}" if rest else "")
-        )
+        found = "no layer has two quantized operands"
+        if self.quantized_macs:
+            found = (
+                f"{self.percent:.1f} % of the multiply-adds with two quantized operands run in "
+                f"integers, {100 * self.integer_macs / self.macs:.1f} % of all"
+            )
+        return found + (f"; not in integers: {'; '.join(rest)}" if rest else "")
 
 
 def coverage_of(layers: Iterable[LayerFacts], file: Any, optimised: Any) -> Coverage:

@@ -18,6 +18,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.export import packing, require_export
 from fimaq_core.export.facts import KEY, LayerFacts, OnnxFacts
 from fimaq_core.export.forms import OPSET, integer_chain, layers_of
+from fimaq_core.export.opening import foreign_operators
 from fimaq_core.export.recipes import check_exportable
 from fimaq_core.files import replaced_whole
 from fimaq_core.layers import QuantMatMul
@@ -132,6 +133,11 @@ def export_onnx(
             if not isinstance(layer, QuantMatMul) and layer.weight_quantizer.bits <= 4:
                 packing.pack(model, f"{name}.weight.codes", layer)
     _strip(model)
+    if others := foreign_operators(model):
+        raise ModelError(
+            f"This model cannot be exported to ONNX: it has the operators {', '.join(others)}, "
+            "which files of fimaq may not have."
+        )
     if not facts.layers:
         facts = facts.model_copy(update={"layers": layer_facts(chain, inner)})
     model.metadata_props.add(key=KEY, value=facts.model_dump_json())
