@@ -13,13 +13,12 @@ from fimaq_core import quantize
 
 #: Recipe and options of an export. OpenVINO treats each case in another way.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "scales per token and per head": ({"w_bits": 4, "a_bits": 4}, {}),
+    # The input of a layer behind ReLU has a zero point of 0.
+    "scales per token and head, ReLU": ({"method": "fimaq-mlp", "w_bits": 4, "a_bits": 4}, {}),
     "scales per head, 3 bits in planes": (
         {"method": "qdrop", "w_bits": 3, "a_bits": 3},
         {"packed": True},
     ),
-    # The input of a layer behind ReLU has a zero point of 0.
-    "ReLU, 4 bits packed": ({"method": "fimaq-mlp", "w_bits": 4, "a_bits": 4}, {"packed": True}),
     "signed": ({"method": "rtn", "w_bits": 4, "a_bits": 4}, {"signed": True}),
 }
 #: Settings for tenths of a second, and a rate at which the scales of tokens become different.
