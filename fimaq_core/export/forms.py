@@ -70,7 +70,7 @@ class ShiftedInput(nn.Module):
     def __init__(self, quantizer: AffineQuantizer) -> None:
         super().__init__()
         zeros = quantizer.zero_point.detach()
-        middle = zeros.median().clamp(0, 255)
+        middle = zeros.median().clamp(1, 255)  # not 0, see Container
         self.bounded = quantizer.levels < 256
         for name, value in (("behind", quantizer.scale.detach()), ("zero_point", zeros)):
             self.register_buffer(name, value.clone())
@@ -116,7 +116,8 @@ class Container(NamedTuple):
     def of(cls, quantizer: AffineQuantizer, signed: bool) -> "Container":
         """Find the container of a calibrated quantizer; its integers may have over 8 bits."""
         zeros = quantizer.zero_point.detach()
-        zero = 0 if signed else max(0, int(zeros.max()))
+        # OpenVINO computes wrong products if the zero point is 0 and scales per token follow.
+        zero = 0 if signed else max(int(quantizer.levels < 256), int(zeros.max()))
         return cls(zero, zero - zeros, zero - zeros + quantizer.levels - 1)
 
     def fits(self, signed: bool) -> bool:
@@ -215,8 +216,9 @@ class IntegerInput(nn.Module):
             return operator("QuantizeLinear", [x / self.scale, self.one, self.zero], self.dtype)
         # A layer may see inputs with more dimensions than the scale.
         first, last = (dim + x.ndim - self.rank for dim in (self.first, self.last))
-        flat = x.flatten(first, last)
-        codes = operator("QuantizeLinear", [flat, self.scale, self.zeros], self.dtype, axis=first)
+        # OpenVINO takes no other axis than 1.
+        flat = x.flatten(first, last).flatten(0, first - 1)
+        codes = operator("QuantizeLinear", [flat, self.scale, self.zeros], self.dtype, axis=1)
         return codes.view(x.shape)
 
     def _bounded(self, codes: Tensor) -> Tensor:

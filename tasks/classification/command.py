@@ -2,5 +2,5 @@
 
 from tasks.common.cli.commands import build_group
 
-SUMMARY = "Quantize timm classifiers (simulated) and measure their accuracy."
+SUMMARY = "Quantize timm classifiers, measure their accuracy, export them to ONNX."
 group = build_group("classification", SUMMARY)

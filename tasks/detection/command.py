@@ -18,5 +18,5 @@ OPTIONS = TaskOptions(
     preprocessing=(),
 )
 
-SUMMARY = "Quantize detectors of mmdet (simulated) and measure COCO's average precisions."
+SUMMARY = "Quantize detectors of mmdet, measure COCO's average precisions, export to ONNX."
 group = build_group("detection", SUMMARY, OPTIONS)

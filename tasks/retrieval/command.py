@@ -15,5 +15,5 @@ OPTIONS = TaskOptions(
     "data).",
     preprocessing=("input_size", "mean", "std", "interpolation"),
 )
-SUMMARY = "Quantize CLIP models of open_clip (simulated) and measure retrieval or zero-shot."
+SUMMARY = "Quantize CLIP models of open_clip, measure retrieval or zero-shot, export to ONNX."
 group = build_group("retrieval", SUMMARY, OPTIONS)
