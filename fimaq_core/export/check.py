@@ -156,6 +156,8 @@ def _session(path: Path, names: list[str]) -> tuple[Any, dict[str, np.ndarray]]:
         if name not in readers:
             raise ModelError(f"{path} has no codes {name}: it was made by another version.")
         reader = readers[name]
+        if reader.op_type in ("Slice", "Split"):  # one of several parts of a weight
+            reader = readers[reader.output[0]]
         zero = np.zeros((), np.int8)  # of a weight whose input is in full precision
         if reader.op_type == "DequantizeLinear":
             zero = numpy_helper.to_array(values[reader.input[2]])

@@ -283,6 +283,27 @@ class IntegerWeight(nn.Module):
         return operator("DequantizeLinear", inputs, torch.float32, axis=self.axis)
 
 
+class LinearPart(nn.Module):
+    """Some of the outputs of a linear layer, such as the queries among queries, keys and values."""
+
+    scale: Tensor
+    zeros: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: IntegerWeight, bias: Tensor | None, index: int, parts: int) -> None:
+        super().__init__()
+        self.index, self.parts = index, parts
+        for name, value in (("scale", weight.scale), ("zeros", weight.zeros), ("bias", bias)):
+            own = None if value is None else value.chunk(parts)[index].clone()
+            self.register_buffer(name, own)
+
+    def forward(self, x: Tensor, integers: Tensor) -> Tensor:
+        own = integers.chunk(self.parts, dim=1)[self.index]
+        weight = operator("DequantizeLinear", [own, self.scale, self.zeros], torch.float32, axis=1)
+        out: Tensor = torch.ops.aten.matmul.default(x, weight)
+        return out
+
+
 class IntegerLayer(nn.Module):
     """Layer with a weight in the file."""
 
@@ -310,12 +331,23 @@ class IntegerLayer(nn.Module):
                 self.register_buffer("correction", self.input.offset * weight.sum(1))
         bias = layer._quantized_form_bias()
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.parts = nn.ModuleList()
         self.layer = [layer]  # in a list, so that its tensors are not part of the file
 
-    def forward(self, x: Tensor) -> Tensor:
+    def split(self, parts: int) -> None:
+        """Let the layer return a tuple of equal parts of its output, if its form allows that."""
+        weight = self.weight
+        if isinstance(self.input, IntegerInput) and weight is not None and not weight.shifted:
+            self.parts.extend(LinearPart(weight, self.bias, index, parts) for index in range(parts))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         layer = self.layer[0]
         if self.input is not None:
             x = self.input(x)
+        if self.parts:
+            assert self.weight is not None
+            integers = self.weight.integers
+            return tuple(self._finished(part(x, integers), part.bias) for part in self.parts)
         alone = self.input is None and isinstance(layer, nn.Linear)
         weight = self.float_weight if self.weight is None else self.weight(alone)
         if isinstance(layer, QuantConvTranspose2d):
@@ -331,10 +363,13 @@ class IntegerLayer(nn.Module):
             out = out.unsqueeze(1)
         if isinstance(self.input, ShiftedInput):
             out = out + self.correction
+        out = self._finished(out, self.bias)
+        return out.squeeze(1) if flat else out
+
+    def _finished(self, out: Tensor, bias: Any) -> Tensor:
         if self.input is not None and self.input.behind is not None:
             out = out * self.input.behind
-        out = out if self.bias is None else out + self.bias
-        return out.squeeze(1) if flat else out
+        return out if bias is None else out + bias
 
 
 class IntegerProduct(nn.Module):
@@ -409,6 +444,11 @@ def integer_chain(chain: BlockChain, example: Tensor, signed: bool) -> BlockChai
             else IntegerLayer(layer, signed, name)
         )
         twin.set_submodule(path, form)
+    for module in twin.modules():
+        if hasattr(module, "split") and isinstance(module.split, tuple):
+            name, parts = module.split
+            if isinstance(layer := getattr(module, name), IntegerLayer):
+                layer.split(parts)
     return twin.requires_grad_(False).eval()
 
 
