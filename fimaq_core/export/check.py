@@ -159,7 +159,10 @@ def _session(path: Path, names: list[str]) -> tuple[Any, dict[str, np.ndarray]]:
         if reader.op_type in ("Slice", "Split"):  # one of several parts of a weight
             reader = readers[reader.output[0]]
         zero = np.zeros((), np.int8)  # of a weight whose input is in full precision
-        if reader.op_type == "DequantizeLinear":
+        if reader.op_type == "ConvInteger":
+            place = 2 if name.endswith(".input.codes") else 3
+            zero = numpy_helper.to_array(values[reader.input[place]])
+        elif reader.op_type == "DequantizeLinear":
             zero = numpy_helper.to_array(values[reader.input[2]])
         elif (following := readers[reader.output[0]]).op_type == "Sub":
             zero = numpy_helper.to_array(values[makers[following.input[1]].input[0]])

@@ -203,9 +203,13 @@ class IntegerInput(nn.Module):
         self.register_buffer("zero", torch.tensor(box.zero, dtype=self.dtype))
         self.register_buffer("one", torch.ones(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the codes of ``x``, in its shape."""
         codes = self._bounded(self._codes(x.permute(self.order) if self.order else x))
-        codes = codes.permute(self.back) if self.order else codes
+        return codes.permute(self.back) if self.order else codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.codes(x)
         scale = self.scale if self.behind is None else self.one
         return operator("DequantizeLinear", [codes, scale, self.zero], torch.float32)
 
@@ -372,6 +376,60 @@ class IntegerLayer(nn.Module):
         return out if bias is None else out + bias
 
 
+class IntegerConvolution(nn.Module):
+    """Convolution of codes in the file (ConvInteger), for unsigned codes.
+
+    Onnxruntime computes in float what DequantizeLinear and Conv say. Its ConvInteger is fast for
+    uint8 weights only, so the weight has a zero point of 128.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: QuantConv2d, where: str) -> None:
+        super().__init__()
+        self.input = IntegerInput(layer.input_quantizer, False, where)
+        weight = IntegerWeight(layer, True, where)
+        integers = (weight.integers.int() + 128).to(torch.uint8)
+        scale = weight.scale * layer.input_quantizer.scale.detach().flatten()
+        bias = layer._quantized_form_bias()
+        self.weight = nn.Module()
+        self.weight.register_buffer("integers", integers)
+        self.weight.register_buffer("zero", torch.tensor(128, dtype=torch.uint8))
+        self.register_buffer("scale", scale.view(-1, 1, 1))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone().view(-1, 1, 1))
+        self.settings: dict[str, Any] = {"strides": [*layer.stride], "dilations": [*layer.dilation]}
+        self.settings |= {"pads": [*layer.padding] * 2, "group": layer.groups}
+        self.kernel, self.rows = layer.kernel_size, layer.weight.shape[0]
+
+    @staticmethod
+    def fits(layer: nn.Module, signed: bool) -> bool:
+        """Return True if a layer has this form."""
+        return (
+            isinstance(layer, QuantConv2d)
+            and not (signed or layer.input_quantizer.off or layer.weight_quantizer.off)
+            and layer.weight_quantizer.bits < 8  # 8-bit codes keep their zero points
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads, strides = self.settings["pads"], self.settings["strides"]
+        reach = [d * (k - 1) for d, k in zip(self.settings["dilations"], self.kernel, strict=True)]
+        sides = [
+            (size + 2 * pad - span - 1) // stride + 1
+            for size, pad, span, stride in zip(x.shape[2:], pads, reach, strides, strict=False)
+        ]
+        zeros: tuple[Any, ...] = (self.input.zero, self.weight.zero)
+        inputs: list[Any] = [self.input.codes(x), self.weight.integers, *zeros]
+        shape = (x.shape[0], self.rows, *sides)
+        sums = torch.onnx.ops.symbolic(
+            "ConvInteger", inputs, self.settings, dtype=torch.int32, shape=shape, version=OPSET
+        )
+        out: Tensor = sums.float() * self.scale
+        return out if self.bias is None else out + self.bias
+
+
 class IntegerProduct(nn.Module):
     """Product ``a @ b`` in the file."""
 
@@ -438,11 +496,12 @@ def integer_chain(chain: BlockChain, example: Tensor, signed: bool) -> BlockChai
             hook.remove()
     twin = copy.deepcopy(chain)
     for name, path, layer in found:
-        form = (
-            IntegerProduct(layer, signed, name, orders[path])
-            if isinstance(layer, QuantMatMul)
-            else IntegerLayer(layer, signed, name)
-        )
+        if isinstance(layer, QuantMatMul):
+            form: nn.Module = IntegerProduct(layer, signed, name, orders[path])
+        elif IntegerConvolution.fits(layer, signed):
+            form = IntegerConvolution(layer, name)
+        else:
+            form = IntegerLayer(layer, signed, name)
         twin.set_submodule(path, form)
     for module in twin.modules():
         if hasattr(module, "split") and isinstance(module.split, tuple):

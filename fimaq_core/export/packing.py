@@ -60,10 +60,11 @@ def pack(model: Any, name: str, layer: WeightLayer) -> None:
         wide = add("Slice", [wide, axis, size], f"{name}.cut")
         shape = constant(np.array(codes.shape, np.int64), "shape")
         wide = add("Reshape", [wide, shape], f"{name}.wide")
+    (integers,) = (tensor for tensor in graph.initializer if tensor.name == name)
+    # Weights of ConvInteger are uint8 with a zero point of 128.
+    zeros = zeros - (128 if integers.data_type == TensorProto.UINT8 else 0)
     moved = add("Sub", [wide, constant(zeros, "zeros")], f"{name}.moved")
-    add("Cast", [moved], name, to=TensorProto.INT8)
-    for tensor in list(graph.initializer):
-        if tensor.name == name:
-            graph.initializer.remove(tensor)
+    add("Cast", [moved], name, to=integers.data_type)
+    graph.initializer.remove(integers)
     for node in reversed(nodes):
         graph.node.insert(0, node)

@@ -57,10 +57,11 @@ class Normalise(nn.Module):
 
 @dataclass(frozen=True)
 class Outputs:
-    """Names of a file's input and outputs."""
+    """Names of a file's input and outputs, and sizes of the input."""
 
     input: str = "images"
     outputs: tuple[str, ...] = ("logits",)
+    sides: int = 0  # height and width may be any multiple of this; 0 fixes them
 
 
 def layer_facts(chain: BlockChain, example: Tensor) -> list[LayerFacts]:
@@ -184,6 +185,9 @@ def _traced(module: nn.Module, example: Tensor, names: Outputs) -> Any:
     """Export a module with a free batch dimension, and return the ONNX model."""
     from onnxscript.optimizer import optimize_ir
 
+    free: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=2**16)}
+    for dim, name in ((2, "rows"), (3, "columns")) if names.sides else ():
+        free[dim] = names.sides * torch.export.Dim(name, min=2, max=2**8)
     loud = [
         logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
     ]
@@ -198,7 +202,7 @@ def _traced(module: nn.Module, example: Tensor, names: Outputs) -> Any:
                 (example,),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=2**16)},),
+                dynamic_shapes=(free,),
                 input_names=[names.input],
                 output_names=list(names.outputs),
                 verbose=False,
@@ -231,7 +235,7 @@ def _rename(model: Any, layers: dict[str, str]) -> None:
             rest = found[2].replace("weight.integers", "weight.codes")
             new[tensor.name] = f"{layers[found[1]]}.{rest}"
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear":
+        if node.op_type in ("DequantizeLinear", "ConvInteger"):
             layer, operand = _scope(node, layers)
             if operand != "weight" and layer:
                 new[node.input[0]] = f"{layer}.{operand}.codes"
@@ -249,9 +253,11 @@ def _scope(node: Any, layers: dict[str, str]) -> tuple[str, str]:
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             scopes = re.findall(r"'([^']*)'", entry.value)
-            path, _, operand = scopes[-2].rpartition(".") if len(scopes) > 1 else ("", "", "")
-            found = _PATH.search(path)
-            return layers.get(found[1] if found else "", ""), operand
+            whole = scopes[-2] if len(scopes) > 1 else ""
+            path, _, operand = whole.rpartition(".")
+            for place, name in ((path, operand), (whole, "input")):
+                if (found := _PATH.search(place)) and found[1] in layers:
+                    return layers[found[1]], name
     return "", ""
 
 

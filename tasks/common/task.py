@@ -109,6 +109,8 @@ class Exportable:
     class_names: Sequence[str] | None = None  # one per output
     coverage: float = 100.0  # least percentage of quantized multiply-adds that run in integers
     extra: dict[str, Any] = field(default_factory=dict)  # facts for the file, as JSON values
+    scope: str | None = None  # that quantizes the file's layers alone; None: that of the part
+    notes: Sequence[str] = ()  # for the user
 
 
 #: The chains of a model by name of the part; the name is ``""`` if the model is one chain.

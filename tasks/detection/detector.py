@@ -96,17 +96,20 @@ class BackboneAndNeck(nn.Module):
 class QuantizedDetector(nn.Module):
     """Two-stage detector of mmdet whose layers may be quantizable; it takes one image at a time.
 
-    Features come from the chain :data:`DETECTOR` if there is one, else from ``model``, the float
-    detector. Layers of RPN and RoI heads are replaced in ``model`` itself.
+    Features come from ``trunk`` or the chain :data:`DETECTOR` if there is one, else from ``model``,
+    the float detector. Layers of RPN and RoI heads are replaced in ``model`` itself.
     """
 
-    def __init__(self, model: nn.Module, chains: Mapping[str, BlockChain]) -> None:
+    def __init__(
+        self, model: nn.Module, chains: Mapping[str, BlockChain], trunk: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.rpn_head, self.roi_head = model.rpn_head, model.roi_head
         chain = chains.get(DETECTOR)
-        self.trunk = (
-            nn.Sequential(model.backbone, model.neck) if chain is None else BackboneAndNeck(chain)
-        )
+        if trunk is None:
+            own = nn.Sequential(model.backbone, model.neck)
+            trunk = own if chain is None else BackboneAndNeck(chain)
+        self.trunk = trunk
         self.eval()
 
     def extract_feat(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -134,11 +137,14 @@ class QuantizedDetector(nn.Module):
             warnings.filterwarnings("ignore", "To copy construct from a tensor")
             for name, part in parts.items():
                 context.enter_context(part.register_forward_hook(partial(_check, name)))
-            features = self.extract_feat(image)
-            proposals = self.rpn_head.predict(features, [sample], rescale=False)
-            (sample.pred_instances,) = self.roi_head.predict(
-                features, proposals, [sample], rescale=True
-            )
+            return self.objects(self.extract_feat(image), sample)
+
+    def objects(self, features: tuple[Tensor, ...], sample: mm.DetDataSample) -> mm.DetDataSample:
+        """Add the objects that the heads find in an image's maps (1, C, h, w) to its sample."""
+        proposals = self.rpn_head.predict(features, [sample], rescale=False)
+        (sample.pred_instances,) = self.roi_head.predict(
+            features, proposals, [sample], rescale=True
+        )
         return sample
 
 

@@ -1,5 +1,7 @@
 """Detection as a task: its models, chains, calibration, divergence and evaluation."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +12,8 @@ from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import OFF, PREDICTION, Recipe
 from fimaq_core.samples import Samples
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
-from tasks.detection import models, roi, tags
+from tasks.common.task import CalibrationSet, Chains, Evaluation, Exportable, LoadedModel, Task
+from tasks.detection import export, models, roi, tags
 from tasks.detection.calibration import calibration_set, region_inputs
 from tasks.detection.coco import open_source
 from tasks.detection.detector import DETECTOR, QuantizedDetector, detector_segments
@@ -92,6 +94,26 @@ class DetectionTask(Task):
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
         return QuantizedDetector(loaded.model, chains)
+
+    def export_parts(self, chains: Chains) -> tuple[str, ...]:
+        """Return the part with backbone and neck. Raises ModelError if both are float."""
+        export.check_quantized(chains.get(DETECTOR))
+        return (DETECTOR,)
+
+    def exportable(
+        self,
+        loaded: LoadedModel,
+        chains: Chains,
+        part: str,
+        images: CalibrationSet,
+        data: DataRequest,
+    ) -> Exportable:
+        """Return backbone and neck."""
+        return export.exportable(loaded, chains[part], images)
+
+    def from_onnx(self, loaded: LoadedModel, models: Mapping[str, nn.Module]) -> nn.Module:
+        """Return the detector with the float heads behind exported backbone and neck."""
+        return export.with_file(loaded, models[DETECTOR])
 
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
         names = ("backbone", "neck", "rpn_head") if DETECTOR not in chains else ()

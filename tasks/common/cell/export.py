@@ -154,14 +154,14 @@ def export_stage(
     return [export.write(names[0] if len(names) == 1 or part is None else part, out)]
 
 
-def _chosen(part: str | None, known: list[str]) -> str:
-    """Return the part to export. Raises RecipeError."""
+def _chosen(part: str | None, known: list[str]) -> str | None:
+    """Return the part to export; None if none is known. Raises RecipeError."""
     if part is None:
         if len(known) > 1:
             raise RecipeError(
                 f"A file holds one tower: choose with --tower {' or --tower '.join(known)}."
             )
-        return known[0]
+        return known[0] if known else None
     if part not in known:
         raise RecipeError(f"The checkpoint does not quantize '{part}'.{suggest(part, known)}")
     return part
@@ -229,7 +229,7 @@ class _Export:
         if item.truth is not None:
             simulated, found = (100 * float((one == item.truth).double().mean()) for one in answers)
             scores = item.score, found, simulated
-        notes = list(self.cell.notes)
+        notes = [*self.cell.notes, *item.notes]
         return ExportReport(out, part, facts, codes, coverage, flips, scores, notes)
 
     def _facts(self, part: str, item: Exportable) -> OnnxFacts:
@@ -242,7 +242,8 @@ class _Export:
                 + ": leave --with-preprocessing out."
             )
         scopes = parts(task, self.recipe.scope)
-        recipe = self.recipe.model_copy(update={"scope": scopes.get(part, self.recipe.scope)})
+        scope = item.scope or scopes.get(part, self.recipe.scope)
+        recipe = self.recipe.model_copy(update={"scope": scope})
         given = self.cell.request.model
         origin = {"weights_entry": given.weights_entry, "preprocessing": given.preprocessing}
         preprocessing: dict[str, Any] | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fimaq_core.errors import ModelError
+from fimaq_core.errors import ModelError, RecipeError
 from fimaq_core.export.opening import OnnxFile, open_onnx
 from fimaq_core.export.runtime import OnnxModel
 from fimaq_core.export.writing import Normalise
@@ -65,6 +65,12 @@ def measure_export(
     start = time.monotonic()
     reports = export_stage(request, checkpoint, out, ExportForm(), on_progress, all_parts=True)
     seconds = {"export": time.monotonic() - start}
+    scope = reports[0].facts.recipe.get("scope")
+    if len(reports) == 1 and request.recipe is not None and scope != request.recipe.scope:
+        raise RecipeError(
+            f"The exported file holds only the scope {scope}, so its metrics are not those of the "
+            f"whole recipe: measure the export with the scope {scope}."
+        )
     lease.check()
     notes = [*base.notes, *(line for one in reports for line in one.lines()[:2])]
     changes = {**{name: getattr(base, name) for name in _SAME}, "notes": notes}
