@@ -202,10 +202,11 @@ class IntegerInput(nn.Module):
         self.register_buffer("zero", torch.tensor(box.zero, dtype=self.dtype))
         self.register_buffer("one", torch.ones(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, apart: bool = False) -> Tensor:
+        """Quantize ``x``; with ``apart``, the output lacks the scale also if it is one number."""
         codes = self._bounded(self._codes(x.permute(self.order) if self.order else x))
         codes = codes.permute(self.back) if self.order else codes
-        scale = self.scale if self.behind is None else self.one
+        scale = self.scale if self.behind is None and not apart else self.one
         return operator("DequantizeLinear", [codes, scale, self.zero], torch.float32)
 
     def _codes(self, x: Tensor) -> Tensor:
@@ -274,9 +275,10 @@ class IntegerWeight(nn.Module):
         Onnxruntime would quantize that operand to 8 bits if it saw DequantizeLinear before MatMul.
         """
         if alone:
-            values, scale = self.integers.float(), self.scale
-            values = values - self.zeros.float() if self.shifted else values
-            return values * scale
+            shape = [-1 if dim == self.axis else 1 for dim in range(self.integers.ndim)]
+            values, zeros = self.integers.float(), self.zeros.float().view(shape)
+            values = values - zeros if self.shifted else values
+            return values * self.scale.view(shape)
         inputs = [self.integers, self.scale, self.zeros]
         return operator("DequantizeLinear", inputs, torch.float32, axis=self.axis)
 
@@ -340,13 +342,15 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         layer = self.layer[0]
+        # Onnxruntime makes a float Gemm of MatMul (n, channels) and Add, but not with Mul between.
+        flat = x.ndim == 2 and isinstance(self.input, IntegerInput) and self.input.behind is None
         if self.input is not None:
-            x = self.input(x)
+            x = self.input(x, True) if flat else self.input(x)
         if self.parts:
             assert self.weight is not None
             integers = self.weight.integers
             return tuple(self._finished(part(x, integers), part.bias) for part in self.parts)
-        alone = self.input is None and isinstance(layer, nn.Linear)
+        alone = self.input is None and not isinstance(layer, QuantConvTranspose2d)
         weight = self.float_weight if self.weight is None else self.weight(alone)
         if isinstance(layer, QuantConvTranspose2d):
             sizes: Any = (layer.stride, layer.padding, layer.output_padding, 1, layer.dilation)
@@ -358,6 +362,9 @@ class IntegerLayer(nn.Module):
         out = torch.ops.aten.matmul.default(x, weight)
         if isinstance(self.input, ShiftedInput):
             out = out + self.correction
+        if flat:
+            assert isinstance(self.input, IntegerInput)
+            out = out * self.input.scale
         return self._finished(out, self.bias)
 
     def _finished(self, out: Tensor, bias: Any) -> Tensor:
