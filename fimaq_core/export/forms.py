@@ -208,9 +208,10 @@ class IntegerInput(nn.Module):
         codes = self._bounded(self._codes(x.permute(self.order) if self.order else x))
         return codes.permute(self.back) if self.order else codes
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, apart: bool = False) -> Tensor:
+        """Quantize ``x``; with ``apart``, the output lacks the scale also if it is one number."""
         codes = self.codes(x)
-        scale = self.scale if self.behind is None else self.one
+        scale = self.scale if self.behind is None and not apart else self.one
         return operator("DequantizeLinear", [codes, scale, self.zero], torch.float32)
 
     def _codes(self, x: Tensor) -> Tensor:
@@ -280,9 +281,10 @@ class IntegerWeight(nn.Module):
         Onnxruntime would quantize that operand to 8 bits if it saw DequantizeLinear before MatMul.
         """
         if alone:
-            values, scale = self.integers.float(), self.scale
-            values = values - self.zeros.float() if self.shifted else values
-            return values * scale
+            shape = [-1 if dim == self.axis else 1 for dim in range(self.integers.ndim)]
+            values, zeros = self.integers.float(), self.zeros.float().view(shape)
+            values = values - zeros if self.shifted else values
+            return values * self.scale.view(shape)
         inputs = [self.integers, self.scale, self.zeros]
         return operator("DequantizeLinear", inputs, torch.float32, axis=self.axis)
 
@@ -332,7 +334,8 @@ class IntegerLayer(nn.Module):
             self.input = (input_form if linear else IntegerInput)(quantizer, signed, where)
             if isinstance(self.input, ShiftedInput):
                 weight = layer.weight_quantizer.quantized(layer.weight.detach())
-                self.register_buffer("correction", self.input.offset * weight.sum(1))
+                missing = self.input.offset * self.input.behind * weight.sum(1)
+                self.register_buffer("correction", missing)
         bias = layer._quantized_form_bias()
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.parts = nn.ModuleList()
@@ -346,13 +349,15 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         layer = self.layer[0]
+        # Onnxruntime makes a float Gemm of MatMul (n, channels) and Add, but not with Mul between.
+        flat = x.ndim == 2 and isinstance(self.input, IntegerInput) and self.input.behind is None
         if self.input is not None:
-            x = self.input(x)
+            x = self.input(x, True) if flat else self.input(x)
         if self.parts:
             assert self.weight is not None
             integers = self.weight.integers
             return tuple(self._finished(part(x, integers), part.bias) for part in self.parts)
-        alone = self.input is None and isinstance(layer, nn.Linear)
+        alone = self.input is None and not isinstance(layer, QuantConvTranspose2d)
         weight = self.float_weight if self.weight is None else self.weight(alone)
         if isinstance(layer, QuantConvTranspose2d):
             sizes: Any = (layer.stride, layer.padding, layer.output_padding, 1, layer.dilation)
@@ -362,13 +367,11 @@ class IntegerLayer(nn.Module):
             return out
         # Not ``x @ weight``, which in blocks of own modules would be a product of activations.
         out = torch.ops.aten.matmul.default(x, weight)
-        # Of two dimensions, onnxruntime would make one float Gemm of the product and an addition.
-        if flat := out.ndim == 2:
-            out = out.unsqueeze(1)
-        if isinstance(self.input, ShiftedInput):
-            out = out + self.correction
+        if flat:
+            assert isinstance(self.input, IntegerInput)
+            out = out * self.input.scale
         out = self._finished(out, self.bias)
-        return out.squeeze(1) if flat else out
+        return out + self.correction if isinstance(self.input, ShiftedInput) else out
 
     def _finished(self, out: Tensor, bias: Any) -> Tensor:
         if self.input is not None and self.input.behind is not None:

@@ -6,6 +6,7 @@ Codes differ from those of the unchanged graph by rounding alone, so only next t
 from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,7 +98,7 @@ class Graph:
         return name
 
     def requantize(self, node: Any, scale: np.ndarray) -> None:
-        """Give a QuantizeLinear node one scale, or one per index of axis 1 (the zeros are equal)."""
+        """Give a QuantizeLinear node one scale, or one per index of axis 1. Its zeros are equal."""
         from onnx import helper
 
         zeros = np.broadcast_to(self.values[node.input[2]].flat[0], scale.shape)
@@ -114,7 +115,7 @@ class Graph:
             last = node.output[0]
             node.output[0] = f"{last}.before"
             between[0].input[0] = node.output[0]
-            for one, following in zip(between, between[1:], strict=False):
+            for one, following in pairwise(between):
                 one.output[0] = following.input[0] = f"{one.output[0]}.codes"
             between[-1].output[0] = last
         node.input[0] = source

@@ -29,7 +29,7 @@ from fimaq_core.recipe import Recipe
 _IR_VERSION = 10
 #: Tensor of a form: path of the layer in the chain, and the tensor's name in the form.
 _TENSOR = re.compile(
-    r"(?:^|\.)(segments\.\d+\.block(?:\..+?)??)\.((?:(?:input|weight|a|b)\.)?\w+)$"
+    r"(?:^|\.)(segments\.\d+\.block(?:\..+?)??)\.((?:(?:input|weight|a|b|parts\.\d+)\.)?\w+)$"
 )
 _PATH = re.compile(r"(?:^|\.)(segments\.\d+\.block(?:\..+)?)$")
 

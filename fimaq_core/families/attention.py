@@ -26,7 +26,10 @@ def split_heads(x: Tensor | tuple[Tensor, ...], parts: int, heads: int) -> tuple
     Exports give the parts (B, N, heads * d) one by one.
     """
     if isinstance(x, tuple):
-        return tuple(part.unflatten(2, (heads, -1)).transpose(1, 2) for part in x)
+        return tuple(
+            part.reshape(*part.shape[:2], heads, part.shape[2] // heads).transpose(1, 2)
+            for part in x
+        )
     batch, tokens, channels = x.shape
     x = x.reshape(batch, tokens, parts, heads, channels // (parts * heads))
     # Each part is transposed on its own: in exports, this moves its codes and not its floats.
