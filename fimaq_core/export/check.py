@@ -151,6 +151,7 @@ def _session(path: Path, names: list[str]) -> tuple[Any, dict[str, np.ndarray]]:
     values = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
     readers = {node.input[0]: node for node in model.graph.node if node.op_type != "Transpose"}
+    readers |= {node.input[1]: node for node in model.graph.node if node.op_type == "ConvInteger"}
     zeros: dict[str, np.ndarray] = {}
     for name in names:
         if name not in readers:
