@@ -11,9 +11,11 @@ from benchmarks.console import duration, size_text
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group
 from benchmarks.results.scores import Measured, sample_counts, unique
+from benchmarks.tables.exports import coverage_text
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
 from tasks.common.record import LayerEntry, ResultRecord, recipe_of
+from tasks.common.record_entries import Exported
 
 Dict = dict[str, Any]
 #: Columns of a module map.
@@ -89,6 +91,23 @@ def _facts(item: Measured, gathered: Gathered) -> dict[str, Dict]:
             "git revision": machine.git_revision,
             "versions": ", ".join(f"{name} {found}" for name, found in machine.versions.items()),
         },
+        **({} if r.exported is None else {"Export to ONNX": _export(r.exported)}),
+    }
+
+
+def _export(own: Exported) -> Dict:
+    """Return the facts of an exported file: its size, and what ran in integers."""
+    share = coverage_text(100 * own.integer_macs / max(own.quantized_macs, 1))
+    return {
+        "size": f"{size_text(own.bytes)}, {own.bytes / max(own.float_bytes, 1):.2f} of float32",
+        "weights": "4 or 3 bits" if own.weights == "packed" else own.weights,
+        "zero points of activations": "0" if own.signed else "as calibrated",
+        "ran in integers": f"{own.integer_macs:,} of the {own.quantized_macs:,} multiply-adds with "
+        f"two quantized operands ({share} %)",
+        "multiply-adds per sample": f"{own.macs:,}",
+        "speed": "not measured" if own.speed is None else f"{own.speed:.2f} x float32",
+        "runtime": own.runtime,
+        "sha256": own.sha256,
     }
 
 
