@@ -168,6 +168,11 @@ class Grid(Strict):
         exports = 1 + bool(part.export)
         return (count * (exports + points) + exports * sum(further)) * max(1, len(part.scopes))
 
+    def without_exports(self) -> "Grid":
+        """Return the grid without the cells that measure exports."""
+        tasks = {name: part.model_copy(update={"export": ()}) for name, part in self.tasks.items()}
+        return self.model_copy(update={"tasks": tasks})
+
     def task_of(self, section: str) -> str:
         """Return the name of a section's task."""
         return self.tasks[section].task or section

@@ -38,12 +38,10 @@ def rehearse(request: RunRequest) -> int:
     from benchmarks.run.command import run_grid
 
     grid, options = request.grid, request.options
-    # An export has no steps, so it costs little.
-    tasks = {name: part.model_copy(update={"export": ()}) for name, part in grid.tasks.items()}
-    if tasks != grid.tasks:
-        print("Exports are not rehearsed.")
-    grid = grid.model_copy(update={"tasks": tasks})
-    request = replace(request, grid=grid)
+    if any(part.export for part in grid.tasks.values()):
+        print("Exports are not rehearsed: they cost little.")
+        grid = grid.without_exports()
+        request = replace(request, grid=grid)
     folder = options.results / "rehearsal"
     weights = folder / "weights"
     if options.force:  # a rehearsal has nothing worth keeping

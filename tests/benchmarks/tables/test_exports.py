@@ -20,7 +20,9 @@ from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.preflight import missing
 from benchmarks.grid.schema import Grid, GridError, load_grid, parse_grid
 from benchmarks.results.scores import Measured, rows_of
+from benchmarks.run.options import RunRequest
 from benchmarks.run.order import CellQueue, make_chains
+from benchmarks.run.plan import make_plan
 from benchmarks.tables import write
 from benchmarks.tables.summary import grid_latex, grid_markdown
 
@@ -42,10 +44,7 @@ CONTENT: dict[str, Any] = {
     "threads": 1,
 }  # fmt: skip
 GRID = parse_grid(CONTENT)
-PLAIN = parse_grid({
-    **CONTENT,
-    "tasks": {name: {**part, "export": []} for name, part in CONTENT["tasks"].items()},
-})  # fmt: skip
+PLAIN = GRID.without_exports()
 
 
 def cells_of(grid: Grid, tmp_path: Path, filters: Filters = Filters()) -> list[Cell]:
@@ -129,6 +128,17 @@ def test_an_export_waits_for_its_cell_in_the_same_chain_at_a_small_cost(tmp_path
     assert queue.take("a") == export
     alone = CellQueue([export])  # its cell is finished or of another runner
     assert alone.take("a") == export
+
+
+def test_a_plan_lists_exports_as_points(tmp_path: Path) -> None:
+    filters = Filters(models=("demo_vit",), bits=("w3a3",), seeds=(1,))
+    request = RunRequest(GRID, filters, RunOptions(results=tmp_path), fakes.ADAPTER)
+    cells = request.cells()
+    fakes.write_cells(cells[:3], lambda cell: 80.0)
+    text = make_plan(request, reference=tmp_path).text
+    assert "4 cells, 3 done, 1 to run." in text
+    (row,) = (line for line in text.splitlines() if "onnx" in line)
+    assert row.split()[:6] == ["1", "demo_vit", "fimaq", "w3a3", "onnx", "1"]
 
 
 def test_tables_have_a_row_and_figures_of_their_own_for_exports(tmp_path: Path) -> None:
