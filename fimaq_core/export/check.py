@@ -1,6 +1,6 @@
 """Proof that an exported file computes with the codes of the simulated model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
 from fimaq_core.export import require_export
-from fimaq_core.export.forms import layers_of
+from fimaq_core.export.facts import OnnxFacts
+from fimaq_core.export.forms import is_shifted, layers_of
+from fimaq_core.export.writing import Normalise, Outputs, export_onnx
+from fimaq_core.files import remove
 from fimaq_core.layers import QuantMatMul
 from fimaq_core.progress import OnProgress, Progress, silent
 from fimaq_core.quantizers.affine import AffineQuantizer
@@ -97,6 +100,35 @@ def check_codes(
     return result
 
 
+def checked_export(
+    chain: BlockChain,
+    inputs: Tensor,
+    path: Path,
+    facts: OnnxFacts,
+    *,
+    normalise: tuple[Sequence[float], Sequence[float]] | None = None,
+    names: Outputs = Outputs(),
+) -> CodeCheck:
+    """Write a quantized chain to ``path``, and compare all codes; see the functions for each.
+
+    ``inputs`` (n, ...) are inputs of the chain. ``normalise`` holds means and standard deviations
+    to put in front of it. No file is left if codes differ.
+    """
+    start = None if normalise is None else Normalise(*normalise)
+    around = None if start is None else (lambda inner: nn.Sequential(start, inner))
+    inputs = inputs if start is None else start.undo(inputs)
+    # Two samples at least, since a traced batch of one would stay one.
+    example = inputs[:2] if len(inputs) > 1 else inputs.repeat(2, *[1] * (inputs.ndim - 1))
+    export_onnx(chain, example, path, facts, around=around, names=names)
+    try:
+        result = check_codes(chain, path, inputs, whole=None if around is None else around(chain))
+        result.require()
+    except BaseException:
+        remove(path)
+        raise
+    return result
+
+
 def _code_names(chain: BlockChain) -> Iterator[tuple[str, Any, Any]]:
     """Yield name of the code tensor, layer and quantizer of each quantized operand."""
     for name, _, layer in layers_of(chain):
@@ -117,14 +149,18 @@ def _session(path: Path, names: list[str]) -> tuple[Any, dict[str, np.ndarray]]:
 
     model = onnx.load(path, load_external_data=False)
     values = {tensor.name: tensor for tensor in model.graph.initializer}
-    readers = {
-        node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"
-    }
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers = {node.input[0]: node for node in model.graph.node if node.op_type != "Transpose"}
     zeros: dict[str, np.ndarray] = {}
     for name in names:
         if name not in readers:
             raise ModelError(f"{path} has no codes {name}: it was made by another version.")
-        zero = numpy_helper.to_array(values[readers[name].input[2]])
+        reader = readers[name]
+        zero = np.zeros((), np.int8)  # of a weight whose input is in full precision
+        if reader.op_type == "DequantizeLinear":
+            zero = numpy_helper.to_array(values[reader.input[2]])
+        elif (following := readers[reader.output[0]]).op_type == "Sub":
+            zero = numpy_helper.to_array(values[makers[following.input[1]].input[0]])
         zeros[name] = zero.astype(np.int32)
         kind = helper.np_dtype_to_tensor_dtype(zero.dtype)
         model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
@@ -146,7 +182,7 @@ def _compare_weights(
         found, zero = torch.from_numpy(codes[name].astype(np.int32)), torch.from_numpy(zeros[name])
         if isinstance(layer, nn.Linear | nn.ConvTranspose2d):
             found = found.transpose(0, 1)
-        rows = found.flatten(1) - zero.view(-1, 1)
+        rows = found.flatten(1) - zero.reshape(-1, 1)
         wanted = quantizer.codes.int() - quantizer.zero_point.int()
         result.weights += wanted.numel()
         if rows.shape != wanted.shape or (count := int((rows != wanted).sum())):
@@ -162,13 +198,14 @@ def _forced(
     """Replace the output of each activation quantizer by the file's codes, and compare them."""
 
     def compare(name: str) -> Any:
-        theirs = torch.from_numpy(codes[name].astype(np.int32)) - int(zeros[name])
+        integers = torch.from_numpy(codes[name].astype(np.int32))
 
-        def hook(quantizer: AffineQuantizer, args: Any, kwargs: Any, _: Tensor) -> Tensor:
-            x, found = args[0], theirs
-            scale, zero = quantizer.scale.detach(), quantizer.zero_point
+        def hook(quantizer: AffineQuantizer, args: Any, kwargs: Any, _: Tensor) -> Any:
+            x, scale, zero = args[0], quantizer.scale.detach(), quantizer.zero_point
             if kwargs.get("transposed"):
-                scale, zero, found = scale.mT, zero.mT, found.mT
+                scale, zero = scale.mT, zero.mT
+            found = integers.mT if kwargs.get("transposed") else integers
+            found = found - (zero if is_shifted(quantizer) else int(zeros[name]))
             if found.shape != x.shape:
                 result.wrong.append(f"{name} has the shape {tuple(found.shape)}")
                 return x

@@ -47,6 +47,55 @@ def operator(name: str, inputs: list[Tensor], dtype: torch.dtype, **attributes: 
     return out
 
 
+class ShiftedInput(nn.Module):
+    """Activation quantizer whose codes lie too far apart for one zero point, as with 8 bits.
+
+    The codes are those of the quantizer. The output lacks :attr:`offset` and the scale
+    :attr:`behind`: ``x̂ = (output + offset) * behind``.
+    """
+
+    behind: Tensor
+    offset: Tensor
+    zero_point: Tensor
+    top: Tensor
+    none: Tensor
+    one: Tensor
+    middle: Tensor
+
+    def __init__(self, quantizer: AffineQuantizer) -> None:
+        super().__init__()
+        zeros = quantizer.zero_point.detach()
+        middle = zeros.median().clamp(0, 255)
+        self.bounded = quantizer.levels < 256
+        for name, value in (("behind", quantizer.scale.detach()), ("zero_point", zeros)):
+            self.register_buffer(name, value.clone())
+        self.register_buffer("offset", middle - zeros)
+        self.register_buffer("one", torch.ones(()))
+        for name, number in (("top", quantizer.levels - 1), ("none", 0), ("middle", int(middle))):
+            self.register_buffer(name, torch.tensor(number, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ratio = x / self.behind + self.zero_point
+        codes = operator("QuantizeLinear", [ratio, self.one, self.none], torch.uint8)
+        if self.bounded:
+            codes = operator("Clip", [codes, self.none, self.top], torch.uint8)
+        return operator("DequantizeLinear", [codes, self.one, self.middle], torch.float32)
+
+
+def input_form(
+    quantizer: AffineQuantizer, signed: bool, where: str, order: tuple[int, ...] = ()
+) -> "IntegerInput | ShiftedInput":
+    """Return the form of an activation quantizer; see :class:`IntegerInput`."""
+    if not signed and is_shifted(quantizer):
+        return ShiftedInput(quantizer)
+    return IntegerInput(quantizer, signed, where, order)
+
+
+def is_shifted(quantizer: AffineQuantizer) -> bool:
+    """Return True if the unsigned form of a quantizer is :class:`ShiftedInput`."""
+    return not Container.of(quantizer, False).fits(False)
+
+
 class Container(NamedTuple):
     """Integers that hold the codes of one activation quantizer in the file."""
 
@@ -55,22 +104,16 @@ class Container(NamedTuple):
     high: Tensor  # highest integer
 
     @classmethod
-    def of(cls, quantizer: AffineQuantizer, signed: bool, where: str) -> "Container":
-        """Find the container of a calibrated quantizer.
-
-        Raises:
-            ModelError: the codes of the layer ``where`` do not fit 8 bits around one zero point.
-        """
+    def of(cls, quantizer: AffineQuantizer, signed: bool) -> "Container":
+        """Find the container of a calibrated quantizer; its integers may have over 8 bits."""
         zeros = quantizer.zero_point.detach()
-        least, most = (-128, 127) if signed else (0, 255)
         zero = 0 if signed else max(0, int(zeros.max()))
-        low, high = zero - zeros, zero - zeros + quantizer.levels - 1
-        if low.min() < least or high.max() > most:
-            raise ModelError(
-                f"The codes of {where} do not fit 8-bit integers (zero points {zeros.min():g} to "
-                f"{zeros.max():g}): {_ADVICE[signed]}."
-            )
-        return cls(zero, low, high)
+        return cls(zero, zero - zeros, zero - zeros + quantizer.levels - 1)
+
+    def fits(self, signed: bool) -> bool:
+        """Return True if all integers have 8 bits."""
+        least, most = (-128, 127) if signed else (0, 255)
+        return bool(self.low.min() >= least and self.high.max() <= most)
 
 
 class IntegerInput(nn.Module):
@@ -82,6 +125,7 @@ class IntegerInput(nn.Module):
     """
 
     scale: Tensor
+    one: Tensor
     zeros: Tensor
     zero: Tensor
     low: Tensor
@@ -95,9 +139,18 @@ class IntegerInput(nn.Module):
 
         ``order`` lists the dimensions of the input as they lie in memory, if they are permuted. The
         codes are made in this order, so that runtimes move bytes and not floats.
+
+        Raises:
+            ModelError: the codes of the layer ``where`` do not fit 8 bits around one zero point.
         """
         super().__init__()
-        box, scale = Container.of(quantizer, signed, where), quantizer.scale.detach()
+        box, scale = Container.of(quantizer, signed), quantizer.scale.detach()
+        if not box.fits(signed):
+            zeros = quantizer.zero_point
+            raise ModelError(
+                f"The codes of {where} do not fit 8-bit integers (zero points {zeros.min():g} to "
+                f"{zeros.max():g}): {_ADVICE[signed]}."
+            )
         self.dtype = torch.int8 if signed else torch.uint8
         back = sorted(range(len(order)), key=order.__getitem__)
         self.order, self.back = order, tuple(back)
@@ -118,12 +171,11 @@ class IntegerInput(nn.Module):
         self.register_buffer("high", _squeezed(bounds[1]).to(self.dtype))
         wide = [dim for dim, size in enumerate(own.shape) if size > 1]
         self.rank, self.divided = own.ndim, False
-        self.first = self.last = (
-            0  # dimensions that one scale each belongs to, if there are several
-        )
+        self.first = self.last = 0  # dimensions with several scales
         if wide:
             self.first, self.last = wide[0], wide[-1]
-            # A run of dimensions with scales becomes one axis. QuantizeLinear is slow along the last.
+            # A run of dimensions with scales becomes one axis. Along the last dimension,
+            # QuantizeLinear would be slow.
             self.divided = self.last == own.ndim - 1 or 1 in own.shape[self.first : self.last]
         kept = own if self.divided else own.flatten()
         self.register_buffer("scale", kept.clone() if wide else scale.reshape(()).clone())
@@ -160,7 +212,7 @@ class IntegerInput(nn.Module):
 
 
 def _squeezed(values: Tensor) -> Tensor:
-    """Return ``values`` without repetitions: size 1 where all values along a dimension are equal."""
+    """Return ``values`` with size 1 along dimensions where all values are equal."""
     for dim in range(values.ndim):
         first = values.narrow(dim, 0, 1)
         if bool((values == first).all()):
@@ -197,8 +249,17 @@ class IntegerWeight(nn.Module):
         self.register_buffer("integers", integers)
         self.register_buffer("scale", quantizer.scale.detach().flatten().clone())
         self.register_buffer("zeros", rest.flatten().to(torch.int8))
+        self.shifted = bool(rest.any())
 
-    def forward(self) -> Tensor:
+    def forward(self, alone: bool = False) -> Tensor:
+        """Return the weight; ``alone``: its product has a float operand.
+
+        Onnxruntime would quantize that operand to 8 bits if it saw DequantizeLinear before MatMul.
+        """
+        if alone:
+            values, scale = self.integers.float(), self.scale
+            values = values - self.zeros.float() if self.shifted else values
+            return values * scale
         inputs = [self.integers, self.scale, self.zeros]
         return operator("DequantizeLinear", inputs, torch.float32, axis=self.axis)
 
@@ -206,39 +267,51 @@ class IntegerWeight(nn.Module):
 class IntegerLayer(nn.Module):
     """Layer with a weight in the file."""
 
+    float_weight: Tensor
+    correction: Tensor
+    bias: Tensor | None
+
     def __init__(self, layer: WeightLayer, signed: bool, where: str) -> None:
         super().__init__()
         self.weight: IntegerWeight | None = None
         if layer.weight_quantizer.off:
-            self.register_buffer("float_weight", layer.weight.detach().clone())
+            weight = layer.weight.detach()
+            turned = isinstance(layer, nn.Linear | QuantConvTranspose2d)
+            weight = weight.transpose(0, 1).contiguous() if turned else weight.clone()
+            self.register_buffer("float_weight", weight)
         else:
             self.weight = IntegerWeight(layer, signed, where)
         quantizer, self.input = layer.input_quantizer, None
         if not quantizer.off:
             assert isinstance(quantizer, AffineQuantizer)
-            self.input = IntegerInput(quantizer, signed, where)
+            linear = isinstance(layer, nn.Linear)
+            self.input = (input_form if linear else IntegerInput)(quantizer, signed, where)
+            if isinstance(self.input, ShiftedInput):
+                weight = layer.weight_quantizer.quantized(layer.weight.detach())
+                self.register_buffer("correction", self.input.offset * weight.sum(1))
         bias = layer._quantized_form_bias()
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.layer = [layer]  # in a list, so that its tensors are not part of the file
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, behind = self.layer[0], None
+        layer = self.layer[0]
         if self.input is not None:
-            x, behind = self.input(x), self.input.behind
-        bias = self.bias if behind is None else None
-        if isinstance(layer, nn.Linear):
-            weight = self.float_weight.t() if self.weight is None else self.weight()
-            out = x @ weight
-            out = out if behind is None else out * behind
-            return out if self.bias is None else out + self.bias
-        weight = self.float_weight if self.weight is None else self.weight()
+            x = self.input(x)
+        alone = self.input is None and isinstance(layer, nn.Linear)
+        weight = self.float_weight if self.weight is None else self.weight(alone)
         if isinstance(layer, QuantConvTranspose2d):
             sizes: Any = (layer.stride, layer.padding, layer.output_padding, 1, layer.dilation)
-            out = F.conv_transpose2d(x, weight, bias, *sizes)
-        else:
-            assert isinstance(layer, QuantConv2d)
-            out = layer._conv_forward(x, weight, bias)
-        return out
+            return F.conv_transpose2d(x, weight, self.bias, *sizes)
+        if isinstance(layer, QuantConv2d):
+            out: Tensor = layer._conv_forward(x, weight, self.bias)
+            return out
+        # Not ``x @ weight``, which in blocks of own modules would be a product of activations.
+        out = torch.ops.aten.matmul.default(x, weight)
+        if isinstance(self.input, ShiftedInput):
+            out = out + self.correction
+        if self.input is not None and self.input.behind is not None:
+            out = out * self.input.behind
+        return out if self.bias is None else out + self.bias
 
 
 class IntegerProduct(nn.Module):
@@ -246,17 +319,22 @@ class IntegerProduct(nn.Module):
 
     def __init__(self, product: QuantMatMul, signed: bool, where: str, orders: Orders) -> None:
         super().__init__()
+        pairs: Any = zip((product.a_quantizer, product.b_quantizer), orders, strict=True)
         self.a, self.b = (
-            None if quantizer.off else IntegerInput(quantizer, signed, where, order)
-            for quantizer, order in zip(
-                (product.a_quantizer, product.b_quantizer), orders, strict=True
-            )
+            None if quantizer.off else input_form(quantizer, signed, where, order)
+            for quantizer, order in pairs
         )
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         parts = [(self.a, a), (self.b, b)]
         left, right = (value if form is None else form(value) for form, value in parts)
         out = left @ right
+        if isinstance(self.a, ShiftedInput):
+            out = out + self.a.offset * right.sum(-2, keepdim=True)
+        if isinstance(self.b, ShiftedInput):
+            if isinstance(self.a, ShiftedInput):
+                left = left + self.a.offset
+            out = out + left.sum(-1, keepdim=True) * self.b.offset
         scales = [form.behind for form, _ in parts if form is not None and form.behind is not None]
         heads = [scale for scale in scales if scale.numel() == scale.shape[1]]
         if len(heads) == 2:
@@ -289,7 +367,7 @@ def integer_chain(chain: BlockChain, example: Tensor, signed: bool) -> BlockChai
     orders: dict[str, Orders] = {}
 
     def note(path: str) -> Any:
-        return lambda _, operands: orders.update({path: tuple(map(_order, operands))})
+        return lambda _, operands: orders.update({path: (_order(operands[0]), _order(operands[1]))})
 
     found = list(layers_of(chain))
     hooks = [
@@ -315,6 +393,7 @@ def integer_chain(chain: BlockChain, example: Tensor, signed: bool) -> BlockChai
 
 def _order(operand: Tensor) -> tuple[int, ...]:
     """Return the dimensions of a tensor from the largest stride to the smallest, or ``()``."""
-    order = tuple(sorted(range(operand.ndim), key=lambda dim: -operand.stride(dim)))
+    strides: tuple[int, ...] = operand.stride()
+    order = tuple(sorted(range(operand.ndim), key=lambda dim: -strides[dim]))
     moved = order[0] == 0 and order != tuple(range(operand.ndim))
     return order if moved else ()

@@ -17,8 +17,8 @@ def check_exportable(recipe: Recipe) -> None:
         kinds = " and ".join(f"{name} {kind}" for name, kind in found.items())
         options = " ".join(f"--{name.replace('_', '-')} uniform" for name in found)
         raise RecipeError(
-            f"The recipe of '{recipe.method}' has no integer form: {kinds} does not lie on a "
-            f"uniform grid. The nearest recipe that exports is --method {recipe.method} {options}: "
+            f"The recipe of '{recipe.method}' has no integer form: codes of {kinds} do not lie on "
+            f"a uniform grid. The nearest recipe that exports is --method {recipe.method} {options}: "
             "quantize with it first."
         )
     if recipe.w_bits == OFF:

@@ -18,11 +18,17 @@ from fimaq_core.errors import ModelError
 from fimaq_core.export import packing, require_export
 from fimaq_core.export.facts import KEY, LayerFacts, OnnxFacts
 from fimaq_core.export.forms import OPSET, integer_chain, layers_of
+from fimaq_core.export.recipes import check_exportable
 from fimaq_core.files import replaced_whole
 from fimaq_core.layers import QuantMatMul
+from fimaq_core.recipe import Recipe
 
 #: Version of the file format that belongs to the operators.
 _IR_VERSION = 10
+#: Tensor of a form: path of the layer in the chain, and the tensor's name in the form.
+_TENSOR = re.compile(
+    r"(?:^|\.)(segments\.\d+\.block(?:\..+?)??)\.((?:(?:input|weight|a|b)\.)?\w+)$"
+)
 _PATH = re.compile(r"(?:^|\.)(segments\.\d+\.block(?:\..+)?)$")
 
 
@@ -40,6 +46,11 @@ class Normalise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images.float() * self.factor + self.shift).permute(0, 3, 1, 2)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Return the uint8 images (n, H, W, C) of normalised images (n, C, H, W)."""
+        values = (images.permute(0, 2, 3, 1) - self.shift) / self.factor
+        return values.round().clamp(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -102,11 +113,13 @@ def export_onnx(
         names: names of input and outputs.
 
     Raises:
+        RecipeError: a quantizer of the recipe has no integer form.
         ModelError: the extra is not installed, the model has a part that cannot be exported, or
             codes do not fit 8 bits.
         CheckpointError: the file cannot be written.
     """
     require_export()
+    check_exportable(Recipe.model_validate(facts.recipe))
     import onnx
 
     whole = chain if around is None else around(chain)
@@ -161,7 +174,7 @@ def _first_input(whole: nn.Module, chain: BlockChain, example: Tensor) -> Tensor
 
 def _traced(module: nn.Module, example: Tensor, names: Outputs) -> Any:
     """Export a module with a free batch dimension, and return the ONNX model."""
-    import onnxscript  # noqa: F401 torch asks for it late, with a worse message
+    from onnxscript.optimizer import optimize_ir
 
     loud = [
         logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
@@ -181,26 +194,33 @@ def _traced(module: nn.Module, example: Tensor, names: Outputs) -> Any:
                 input_names=[names.input],
                 output_names=list(names.outputs),
                 verbose=False,
+                optimize=False,
             )
+            assert program is not None
+            # The integers of weights must stay integers.
+            optimize_ir(program.model, should_fold=lambda node: False if _reads(node) else None)
     except Exception as error:
         first = str(error.__cause__ or error).strip().split("\n")[0]
         raise ModelError(f"This model cannot be exported to ONNX: {first:.300}") from error
     finally:
         for logger, level in zip(loud, levels, strict=True):
             logger.setLevel(level)
-    assert program is not None
     return copy.deepcopy(program.model_proto)
+
+
+def _reads(node: Any) -> bool:
+    """Return True if a node reads the integers of a weight."""
+    return any(one is not None and (one.name or "").endswith(".integers") for one in node.inputs)
 
 
 def _rename(model: Any, layers: dict[str, str]) -> None:
     """Name tensors after layers: code tensors ``<layer>.<operand>.codes``, and initializers."""
     new: dict[str, str] = {}
     for tensor in model.graph.initializer:
-        for path, name in layers.items():
-            head, found, rest = tensor.name.partition(f"{path}.")
-            if found and head in ("", "chain.") and rest.count(".") < 2:
-                rest = {"weight.integers": "weight.codes"}.get(rest, rest)
-                new[tensor.name] = f"{name}.{rest}"
+        found = _TENSOR.search(tensor.name)
+        if found and found[1] in layers:
+            rest = found[2].replace("weight.integers", "weight.codes")
+            new[tensor.name] = f"{layers[found[1]]}.{rest}"
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
             layer, operand = _scope(node, layers)
