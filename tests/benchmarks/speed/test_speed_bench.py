@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.speed.command import main
 from benchmarks.speed.memory import peak_of_block
-from benchmarks.speed.results import read_records, tables
+from benchmarks.speed.results import SpeedRecord, read_records, tables
 from benchmarks.speed.steps import measure_rates, step_bytes
 from benchmarks.speed.walk import SegmentTimes, extrapolate, protocol_seconds, walk
 from benchmarks.speed.workload import Workload, make_workload
@@ -137,7 +137,7 @@ def test_the_command_writes_whole_records(records: Path) -> None:
 def test_the_tables_of_a_file_are_printed(records: Path) -> None:
     found = CliRunner().invoke(main, ["--table", str(records)])
     assert found.exit_code == 0
-    assert found.output == f"{tables(read_records(records))}\n"
+    assert found.output == f"{tables(read_records(records, SpeedRecord))}\n"
     assert "demo_vit" in found.output
 
 
@@ -151,6 +151,8 @@ def test_unusable_requests_are_one_line(tmp_path: Path) -> None:
 
 
 def test_tables_of_the_committed_records_are_those_of_the_readme() -> None:
-    records = read_records(Path(__file__).parents[3] / "results" / "reference" / "speed.json")
+    records = read_records(
+        Path(__file__).parents[3] / "results" / "reference" / "speed.json", SpeedRecord
+    )
     assert [record.model for record in records] == ["demo_vit", "vit_small"]
     assert tables(records) in README.read_text(encoding="utf-8")

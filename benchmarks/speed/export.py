@@ -1,0 +1,155 @@
+"""Exports to ONNX on this machine: size, integer coverage, and speed beside float32."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from benchmarks.speed.workload import whole_model
+from fimaq_core.calibration.calibrate import calibrate
+from fimaq_core.chain import BlockChain
+from fimaq_core.export import require_export
+from fimaq_core.export.facts import OnnxFacts
+from fimaq_core.export.runtime import OnnxModel
+from fimaq_core.export.timing import speed
+from fimaq_core.export.writing import export_float, export_onnx
+from fimaq_core.layers import decide_roundings, set_quantized
+from fimaq_core.progress import silent
+from fimaq_core.recipe import Recipe, make_recipe
+from fimaq_core.reconstruction.reconstruct import expand_per_token
+from fimaq_core.samples import Samples
+from tasks.classification.tags import DEMO_NAMES
+from tasks.common.cell.environment import describe
+from tasks.common.cell.prepare import prepare
+from tasks.common.request import CellRequest, DataRequest, ModelRequest
+
+#: Model with two parts, which are exported one by one.
+CLIP = "demo_clip"
+#: Models to export by default.
+MODELS = ("vit_small", *DEMO_NAMES, CLIP)
+#: Samples per run when the speed is measured.
+BATCHES = (1, 8)
+#: Packages whose versions decide the speed.
+_PACKAGES = ("torch", "onnx", "onnxruntime")
+
+
+class Ratio(BaseModel):
+    """Time of the float32 file divided by the time of the file, in one process."""
+
+    ratio: float  #: median over pairs of runs
+    low: float  #: lower quartile
+    high: float  #: upper quartile
+    float_ms: float  #: median of the float32 file
+    ms: float  #: median of the file
+
+
+class ExportRecord(BaseModel):
+    """Size, integer coverage and speed of an exported model on a device."""
+
+    device: str  #: name, with the number of threads
+    model: str  #: short name, with the part in brackets if the model has several
+    settings: str  #: method and bits, and what was done
+    weights: str  #: ``random`` or ``trained``
+    bytes: int
+    packed_bytes: int  #: with weights stored in 4 bits
+    float_bytes: int
+    integer_macs: int  #: multiply-adds per sample that onnxruntime runs in integers
+    quantized_macs: int  #: those with two quantized operands
+    macs: int  #: those of all quantizable layers
+    speed: dict[int, Ratio]  #: by samples per run
+    versions: dict[str, str]
+    date: str
+    revision: str  #: git revision of this project
+
+
+def measure_exports(
+    names: Iterable[str], threads: int, rounds: int, say: Callable[[str], None]
+) -> Iterator[ExportRecord]:
+    """Export models with ranges of W4/A4 FIMA-Q, without reconstruction, and yield their records.
+
+    ``rounds`` is the number of pairs of runs that a speed is measured with. ``say`` prints one line
+    per model. Raises ModelError if the extra is not installed.
+    """
+    require_export()
+    changes = {"calibration_images": 8, "range_images": 8, "range_search": "minmax"}
+    recipe = make_recipe("fimaq", {"w_bits": 4, "a_bits": 4, **changes})
+    for name in names:
+        for part, chain, inputs in _parts(name, recipe):
+            label = f"{name} [{part}]" if part else name
+            say(f"{label}: export, coverage and speed at batches of {BATCHES[0]} and {BATCHES[1]}")
+            calibrate(chain, inputs, recipe)
+            expand_per_token(chain, inputs[:1])
+            decide_roundings(chain)
+            set_quantized(chain, True)
+            yield _measure(label, chain, inputs[:2], recipe, threads, rounds)
+
+
+def _parts(name: str, recipe: Recipe) -> Iterator[tuple[str, BlockChain, Tensor]]:
+    """Yield name, chain and inputs (n, ...) of each part of a model."""
+    if name != CLIP:
+        yield "", *whole_model(name, recipe, torch.device("cpu"))
+        return
+    request = CellRequest("retrieval", ModelRequest(name), DataRequest(), recipe)
+    for part in prepare(request, silent).parts:
+        yield part.name, part.chain, Samples.of(part.inputs).whole
+
+
+def _measure(
+    label: str, chain: BlockChain, example: Tensor, recipe: Recipe, threads: int, rounds: int
+) -> ExportRecord:
+    facts = OnnxFacts(
+        model=label,
+        weights_sha256="",
+        recipe=recipe.model_dump(mode="json"),
+        recipe_digest=recipe.digest(),
+        part="text" if example.ndim == 2 else "",
+        layers=[],
+    )
+    with tempfile.TemporaryDirectory(prefix="fimaq-") as folder:
+        own, packed, plain = (Path(folder) / f"{name}.onnx" for name in ("own", "packed", "float"))
+        export_onnx(chain, example, own, facts)
+        export_onnx(chain, example, packed, facts.model_copy(update={"packed": True}))
+        export_float(chain, example, plain)
+        covered = OnnxModel(own, threads).coverage()
+        ratios = {batch: speed(plain, own, batch, threads, rounds) for batch in BATCHES}
+        sizes = [path.stat().st_size for path in (own, packed, plain)]
+    environment = describe(torch.device("cpu"))
+    return ExportRecord(
+        device=f"{environment.device}, {threads} threads",
+        model=label,
+        settings="fimaq w4a4, calibrated only",
+        weights="trained" if label.startswith("demo_") else "random",
+        bytes=sizes[0],
+        packed_bytes=sizes[1],
+        float_bytes=sizes[2],
+        integer_macs=covered.integer_macs,
+        quantized_macs=covered.quantized_macs,
+        macs=covered.macs,
+        speed={batch: Ratio(**found._asdict()) for batch, found in ratios.items()},
+        versions={name: version(name) for name in _PACKAGES},
+        date=datetime.now(UTC).date().isoformat(),
+        revision=environment.git_revision,
+    )
+
+
+def rows(records: Sequence[ExportRecord]) -> list[dict[str, str]]:
+    """Return the rows of the printed table."""
+    return [
+        {
+            "model": record.model,
+            "float32, MB": f"{record.float_bytes / 1e6:.2f}",
+            "int8": f"{record.bytes / record.float_bytes:.2f}",
+            "packed": f"{record.packed_bytes / record.float_bytes:.2f}",
+            "coverage, %": f"{100 * record.integer_macs / max(record.quantized_macs, 1):.1f}",
+            **{
+                f"speed at {batch}": f"{own.ratio:.2f} ({own.low:.2f} to {own.high:.2f})"
+                for batch, own in record.speed.items()
+            },
+        }
+        for record in records
+    ]
