@@ -164,14 +164,14 @@ def _number(content: bytes, at: int) -> tuple[int, int]:
 def _messages(message: Any) -> Iterator[Any]:
     """Yield a protobuf message and all messages in it. Raises _Fault."""
     yield message
-    try:
-        fields = message.ListFields()
-    except UnicodeDecodeError as error:
-        raise _Fault("is damaged (a text is not UTF-8)", "copy or export it again") from error
-    for field, value in fields:
+    for field, value in message.ListFields():
+        alone = isinstance(value, str | bytes) or hasattr(value, "ListFields")
+        values = [value] if alone else value
         if field.message_type is not None:
-            for inner in [value] if hasattr(value, "ListFields") else value:
+            for inner in values:
                 yield from _messages(inner)
+        elif field.type == field.TYPE_STRING and bytes in map(type, values):
+            raise _Fault("is damaged (a text is not UTF-8)", "copy or export it again")
 
 
 def _facts(model: Any, path: Path) -> OnnxFacts:
@@ -198,7 +198,8 @@ def _check_versions(model: Any) -> None:
     known = onnx.defs.onnx_opset_version()
     if versions[0] > known or model.ir_version > onnx.IR_VERSION:
         raise _Fault(
-            f"is newer than the installed onnx (operators {versions[0]}, format {model.ir_version})",
+            f"is newer than onnx {onnx.__version__} (operators {versions[0]}, "
+            f"format {model.ir_version})",
             "update it with pip install -U onnx onnxruntime",
         )
 

@@ -2,7 +2,11 @@
 
 import functools
 import os
+import resource
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,8 @@ _APART = {
     "session.optimized_model_external_initializers_file_name": "weights",
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
 }
-#: Bytes that all sessions of this process may use: three quarters of the machine's memory.
+#: Bytes that all runs in this process may use, and each loading: three quarters of the machine's
+#: memory. A small file can ask for tensors of any size.
 _MOST_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 * 3
 
 
@@ -112,9 +117,10 @@ class OnnxModel(nn.Module):
         # The checked content, written anew: the file itself may have changed.
         content = self.file.model.SerializeToString()
         try:
-            return onnxruntime.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"]
-            )
+            with _bounded_memory():
+                return onnxruntime.InferenceSession(
+                    content, options, providers=["CPUExecutionProvider"]
+                )
         except Exception as error:
             raise ModelError(self._reason("load", error)) from error
 
@@ -130,10 +136,7 @@ class OnnxModel(nn.Module):
 
 @functools.cache
 def _prepare() -> None:
-    """Bound the memory of all sessions of this process, and switch reports to the maker off.
-
-    A small file can ask for tensors of any size.
-    """
+    """Bound the memory of all runs in this process, and switch reports to the maker off."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()
@@ -143,3 +146,28 @@ def _prepare() -> None:
     usual = ("arena_extend_strategy", "initial_chunk_size_bytes", "max_dead_bytes_per_chunk")
     bounds = {"max_mem": _MOST_MEMORY, **dict.fromkeys(usual, -1)}
     onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg(bounds))
+
+
+_LOADING = threading.Lock()
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Bound the memory that this process takes in the block, where the system can do so.
+
+    While it loads a file, onnxruntime computes constants outside its own bound.
+    """
+    sizes = Path("/proc/self/statm")
+    if not sizes.exists():
+        yield
+        return
+    with _LOADING:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(sizes.read_text(encoding="ascii").split()[0])
+        most = pages * os.sysconf("SC_PAGE_SIZE") + _MOST_MEMORY
+        if soft == resource.RLIM_INFINITY or most < soft:
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

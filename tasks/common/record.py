@@ -32,6 +32,7 @@ from tasks.common.record_entries import (
     Count,
     Dataset,
     Environment,
+    Exported,
     FileName,
     LayerEntry,
     Metric,
@@ -44,15 +45,16 @@ from tasks.common.record_entries import (
 )
 
 __all__ = [
-    "BlockFigures", "Calibration", "Dataset", "Environment", "LayerEntry", "Metric", "ModuleMap",
-    "NotMeasured", "ResultRecord", "Weights",
+    "BlockFigures", "Calibration", "Dataset", "Environment", "Exported", "LayerEntry", "Metric",
+    "ModuleMap", "NotMeasured", "ResultRecord", "Weights",
 ]  # fmt: skip
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 #: Fields by the version that added them. Their defaults mean "not recorded".
 _ADDED = {
     2: ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint"),
     4: ("identity", "model_args", "artefacts"),
+    5: ("exported",),
 }
 
 #: Metrics of the tasks here, as patterns; other tasks have metrics of their own.
@@ -83,7 +85,7 @@ class ResultRecord(Strict):
         print(record.model, record.method, record.metrics["top1"].value)
     """
 
-    schema_version: Literal[4] = 4
+    schema_version: Literal[5] = 5
     identity: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # empty in old records
     task: Text
     model: Text
@@ -104,6 +106,7 @@ class ResultRecord(Strict):
     calibration: Calibration | None
     artefacts: dict[FileName, Sha256] = {}  # shared files that were used, and of their tensors
     modules: ModuleMap | None
+    exported: Exported | None = None  # file that was measured in place of the simulated model
     last_loss: dict[Text, FiniteFloat] = {}
     fisher_passes: dict[Text, Count] = {}
     notes: list[Annotated[str, Field(max_length=100_000)]] = []
@@ -271,6 +274,11 @@ def contradictions(record: ResultRecord) -> Iterator[str]:
         with contextlib.suppress(ValidationError):
             if Recipe.model_validate(recipe).digest() != record.recipe_digest:
                 yield "its recipe has another digest than the record says"
+    if (own := record.exported) is not None:
+        if recipe is None:
+            yield "it is of the full-precision model, and of an export, which is quantized"
+        if not own.integer_macs <= own.quantized_macs <= own.macs:
+            yield "its export has more multiply-adds in integers, or of quantized layers, than all"
     if not count - left_out <= record.n <= count:
         yield f"n is {record.n}, with {count} samples and {left_out} damaged images"
     known = METRICS.get(record.task, "")

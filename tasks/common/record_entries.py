@@ -116,6 +116,22 @@ class Environment(Strict):
     threads: Count
 
 
+class Exported(Strict):
+    """ONNX file whose outputs were measured; multiply-adds (``macs``) are those of one sample."""
+
+    sha256: Sha256
+    bytes: Bytes
+    float_bytes: Bytes  # of the same export in full precision
+    weights: Literal["int8", "packed"]  # packed: weights of 2 to 4 bits in 3 or 4 bits
+    signed: bool  # True: zero points of activations are 0
+    integer_macs: Count  # in integer operators of the runtime
+    quantized_macs: Count  # of layers with two quantized operands, which integers can compute
+    macs: Count  # of all quantizable layers
+    # Time of the full-precision export divided by the time of this file; None if not measured.
+    speed: Amount | None = None
+    runtime: Text  # name and version
+
+
 class BlockFigures(Strict):
     """Quality of a reconstructed block.
 

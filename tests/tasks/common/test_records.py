@@ -18,6 +18,7 @@ from tasks.common.record import (
     Calibration,
     Dataset,
     Environment,
+    Exported,
     LayerEntry,
     Metric,
     ModuleMap,
@@ -39,6 +40,19 @@ FULL: dict[str, Any] = {
     **dict.fromkeys(("seed", "recipe", "calibration", "modules")),
     **{"method": "fp", "recipe_digest": "", "w_bit": 32, "a_bit": 32},
 }
+
+EXPORTED = Exported(
+    sha256="3" * 64,
+    bytes=23_000_000,
+    float_bytes=89_000_000,
+    weights="int8",
+    signed=False,
+    integer_macs=90,
+    quantized_macs=90,
+    macs=100,
+    speed=1.7,
+    runtime="onnxruntime 1",
+)
 
 
 def record(**changes: Any) -> ResultRecord:
@@ -103,6 +117,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_record(path).model_copy(update={"fingerprint": ""}) == original
     assert len(read_record(path).fingerprint) == 64
     assert recipe_of(read_record(path)) == make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
+    export = record(exported=EXPORTED)
+    path = write_record(export, tmp_path / "cell")
+    assert read_record(path).exported == EXPORTED
     full = record(**FULL)
     path = write_record(full, tmp_path / "cell")
     assert read_record(path).model_copy(update={"fingerprint": ""}) == full
@@ -152,7 +169,7 @@ def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None
             f',\n "fingerprint": "{mark}"', ""
         ),
         "an empty one": text.replace(mark, ""),
-        "an older version": text.replace('"schema_version": 4', '"schema_version": 1'),
+        "an older version": text.replace('"schema_version": 5', '"schema_version": 1'),
     }[change]
     assert edited != text
     path.write_text(edited, encoding="utf-8")
@@ -168,9 +185,9 @@ def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None
 def test_newer_schemas_and_what_is_no_record_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"schema version 5, and this version of fimaq reads up to 4: update fimaq",
+        match=r"schema version 6, and this version of fimaq reads up to 5: update fimaq",
     ):
-        read_record(written(tmp_path, schema_version=5))
+        read_record(written(tmp_path, schema_version=6))
     for version in (None, "2", 0, True, 2.0):
         with pytest.raises(CheckpointError, match="is no record: its schema version is"):
             read_record(written(tmp_path, schema_version=version))
@@ -234,6 +251,8 @@ def test_numbers_and_texts_that_no_run_writes_are_refused(tmp_path: Path) -> Non
         ("artefacts", {"../x": "0" * 64}),
         ("artefacts", {"x.safetensors": "0"}),
         ("outcomes_sha256", "0"),
+        ("exported", {**EXPORTED.model_dump(mode="json"), "speed": -1}),
+        ("exported", {**EXPORTED.model_dump(mode="json"), "weights": "int1"}),
     ):
         with pytest.raises(CheckpointError, match=f"is not valid: {field}") as caught:
             read_record(written(tmp_path, **{field: value}))
@@ -251,6 +270,7 @@ def test_records_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
     recipe = record().recipe
     assert recipe is not None
     both = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3, "scope": "both"})
+    export = EXPORTED.model_dump(mode="json")
     for changes, words in (
         ({"method": "qdrop"}, "method is 'qdrop', and 'fimaq' in its recipe"),
         ({"w_bit": 4}, "w_bit is 4, and 3 in its recipe"),
@@ -270,6 +290,9 @@ def test_records_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
         ({"n": 50_001}, "n is 50001, with 50000 samples and 0 damaged images"),
         ({"n": 49_998, "skipped_images": ["a.png"]}, "n is 49998, with 50000 samples and 1"),
         ({"task": "detection"}, "task detection has no metric 'top1'"),
+        ({**FULL, "exported": export}, "full-precision model, and of an export"),
+        ({"exported": {**export, "integer_macs": 91}}, "more multiply-adds in integers"),
+        ({"exported": {**export, "macs": 89}}, "more multiply-adds in integers"),
     ):
         with pytest.raises(CheckpointError, match="is not valid") as caught:
             read_record(written(tmp_path, **changes))

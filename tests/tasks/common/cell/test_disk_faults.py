@@ -220,7 +220,7 @@ def damaged(path: Path, how: str) -> None:
         "empty": "",
         "newer": read_record(path)
         .model_dump_json()
-        .replace('"schema_version":4', '"schema_version":5'),
+        .replace('"schema_version":5', '"schema_version":6'),
     }[how]
     assert content != text
     path.write_text(content, encoding="utf-8")
