@@ -7,11 +7,10 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.compare.alike import changed_settings
-from benchmarks.console import duration, size_text
+from benchmarks.console import duration, share_text, size_text
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group
 from benchmarks.results.scores import Measured, sample_counts, unique
-from benchmarks.tables.exports import coverage_text
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
 from tasks.common.record import LayerEntry, ResultRecord, recipe_of
@@ -97,10 +96,10 @@ def _facts(item: Measured, gathered: Gathered) -> dict[str, Dict]:
 
 def _export(own: Exported) -> Dict:
     """Return the facts of an exported file: its size, and what ran in integers."""
-    share = coverage_text(100 * own.integer_macs / max(own.quantized_macs, 1))
+    share = share_text(100 * own.integer_macs / max(own.quantized_macs, 1))
     return {
         "size": f"{size_text(own.bytes)}, {own.bytes / max(own.float_bytes, 1):.2f} of float32",
-        "weights": "4 or 3 bits" if own.weights == "packed" else own.weights,
+        "weights": "packed in 3 or 4 bits" if own.weights == "packed" else own.weights,
         "zero points of activations": "0" if own.signed else "as calibrated",
         "ran in integers": f"{own.integer_macs:,} of the {own.quantized_macs:,} multiply-adds with "
         f"two quantized operands ({share} %)",

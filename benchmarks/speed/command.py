@@ -95,10 +95,9 @@ def main(
     click.echo(f"\n{tables(done, 'simple')}\n\nRecords: {output}")
     if export is not None:
         chosen = names if models or quick else exports.MODELS
+        rounds = {1: 2} if quick else exports.ROUNDS
         found = []
-        for record in exports.measure_exports(
-            chosen, torch.get_num_threads(), 2 if quick else 30, say
-        ):
+        for record in exports.measure_exports(chosen, torch.get_num_threads(), say, rounds):
             write_record(export, record)
             found.append(record)
         click.echo(f"\n{tabulate(exports.rows(found), headers='keys')}\n\nRecords: {export}")

@@ -1,7 +1,7 @@
 """Exports to ONNX on this machine: size, integer coverage, and speed beside float32."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from benchmarks.console import share_text
 from benchmarks.speed.workload import whole_model
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
@@ -32,8 +33,8 @@ from tasks.common.request import CellRequest, DataRequest, ModelRequest
 CLIP = "demo_clip"
 #: Models to export by default.
 MODELS = ("vit_small", *DEMO_NAMES, CLIP)
-#: Samples per run when the speed is measured.
-BATCHES = (1, 8)
+#: Pairs of runs that a speed is measured with, by samples per run.
+ROUNDS = {1: 30, 8: 12}
 #: Packages whose versions decide the speed.
 _PACKAGES = ("torch", "onnx", "onnxruntime")
 
@@ -68,12 +69,15 @@ class ExportRecord(BaseModel):
 
 
 def measure_exports(
-    names: Iterable[str], threads: int, rounds: int, say: Callable[[str], None]
+    names: Iterable[str],
+    threads: int,
+    say: Callable[[str], None],
+    rounds: Mapping[int, int] = ROUNDS,
 ) -> Iterator[ExportRecord]:
     """Export models with ranges of W4/A4 FIMA-Q, without reconstruction, and yield their records.
 
-    ``rounds`` is the number of pairs of runs that a speed is measured with. ``say`` prints one line
-    per model. Raises ModelError if the extra is not installed.
+    ``say`` prints one line per model; ``rounds`` is as :data:`ROUNDS`. Raises ModelError if the
+    extra is not installed.
     """
     require_export()
     changes = {"calibration_images": 8, "range_images": 8, "range_search": "minmax"}
@@ -81,12 +85,9 @@ def measure_exports(
     for name in names:
         for part, chain, inputs in _parts(name, recipe):
             label = f"{name} [{part}]" if part else name
-            say(f"{label}: export, coverage and speed at batches of {BATCHES[0]} and {BATCHES[1]}")
+            say(f"{label}: export, integer coverage and speed")
             calibrate(chain, inputs, recipe)
-            expand_per_token(chain, inputs[:1])
-            decide_roundings(chain)
-            set_quantized(chain, True)
-            yield _measure(label, chain, inputs[:2], recipe, threads, rounds)
+            yield measure_export(label, chain, inputs[:2], recipe, threads, rounds)
 
 
 def _parts(name: str, recipe: Recipe) -> Iterator[tuple[str, BlockChain, Tensor]]:
@@ -99,9 +100,18 @@ def _parts(name: str, recipe: Recipe) -> Iterator[tuple[str, BlockChain, Tensor]
         yield part.name, part.chain, Samples.of(part.inputs).whole
 
 
-def _measure(
-    label: str, chain: BlockChain, example: Tensor, recipe: Recipe, threads: int, rounds: int
+def measure_export(
+    label: str,
+    chain: BlockChain,
+    example: Tensor,
+    recipe: Recipe,
+    threads: int,
+    rounds: Mapping[int, int],
 ) -> ExportRecord:
+    """Export a calibrated chain, and return its record; ``example`` is a batch (2, ...)."""
+    expand_per_token(chain, example[:1])
+    decide_roundings(chain)
+    set_quantized(chain, True)
     facts = OnnxFacts(
         model=label,
         weights_sha256="",
@@ -116,7 +126,7 @@ def _measure(
         export_onnx(chain, example, packed, facts.model_copy(update={"packed": True}))
         export_float(chain, example, plain)
         covered = OnnxModel(own, threads).coverage()
-        ratios = {batch: speed(plain, own, batch, threads, rounds) for batch in BATCHES}
+        ratios = {batch: speed(plain, own, batch, threads, n) for batch, n in rounds.items()}
         sizes = [path.stat().st_size for path in (own, packed, plain)]
     environment = describe(torch.device("cpu"))
     return ExportRecord(
@@ -145,7 +155,7 @@ def rows(records: Sequence[ExportRecord]) -> list[dict[str, str]]:
             "float32, MB": f"{record.float_bytes / 1e6:.2f}",
             "int8": f"{record.bytes / record.float_bytes:.2f}",
             "packed": f"{record.packed_bytes / record.float_bytes:.2f}",
-            "coverage, %": f"{100 * record.integer_macs / max(record.quantized_macs, 1):.1f}",
+            "coverage, %": share_text(100 * record.integer_macs / max(record.quantized_macs, 1)),
             **{
                 f"speed at {batch}": f"{own.ratio:.2f} ({own.low:.2f} to {own.high:.2f})"
                 for batch, own in record.speed.items()

@@ -4,6 +4,7 @@ import math
 
 import pandas as pd
 
+from benchmarks.console import share_text
 from benchmarks.grid.cell import EXPORT
 from benchmarks.results import scores
 from benchmarks.results.scores import Items
@@ -43,12 +44,7 @@ def export_table(metric: str, measured: Items) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("export")
 
 
-def coverage_text(percent: float) -> str:
-    """Return a percentage that is 100.0 only if nothing is missing."""
-    return f"{math.floor(10 * percent) / 10:.1f}"
-
-
 def _text(name: str, value: float) -> str:
     if math.isnan(value):
         return "-"
-    return coverage_text(value) if name == "integer_coverage" else f"{value:.2f}"
+    return share_text(value) if name == "integer_coverage" else f"{value:.2f}"
