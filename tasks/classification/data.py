@@ -23,15 +23,21 @@ from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
 
 
-def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
-    """Open the part ``train`` or ``val`` of a model's data. Raises DataError."""
+def open_source(
+    loaded: LoadedModel, data: DataRequest, part: str, labelled: bool | None = None
+) -> Source:
+    """Open the part ``train`` or ``val`` of a model's data. Raises DataError.
+
+    ``labelled`` is True if labels are needed; None: for all parts but ``train``.
+    """
     if data.path is None and data.class_order is not None:
         raise DataError("--class-order is for class folders: give their folder with --data.")
     if loaded.data == "digit-pairs" and data.path is None:
         return digit_pairs("train" if part == "train" else "test")
     if data.path is None:
         raise DataError(f"{loaded.tag} needs data: give --data /path/to/imagenet. {LAYOUT}.")
-    labelled = part != "train"  # calibration does not use labels
+    if labelled is None:
+        labelled = part != "train"  # calibration does not use labels
     source = open_folder(data.path, part, data.class_order, loaded.class_names, labelled)
     if source.classes != loaded.classes:
         raise DataError(
@@ -84,6 +90,20 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         split=_common_folder(names) if source is None else source.split,
         listed=data.calibration_list is not None,
     )
+
+
+def true_classes(
+    loaded: LoadedModel, data: DataRequest, images: CalibrationSet
+) -> torch.Tensor | None:
+    """Return the classes (n,) of calibration images; None if they are not known."""
+    try:
+        source = open_source(loaded, data, "train", labelled=True)
+    except DataError:  # listed images have no labels, and the order of folders may be unclear
+        return None
+    classes = dict(zip(source.ids, source.targets, strict=True))
+    if not classes.keys() >= set(images.ids):
+        return None
+    return torch.tensor([classes[name] for name in images.ids])
 
 
 def _common_folder(ids: Sequence[str]) -> str | None:

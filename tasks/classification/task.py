@@ -1,22 +1,32 @@
 """The task of image classification."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from fimaq_core.chain import BlockChain
+from fimaq_core.errors import ModelError
 from fimaq_core.families import find_family
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
+from fimaq_core.samples import Samples
 from tasks.classification import models, tags
-from tasks.classification.data import calibration_set, open_source
+from tasks.classification.data import calibration_set, digit_pairs, open_source, true_classes
 from tasks.common import top_k
 from tasks.common.data.class_names import readable_names
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
+from tasks.common.task import (
+    CalibrationSet,
+    Chains,
+    Evaluation,
+    Exportable,
+    LoadedModel,
+    Task,
+)
 
 
 class ClassificationTask(Task):
@@ -39,6 +49,36 @@ class ClassificationTask(Task):
     def divergence(self, recipe: Recipe) -> Divergence:
         """Return the Kullback-Leibler divergence of class probabilities at a temperature."""
         return ClassifierDivergence(recipe.temperature)
+
+    def exportable(
+        self,
+        loaded: LoadedModel,
+        chains: Chains,
+        part: str,
+        images: CalibrationSet,
+        data: DataRequest,
+    ) -> Exportable:
+        """Return the classifier; its answer is the class with the largest logit."""
+        named = loaded.class_names if loaded.data is None else digit_pairs("test").class_names
+        return Exportable(
+            chains[part],
+            Samples.of(images.images).whole,
+            lambda logits: logits.argmax(1),
+            true_classes(loaded, data, images),
+            normalisation=loaded.normalisation,
+            class_names=readable_names(named) if named else None,
+        )
+
+    def from_onnx(self, loaded: LoadedModel, models: Mapping[str, nn.Module]) -> nn.Module:
+        assert loaded.input_shape is not None
+        model = self.assemble(loaded, dict(models))
+        found = model(torch.zeros(1, *loaded.input_shape))
+        if found.shape != (1, loaded.classes):
+            raise ModelError(
+                f"The file gives outputs of shape {tuple(found.shape)} per image, but {loaded.tag} "
+                f"has {loaded.classes} classes: export the checkpoint again."
+            )
+        return model
 
     def evaluate(
         self,

@@ -78,4 +78,5 @@ class CellRequest:
     step_engine: EngineChoice = "auto"
     mlp_checkpoint: Path | None = None  # reconstructed MLPs, instead of reconstructing them
     workers: int = 0  # data-loading processes
+    export: bool = False  # True: measure the ONNX export of the quantized model
     notes: tuple[str, ...] = ()  # texts for the record, such as "ran out of memory once"

@@ -1,7 +1,7 @@
 """The interface of a task, and the objects that its methods take and return."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
+from fimaq_core.export.writing import Outputs
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
@@ -48,6 +49,15 @@ class LoadedModel:
         """Origin of the weights, for the record."""
         found = {name: getattr(self, name) for name in ("tag", "source", "sha256", "entry")}
         return Weights(**found, entries=list(self.entries))
+
+    @property
+    def normalisation(self) -> tuple[list[float], list[float]] | None:
+        """Means and deviations with which the evaluation transform ends; None if it does not."""
+        last = (getattr(self.eval_transform, "transforms", None) or [None])[-1]
+        if type(last).__name__ != "Normalize":
+            return None
+        means, deviations = ([float(one) for one in values] for values in (last.mean, last.std))
+        return means, deviations
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,22 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)  # for the user
 
 
+@dataclass(frozen=True)
+class Exportable:
+    """Part of a model that goes into one ONNX file, and what is needed to check the file."""
+
+    chain: BlockChain  # on the CPU
+    inputs: Tensor  # (n, ...) calibration inputs of the chain
+    answers: Callable[[Any], Tensor]  # all n outputs, a tensor or a tuple, to n answers (n,)
+    truth: Tensor | None = None  # right answers (n,); None if they are not known
+    score: str = "top-1"  # name of the percentage of right answers
+    names: Outputs = Outputs()  # of the file
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None  # means, deviations
+    class_names: Sequence[str] | None = None  # one per output
+    coverage: float = 100.0  # least percentage of quantized multiply-adds that run in integers
+    extra: dict[str, Any] = field(default_factory=dict)  # facts for the file, as JSON values
+
+
 #: The chains of a model by name of the part; the name is ``""`` if the model is one chain.
 Chains = dict[str, BlockChain]
 
@@ -120,6 +146,34 @@ class Task:
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
         """Return the model for :meth:`evaluate`: the chains and, as they are, all float parts."""
         return chains.get("", loaded.model)
+
+    def export_parts(self, chains: Chains) -> tuple[str, ...]:
+        """Return the parts of the model that have a file each; ``("",)`` for one chain."""
+        return tuple(chains)
+
+    def exportable(
+        self,
+        loaded: LoadedModel,
+        chains: Chains,
+        part: str,
+        images: CalibrationSet,
+        data: DataRequest,
+    ) -> Exportable:
+        """Return what the file of ``part`` holds, and how it is checked.
+
+        ``loaded`` and ``chains`` are of the quantized model, or of the full-precision model that
+        the file is compared with in time. ``images`` are a few calibration images. Raises
+        ModelError if the part cannot be exported.
+        """
+        raise ModelError(f"Task '{self.name}' has no export to ONNX.")
+
+    def from_onnx(self, loaded: LoadedModel, models: Mapping[str, nn.Module]) -> nn.Module:
+        """Return the model for :meth:`evaluate` with exported parts in place of chains.
+
+        ``models`` by part take and return what the chains do, on the CPU. Raises ModelError if a
+        file does not fit the model.
+        """
+        return self.assemble(loaded, dict(models))
 
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
         """Return the parts of the float model that have no chain, by name."""

@@ -1,12 +1,14 @@
 """The retrieval task: how its models are quantized and evaluated."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fimaq_core.errors import DataError, RecipeError
+from fimaq_core.errors import DataError, ModelError, RecipeError
+from fimaq_core.export.writing import Outputs
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
@@ -15,13 +17,20 @@ from tasks.common.data.class_names import distinct_names
 from tasks.common.data.folders import open_folder
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
+from tasks.common.task import (
+    CalibrationSet,
+    Chains,
+    Evaluation,
+    Exportable,
+    LoadedModel,
+    Task,
+)
 from tasks.common.top_k import evaluate
 from tasks.retrieval import models, tags
 from tasks.retrieval.calibration import calibration_set
 from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.divergence import contrastive
-from tasks.retrieval.evaluate import Encoders, evaluate_pairs
+from tasks.retrieval.evaluate import Encoders, evaluate_pairs, normalised
 from tasks.retrieval.towers import TOWERS, build_towers
 from tasks.retrieval.zero_shot import (
     LINES,
@@ -30,6 +39,9 @@ from tasks.retrieval.zero_shot import (
     class_names,
     named_classes,
 )
+
+#: Samples per forward pass of a tower when an export is checked.
+_BATCH = 32
 
 
 class TwoTowers(nn.Module):
@@ -70,6 +82,50 @@ class RetrievalTask(Task):
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
         return TwoTowers(loaded.model, chains)
+
+    def exportable(
+        self,
+        loaded: LoadedModel,
+        chains: Chains,
+        part: str,
+        images: CalibrationSet,
+        data: DataRequest,
+    ) -> Exportable:
+        """Return a tower; its answer is the nearest calibration sample of the other tower."""
+        other = TOWERS[1 - TOWERS.index(part)]
+        towers = TwoTowers(loaded.model, chains)
+        encode = towers.encode_text if other == "text" else towers.encode_image
+        samples = Samples.of(images.inputs[other])
+
+        @torch.no_grad()
+        def answers(embeddings: Tensor) -> Tensor:
+            others = torch.cat([normalised(encode(batch)) for batch in samples.batches(_BATCH)])
+            return (embeddings @ others.T).argmax(1)
+
+        given = "images" if part == "vision" else "ids"
+        return Exportable(
+            chains[part],
+            Samples.of(images.inputs[part]).whole,
+            answers,
+            torch.arange(len(images.ids)),
+            score="R@1",
+            names=Outputs(given, ("embeddings",)),
+            normalisation=loaded.normalisation if part == "vision" else None,
+        )
+
+    def from_onnx(self, loaded: LoadedModel, models: Mapping[str, nn.Module]) -> nn.Module:
+        """Return both towers: exported ones, and the float ones of the model."""
+        full, both = TwoTowers(loaded.model, {}), TwoTowers(loaded.model, dict(models))
+        for part, example in self.examples(loaded, dict(models)).items():
+            encode = full.encode_image if part == "vision" else full.encode_text
+            with torch.no_grad():
+                found, wanted = models[part](example).shape, encode(example).shape
+            if found != wanted:
+                raise ModelError(
+                    f"The file gives outputs of shape {tuple(found)}, but the {part} tower of "
+                    f"{loaded.tag} gives {tuple(wanted)}: export the checkpoint again."
+                )
+        return both
 
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
         model = loaded.model

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
+from fimaq_core.export.recipes import check_exportable
 from fimaq_core.files import is_there, open_regular, remove, replaced_whole
 from fimaq_core.recipe import Fields, Recipe
 from tasks.common import registry
@@ -21,6 +22,8 @@ from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
 from tasks.common.request import CellRequest, Missing
 
+#: Variant of cells that measure an export.
+ONNX = "onnx"
 #: Kinds of shared files, each with its name for people.
 _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"}
 
@@ -37,13 +40,17 @@ def planned_folder(request: CellRequest) -> Path:
     return planned_place(request).folder
 
 
-def planned_place(request: CellRequest) -> Place:
-    """Return the folder of a cell and its whole identity."""
+def planned_place(request: CellRequest, exported: str = "") -> Place:
+    """Return the folder of a cell and its whole identity.
+
+    ``exported`` is the sha256 (hex) of an ONNX file to measure; empty if the cell makes its own.
+    """
     request = resolved(request)
     recipe, basis = request.recipe, _basis(request)
     own = None if recipe is None else recipe.digest()
     rest = {"recipe": own, "variant": variant_name(request), "limit": request.data.limit}
-    digest, tag = _digest({**basis, **rest}), basis["model"][0]
+    export = {"export": exported or True} if request.export else {}
+    digest, tag = _digest({**basis, **rest, **export}), basis["model"][0]
     return Place(cell_folder(request.results, request.task, tag, recipe, digest), digest)
 
 
@@ -87,9 +94,13 @@ def _digest(content: dict[str, Any]) -> str:
 def resolved(request: CellRequest) -> CellRequest:
     """Return the request in its only form: with a named scope, and None for the default evaluation.
 
-    Raises RecipeError if the task has no such scope or evaluation, or if ``mlp_checkpoint`` is
-    given for a recipe without MLP reconstruction.
+    Raises RecipeError if the task has no such scope or evaluation, if ``mlp_checkpoint`` is given
+    for a recipe without MLP reconstruction, or if the recipe of an export has no integer form.
     """
+    if request.export:
+        if request.recipe is None:
+            raise RecipeError("The full-precision model has no export: give another method.")
+        check_exportable(request.recipe)
     recipe, data = request.recipe, request.data
     scopes, evaluations = registry.scopes(request.task), registry.evaluations(request.task)
     scope = None if recipe is None else recipe.scope
@@ -118,7 +129,9 @@ def variant_name(request: CellRequest) -> str:
     recipe, name = request.recipe, request.variant
     if recipe is None:
         return "fp" if name is None else name
-    if name is None:
+    if request.export:
+        name = ONNX
+    elif name is None:
         changes = recipe.changes(registry.defaults(request.task))
         name = ",".join(f"{key}={value}" for key, value in changes.items()) or "released"
     return name if recipe.scope is None else f"{name} [{recipe.scope}]"

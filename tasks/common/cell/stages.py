@@ -17,7 +17,7 @@ from fimaq_core.recipe import OFF, Recipe, make_recipe
 from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.store import Address, Part, Pieces, Stage
 from tasks.common.cell.lease import Lease
-from tasks.common.cell.origin import Origin, read_origin
+from tasks.common.cell.origin import Origin, read_origin, with_origin
 from tasks.common.cell.prepare import PreparedCell, all_segments, prepare, whole_module
 from tasks.common.models.facts import joined_facts, model_facts
 from tasks.common.models.inspection import Inspection
@@ -27,7 +27,7 @@ from tasks.common.request import CellRequest
 from tasks.common.task import Chains, Evaluation
 
 #: Recipe fields of a model without quantizers.
-_FULL_PRECISION = {
+FULL_PRECISION = {
     **dict.fromkeys(("w_bits", "a_bits", "patch_input_bits"), OFF),
     **dict.fromkeys(("s_bits", "head_bits")),
 }
@@ -104,7 +104,7 @@ def reconstruct_stage(
             "one."
         )
     recipe = _changed_recipe(fingerprint.recipe, given, request.task)
-    cell = prepare(_with_origin(request, origin, recipe), on_progress)
+    cell = prepare(with_origin(request, origin, recipe), on_progress)
     if recipe.reconstruct_mlp:
         cell.keep_teachers()
         use_relu(all_segments(cell.chains))
@@ -126,8 +126,8 @@ def reconstruct_stage(
 def evaluate_stage(request: CellRequest, checkpoint: Path, on_progress: OnProgress) -> Evaluation:
     """Evaluate a checkpoint of any stage; the checkpoint gives the model's name and arguments."""
     fingerprint, origin = read_origin(checkpoint, request.task)
-    cell = prepare(_with_origin(request, origin), on_progress)
-    evaluation = cell.evaluate(_restored(cell, checkpoint, fingerprint, origin))
+    cell = prepare(with_origin(request, origin), on_progress)
+    evaluation = cell.evaluate(restored(cell, checkpoint, fingerprint, origin))
     replaced = replaced_fields(origin.preprocessing.fields(), request.model.preprocessing)
     return replace(evaluation, notes=[*cell.notes, *replaced, *evaluation.notes])
 
@@ -139,8 +139,8 @@ def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
     ModelError if the task does not tell the model's image size.
     """
     fingerprint, origin = read_origin(checkpoint, request.task)
-    cell = prepare(_with_origin(request, origin), silent)
-    chains, loaded = _restored(cell, checkpoint, fingerprint, origin), cell.loaded
+    cell = prepare(with_origin(request, origin), silent)
+    chains, loaded = restored(cell, checkpoint, fingerprint, origin), cell.loaded
     inputs = cell.task.examples(loaded, chains)
     untouched = cell.task.untouched(loaded, chains)
     facts = {name: model_facts(chain, inputs[name]) for name, chain in chains.items()}
@@ -167,7 +167,7 @@ def _beside(path: Path, name: str) -> Path:
     return path.with_name(f"{path.stem}.{name}{path.suffix}") if name else path
 
 
-def _restored(
+def restored(
     cell: PreparedCell, checkpoint: Path, fingerprint: Fingerprint, origin: Origin
 ) -> Chains:
     """Return the chains of a checkpoint, in full precision if its stage is ``mlp``."""
@@ -179,7 +179,7 @@ def _restored(
         )
     recipe = fingerprint.recipe
     if origin.stage == MLPS.mark:
-        chains = cell.task.chains(cell.loaded, recipe.model_copy(update=_FULL_PRECISION))
+        chains = cell.task.chains(cell.loaded, recipe.model_copy(update=FULL_PRECISION))
         load_mlps(all_segments(chains), checkpoint, None)
         return chains
     chains = cell.task.chains(cell.loaded, recipe)
@@ -225,16 +225,3 @@ def _changed_recipe(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:
         method = rest.pop("method")
         kept = {name: kept[name] for name in (*recipe.names_of("ranges"), "scope")}
     return make_recipe(method, defaults(task), kept, rest)
-
-
-def _with_origin(request: CellRequest, origin: Origin, recipe: Recipe | None = None) -> CellRequest:
-    """Return the request with a checkpoint's model; fields given in the request have priority."""
-    model = replace(
-        request.model,
-        name=origin.model,
-        model_args=origin.model_args,
-        weights_entry=request.model.weights_entry or origin.weights_entry,
-        preprocessing=origin.preprocessing.fields() | request.model.preprocessing,
-        from_file=True,
-    )
-    return replace(request, model=model, recipe=recipe)

@@ -196,7 +196,7 @@ def test_arguments_of_a_checkpoint_name_nothing_elsewhere(
 
         path = with_header(calibrated, tmp_path / "arguments.safetensors", change)
         assert all(
-            "a checkpoint may not name files, addresses or modules" in text
+            "it may not name files, addresses or modules" in text
             for text in refusals(path, tmp_path)
         )
 
