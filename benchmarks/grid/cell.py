@@ -16,7 +16,7 @@ from tasks.common.request import CellRequest, Missing
 #: Metric of each task that tables and progress show; the CSV files have all metrics.
 MAIN_METRIC = {"classification": "top1", "retrieval": "R@1", "detection": "AP_box"}
 #: Point of cells that measure the export to ONNX of the cell without a point.
-EXPORT = "onnx"
+EXPORT = identity.ONNX
 
 
 class CellName(NamedTuple):

@@ -1,5 +1,6 @@
 """Exports to ONNX on this machine: size, integer coverage, and speed beside float32."""
 
+import importlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -8,12 +9,11 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
 
 from benchmarks.console import share_text
 from benchmarks.speed.workload import whole_model
 from fimaq_core.calibration.calibrate import calibrate
-from fimaq_core.chain import BlockChain
+from fimaq_core.errors import ModelError
 from fimaq_core.export import require_export
 from fimaq_core.export.facts import OnnxFacts
 from fimaq_core.export.runtime import OnnxModel
@@ -24,15 +24,14 @@ from fimaq_core.progress import silent
 from fimaq_core.recipe import Recipe, make_recipe
 from fimaq_core.reconstruction.reconstruct import expand_per_token
 from fimaq_core.samples import Samples
-from tasks.classification.tags import DEMO_NAMES
+from tasks.common import registry
 from tasks.common.cell.environment import describe
 from tasks.common.cell.prepare import prepare
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
+from tasks.common.task import Exportable
 
-#: Model with two parts, which are exported one by one.
-CLIP = "demo_clip"
 #: Models to export by default.
-MODELS = ("vit_small", *DEMO_NAMES, CLIP)
+MODELS = ("vit_small", "demo_vit", "demo_deit", "demo_swin", "demo_clip", "demo_mask_rcnn")
 #: Pairs of runs that a speed is measured with, by samples per run.
 ROUNDS = {1: 30, 8: 12}
 #: Packages whose versions decide the speed.
@@ -80,36 +79,44 @@ def measure_exports(
     extra is not installed.
     """
     require_export()
-    changes = {"calibration_images": 8, "range_images": 8, "range_search": "minmax"}
-    recipe = make_recipe("fimaq", {"w_bits": 4, "a_bits": 4, **changes})
     for name in names:
-        for part, chain, inputs in _parts(name, recipe):
-            label = f"{name} [{part}]" if part else name
-            say(f"{label}: export, integer coverage and speed")
-            calibrate(chain, inputs, recipe)
-            yield measure_export(label, chain, inputs[:2], recipe, threads, rounds)
+        try:
+            for label, exported, recipe in _exportables(name):
+                say(f"{label}: export, integer coverage and speed")
+                yield measure_export(label, exported, recipe, threads, rounds)
+        except ModelError as error:
+            say(f"{name}: left out: {error}")
 
 
-def _parts(name: str, recipe: Recipe) -> Iterator[tuple[str, BlockChain, Tensor]]:
-    """Yield name, chain and inputs (n, ...) of each part of a model."""
-    if name != CLIP:
-        yield "", *whole_model(name, recipe, torch.device("cpu"))
+def _exportables(name: str) -> Iterator[tuple[str, Exportable, Recipe]]:
+    """Yield label, calibrated chain and recipe of each part of a model that has a file."""
+    changes = {"calibration_images": 8, "range_images": 8, "range_search": "minmax"}
+    changes |= {"w_bits": 4, "a_bits": 4}
+    tags = {task: importlib.import_module(f"tasks.{task}.tags") for task in registry.TASKS}
+    tasks = (task for task, module in tags.items() if name in module.DEMO_NAMES)
+    if (task := next(tasks, None)) is None:
+        recipe = make_recipe("fimaq", changes)
+        chain, images = whole_model(name, recipe, torch.device("cpu"))
+        calibrate(chain, images, recipe)
+        yield name, Exportable(chain, images, lambda logits: logits.argmax(1)), recipe
         return
-    request = CellRequest("retrieval", ModelRequest(name), DataRequest(), recipe)
-    for part in prepare(request, silent).parts:
-        yield part.name, part.chain, Samples.of(part.inputs).whole
+    recipe = make_recipe("fimaq", registry.defaults(task), changes)
+    cell = prepare(CellRequest(task, ModelRequest(name), DataRequest(), recipe), silent)
+    for part in cell.parts:
+        calibrate(part.chain, Samples.of(part.inputs), part.recipe)
+    assert cell.images is not None
+    for file in cell.task.export_parts(cell.chains):
+        given = cell.loaded, cell.chains, file, cell.images, DataRequest()
+        yield f"{name} [{file}]" if file else name, cell.task.exportable(*given), recipe
 
 
 def measure_export(
-    label: str,
-    chain: BlockChain,
-    example: Tensor,
-    recipe: Recipe,
-    threads: int,
-    rounds: Mapping[int, int],
+    label: str, exported: Exportable, recipe: Recipe, threads: int, rounds: Mapping[int, int]
 ) -> ExportRecord:
-    """Export a calibrated chain, and return its record; ``example`` is a batch (2, ...)."""
-    expand_per_token(chain, example[:1])
+    """Export a calibrated chain without reconstruction, and return its record."""
+    chain, example = exported.chain, exported.inputs[:2]
+    if recipe.per_token:
+        expand_per_token(chain, example[:1])
     decide_roundings(chain)
     set_quantized(chain, True)
     facts = OnnxFacts(
@@ -117,12 +124,11 @@ def measure_export(
         weights_sha256="",
         recipe=recipe.model_dump(mode="json"),
         recipe_digest=recipe.digest(),
-        part="text" if example.ndim == 2 else "",
         layers=[],
     )
     with tempfile.TemporaryDirectory(prefix="fimaq-") as folder:
         own, packed, plain = (Path(folder) / f"{name}.onnx" for name in ("own", "packed", "float"))
-        export_onnx(chain, example, own, facts)
+        export_onnx(chain, example, own, facts, names=exported.names)
         export_onnx(chain, example, packed, facts.model_copy(update={"packed": True}))
         export_float(chain, example, plain)
         covered = OnnxModel(own, threads).coverage()

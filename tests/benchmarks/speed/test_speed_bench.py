@@ -18,6 +18,7 @@ from benchmarks.speed.walk import SegmentTimes, extrapolate, protocol_seconds, w
 from benchmarks.speed.workload import Workload, make_workload
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.recipe import Recipe, make_recipe
+from tasks.common.task import Exportable
 from tests.small_models import chain_of, images, quick, swin, vit
 
 CPU = torch.device("cpu")
@@ -163,7 +164,8 @@ def test_an_export_is_measured_and_recorded(tmp_path: Path) -> None:
     recipe = quick("fimaq", range_search="minmax", calibration_images=4, w_bits=4, a_bits=4)
     chain, samples = chain_of(vit(1), recipe), images(4)
     calibrate(chain, samples, recipe)
-    record = measure_export("tiny", chain, samples[:2], recipe, threads=1, rounds={1: 2, 3: 2})
+    exported = Exportable(chain, samples, lambda logits: logits.argmax(1))
+    record = measure_export("tiny", exported, recipe, threads=1, rounds={1: 2, 3: 2})
     assert record.packed_bytes < record.bytes < record.float_bytes
     assert 0.9 * record.quantized_macs < record.integer_macs <= record.quantized_macs < record.macs
     assert list(record.speed) == [1, 3]
