@@ -10,6 +10,7 @@ QuantizeLinear, where they may vary along one axis, and multiply behind the prod
 """
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +33,10 @@ from fimaq_core.quantizers.affine import AffineQuantizer
 OPSET = 21
 #: Order of the dimensions in memory of each operand of a product; empty if it is the usual one.
 Orders = tuple[tuple[int, ...], tuple[int, ...]]
+
+#: Largest code of an int8 right operand. With more than 7 bits in both operands, processors without
+#: VNNI would saturate at the sum of two products of uint8 by int8.
+_SMALL = 63
 
 _ADVICE = {
     True: "export without --signed",
@@ -83,12 +88,16 @@ class ShiftedInput(nn.Module):
 
 
 def input_form(
-    quantizer: AffineQuantizer, signed: bool, where: str, order: tuple[int, ...] = ()
+    quantizer: AffineQuantizer,
+    signed: bool,
+    where: str,
+    order: tuple[int, ...] = (),
+    right: bool = False,
 ) -> "IntegerInput | ShiftedInput":
     """Return the form of an activation quantizer; see :class:`IntegerInput`."""
     if not signed and is_shifted(quantizer):
         return ShiftedInput(quantizer)
-    return IntegerInput(quantizer, signed, where, order)
+    return IntegerInput(quantizer, signed, where, order, right)
 
 
 def is_shifted(quantizer: AffineQuantizer) -> bool:
@@ -133,12 +142,19 @@ class IntegerInput(nn.Module):
     behind: Tensor | None
 
     def __init__(
-        self, quantizer: AffineQuantizer, signed: bool, where: str, order: tuple[int, ...] = ()
+        self,
+        quantizer: AffineQuantizer,
+        signed: bool,
+        where: str,
+        order: tuple[int, ...] = (),
+        right: bool = False,
     ) -> None:
         """Take the ranges of a calibrated ``quantizer``.
 
         ``order`` lists the dimensions of the input as they lie in memory, if they are permuted. The
-        codes are made in this order, so that runtimes move bytes and not floats.
+        codes are made in this order, so that runtimes move bytes and not floats. ``right`` is True
+        for the right operand of a product. Its codes lie in int8 where they fit, since processors
+        multiply uint8 by int8 fastest.
 
         Raises:
             ModelError: the codes of the layer ``where`` do not fit 8 bits around one zero point.
@@ -151,7 +167,8 @@ class IntegerInput(nn.Module):
                 f"The codes of {where} do not fit 8-bit integers (zero points {zeros.min():g} to "
                 f"{zeros.max():g}): {_ADVICE[signed]}."
             )
-        self.dtype = torch.int8 if signed else torch.uint8
+        small = right and int(box.high.max()) <= _SMALL
+        self.dtype = torch.int8 if signed or small else torch.uint8
         back = sorted(range(len(order)), key=order.__getitem__)
         self.order, self.back = order, tuple(back)
         self.register_buffer("behind", scale.clone() if scale.numel() > 1 else None)
@@ -319,10 +336,10 @@ class IntegerProduct(nn.Module):
 
     def __init__(self, product: QuantMatMul, signed: bool, where: str, orders: Orders) -> None:
         super().__init__()
-        pairs: Any = zip((product.a_quantizer, product.b_quantizer), orders, strict=True)
+        quantizers: Any = (product.a_quantizer, product.b_quantizer)
         self.a, self.b = (
-            None if quantizer.off else input_form(quantizer, signed, where, order)
-            for quantizer, order in pairs
+            None if quantizer.off else input_form(quantizer, signed, where, order, right)
+            for quantizer, order, right in zip(quantizers, orders, (False, True), strict=True)
         )
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -336,11 +353,9 @@ class IntegerProduct(nn.Module):
                 left = left + self.a.offset
             out = out + left.sum(-1, keepdim=True) * self.b.offset
         scales = [form.behind for form, _ in parts if form is not None and form.behind is not None]
-        heads = [scale for scale in scales if scale.numel() == scale.shape[1]]
-        if len(heads) == 2:
-            scales = [heads[0] * heads[1]]
-        for scale in scales:
-            out = out * scale
+        if scales:
+            # Runtimes multiply the scales with each other once, when they load the file.
+            out = out * functools.reduce(torch.mul, scales)
         return out
 
 

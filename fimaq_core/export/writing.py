@@ -217,7 +217,7 @@ def _traced(module: nn.Module, example: Tensor, names: Outputs) -> Any:
                 optimize=False,
             )
             assert program is not None
-            # The integers of weights must stay integers.
+            # The integers of weights must stay integers, and products of scales would be large.
             optimize_ir(program.model, should_fold=lambda node: False if _reads(node) else None)
     except Exception as error:
         first = str(error.__cause__ or error).strip().split("\n")[0]
@@ -229,8 +229,9 @@ def _traced(module: nn.Module, example: Tensor, names: Outputs) -> Any:
 
 
 def _reads(node: Any) -> bool:
-    """Return True if a node reads the integers of a weight."""
-    return any(one is not None and (one.name or "").endswith(".integers") for one in node.inputs)
+    """Return True if a node reads the integers of a weight, or scales behind a product."""
+    ends = (".integers", ".behind")
+    return any(one is not None and (one.name or "").endswith(ends) for one in node.inputs)
 
 
 def _rename(model: Any, layers: dict[str, str]) -> None:

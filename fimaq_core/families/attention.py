@@ -24,7 +24,8 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """Split a projection (B, N, parts * heads * d) into ``parts`` tensors (B, heads, N, d)."""
     batch, tokens, channels = x.shape
     x = x.reshape(batch, tokens, parts, heads, channels // (parts * heads))
-    return x.permute(2, 0, 3, 1, 4).unbind(0)
+    # Each part is transposed on its own: in exports, this moves its codes and not its floats.
+    return tuple(part.transpose(1, 2) for part in x.unbind(2))
 
 
 def attend(
