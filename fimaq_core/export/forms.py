@@ -324,11 +324,15 @@ class IntegerLayer(nn.Module):
             return out
         # Not ``x @ weight``, which in blocks of own modules would be a product of activations.
         out = torch.ops.aten.matmul.default(x, weight)
+        # Of two dimensions, onnxruntime would make one float Gemm of the product and an addition.
+        if flat := out.ndim == 2:
+            out = out.unsqueeze(1)
         if isinstance(self.input, ShiftedInput):
             out = out + self.correction
         if self.input is not None and self.input.behind is not None:
             out = out * self.input.behind
-        return out if self.bias is None else out + self.bias
+        out = out if self.bias is None else out + self.bias
+        return out.squeeze(1) if flat else out
 
 
 class IntegerProduct(nn.Module):

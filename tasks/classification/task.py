@@ -19,14 +19,7 @@ from tasks.common import top_k
 from tasks.common.data.class_names import readable_names
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.task import (
-    CalibrationSet,
-    Chains,
-    Evaluation,
-    Exportable,
-    LoadedModel,
-    Task,
-)
+from tasks.common.task import CalibrationSet, Chains, Evaluation, Exportable, LoadedModel, Task
 
 
 class ClassificationTask(Task):

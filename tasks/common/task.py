@@ -104,7 +104,7 @@ class Exportable:
     answers: Callable[[Any], Tensor]  # all n outputs, a tensor or a tuple, to n answers (n,)
     truth: Tensor | None = None  # right answers (n,); None if they are not known
     score: str = "top-1"  # name of the percentage of right answers
-    names: Outputs = Outputs()  # of the file
+    names: Outputs = field(default_factory=Outputs)  # of the file
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None  # means, deviations
     class_names: Sequence[str] | None = None  # one per output
     coverage: float = 100.0  # least percentage of quantized multiply-adds that run in integers

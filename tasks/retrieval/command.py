@@ -9,6 +9,7 @@ OPTIONS = TaskOptions(
     scopes=SCOPES,
     evaluations=EVALUATIONS,
     calibration_data=True,
+    towers=("vision", "text"),
     data="Data folder: MS-COCO or Flickr30k with its Karpathy JSON, or a folder with captions.csv "
     "or captions.jsonl; for zero-shot a folder with train/ and val/ (demo models bring their own "
     "data).",

@@ -17,14 +17,7 @@ from tasks.common.data.class_names import distinct_names
 from tasks.common.data.folders import open_folder
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.task import (
-    CalibrationSet,
-    Chains,
-    Evaluation,
-    Exportable,
-    LoadedModel,
-    Task,
-)
+from tasks.common.task import CalibrationSet, Chains, Evaluation, Exportable, LoadedModel, Task
 from tasks.common.top_k import evaluate
 from tasks.retrieval import models, tags
 from tasks.retrieval.calibration import calibration_set

@@ -1,7 +1,9 @@
 """Outputs of a cell: its record, the outcomes of samples, example predictions."""
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,14 +27,21 @@ Metrics = dict[str, records.Metric]
 
 
 def write_outputs(
-    cell: PreparedCell, evaluation: Evaluation, full: Metrics | None, lease: Lease, identity: str
+    cell: PreparedCell,
+    evaluation: Evaluation,
+    full: Metrics | None,
+    lease: Lease,
+    identity: str,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write outcomes and further files and, as the last file, the record; remove finished blocks.
 
     ``full`` are the metrics of the full-precision model; None if the cell is that model.
+    ``changes`` are fields of the record that the cell does not tell.
     """
     cell.clock.lap("evaluate")
     record, folder = _record(cell, evaluation, full, identity), lease.path.parent
+    record = record.model_copy(update=changes)
     lease.check()
     with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **evaluation.outcomes)

@@ -78,7 +78,7 @@ def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) ->
     An ``out`` of an equal run is kept. Reconstructed MLPs are kept in a file beside ``out``.
     """
     cell = prepare(request, on_progress)
-    _run_stage(MLPS, cell, _beside(out, "mlp"))
+    _run_stage(MLPS, cell, beside(out, "mlp"))
     if is_there(out):
         holds = {"stage": CALIBRATE.mark}
         load_checkpoint(out, whole_module(cell.chains), cell.fingerprint, CALIBRATE.fields, holds)
@@ -112,7 +112,7 @@ def reconstruct_stage(
     _check_shapes(cell, cell.chains, source)
 
     def blocks(part: Part) -> Pieces:
-        folder = Address.beside(_beside(out, part.name), RECONSTRUCT).pieces
+        folder = Address.beside(beside(out, part.name), RECONSTRUCT).pieces
         return Pieces(folder, RECONSTRUCT.piece, part.fingerprint, RECONSTRUCT.fields)
 
     for part in cell.parts:  # also if the recipe has no reconstruction: the user asks for it
@@ -150,7 +150,7 @@ def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
 
 def _run_stage(stage: Stage, cell: PreparedCell, out: Path) -> None:
     """Run a stage. A model of one chain is kept in ``out``, several parts in files beside it."""
-    cell.run([stage], lambda stage, part: Address.beside(_beside(out, part.name), stage))
+    cell.run([stage], lambda stage, part: Address.beside(beside(out, part.name), stage))
 
 
 def _join_parts(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
@@ -159,10 +159,10 @@ def _join_parts(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> 
         cell.save(out, module, mark)
     for part in cell.parts:
         if part.name:
-            remove(_beside(out, part.name))
+            remove(beside(out, part.name))
 
 
-def _beside(path: Path, name: str) -> Path:
+def beside(path: Path, name: str) -> Path:
     """Return ``path`` with ``name`` before the suffix; an empty name changes nothing."""
     return path.with_name(f"{path.stem}.{name}{path.suffix}") if name else path
 

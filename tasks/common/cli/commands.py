@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         from tasks.common.cell.environment import resolve_device
         from tasks.common.cell.identity import forget, resolved
         from tasks.common.cell.run import run_cell
-        from tasks.common.record import read_record
 
         recipe = options.take_recipe(task, given)
         request = resolved(options.cell_request(task, given, recipe))
@@ -46,19 +46,7 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
             forget([request])
         with progress_bars() as on_progress:
             path = run_cell(request, on_progress)
-        record = read_record(path)
-        for name, metric in record.metrics.items():
-            full = record.fp_metrics.get(name)
-            compared = "" if full is None else f", full precision {full.value:.2f}"
-            click.echo(
-                f"{record.model} {record.method} {name} {metric.value:.2f} ± {metric.stderr:.2f} "
-                f"(n = {record.n}{compared})"
-            )
-        _echo(record.weights.notes())
-        if record.preprocessing is not None:
-            click.echo(f"preprocessing: {record.preprocessing.text()}")
-        _echo(f"note: {note}" for note in record.notes)
-        click.echo(f"record: {path}")
+        _echo_record(path)
 
     @group.command(cls=options.GroupedCommand)
     @options.model(own)
@@ -101,10 +89,47 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
 
     @group.command()
     @_checkpoint
+    @options.data(own)
+    @options.weights()
+    @options.export(own)
+    def export(checkpoint: Path, out: Path, **given: Any) -> None:
+        """Write the quantized CHECKPOINT as an ONNX file that computes with integers; check it.
+
+        Each layer gets equal inputs in the file and in the simulated model, and must have equal
+        codes, except next to a rounding tie. No file is written if the check fails.
+        """
+        from tasks.common.cell.export import ExportForm, export_stage
+
+        part = given.pop("part", None)
+        form = ExportForm(**{field.name: given.pop(field.name) for field in fields(ExportForm)})
+        request = options.cell_request(task, given)
+        with progress_bars() as on_progress:
+            (report,) = export_stage(request, checkpoint, out, form, on_progress, part=part)
+        _echo(report.lines())
+
+    @group.command()
+    @_checkpoint
     @options.run(own)
     @options.weights()
-    def evaluate(checkpoint: Path, **given: Any) -> None:
-        """Evaluate CHECKPOINT of any stage. Reconstructed MLPs alone run in full precision."""
+    @click.option(
+        "--results",
+        default="results/runs",
+        type=options.PATH,
+        help="Folder of records, for ONNX files.",
+    )
+    def evaluate(checkpoint: Path, results: Path, **given: Any) -> None:
+        """Evaluate CHECKPOINT of any stage, or an exported ONNX file, which gets a record.
+
+        Reconstructed MLPs alone run in full precision.
+        """
+        if checkpoint.suffix.lower() == ".onnx":
+            from tasks.common.cell.run import evaluate_file
+
+            request = options.cell_request(task, {**given, "results": results})
+            with progress_bars() as on_progress:
+                path = evaluate_file(request, checkpoint, on_progress)
+            _echo_record(path)
+            return
         from tasks.common.cell.stages import evaluate_stage
 
         with progress_bars() as on_progress:
@@ -142,6 +167,25 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
 def _echo(lines: Iterable[str]) -> None:
     for line in lines:
         click.echo(line)
+
+
+def _echo_record(path: Path) -> None:
+    """Print metrics and notes of a record."""
+    from tasks.common.record import read_record
+
+    record = read_record(path)
+    for name, metric in record.metrics.items():
+        full = record.fp_metrics.get(name)
+        compared = "" if full is None else f", full precision {full.value:.2f}"
+        click.echo(
+            f"{record.model} {record.method} {name} {metric.value:.2f} ± {metric.stderr:.2f} "
+            f"(n = {record.n}{compared})"
+        )
+    _echo(record.weights.notes())
+    if record.preprocessing is not None:
+        click.echo(f"preprocessing: {record.preprocessing.text()}")
+    _echo(f"note: {note}" for note in record.notes)
+    click.echo(f"record: {path}")
 
 
 def _first_stage(task: str, stage: str, out: Path, given: dict[str, Any]) -> None:

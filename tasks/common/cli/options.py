@@ -34,6 +34,7 @@ class TaskOptions:
     exif: str = ""  # help of --exif
     data: str = "Data folder with train/ and val/ (demo models bring their own data)."
     class_order: bool = True  # True adds --class-order, for tasks whose classes are folders
+    towers: tuple[str, ...] = ()  # choices of --tower of exports
     preprocessing: tuple[str, ...] = tuple(HELP)  # fields of preprocessing that can be given
 
 
@@ -125,22 +126,29 @@ def weights(file: str = "The float weights, if they came from a local file.") ->
     )
 
 
-def run(own: TaskOptions) -> Option:
-    """Add the options for the data and the run."""
+def data(own: TaskOptions) -> Option:
+    """Add the options for the data, and for the threads that work on them."""
     images = "File of image paths, one per line, or a result record with calibration images."
-    limit = "Evaluate only the first samples, up to this number; the record says so."
     corrupt = "Leave damaged images out, and name them in the record."
-    places, engines = click.Choice(get_args(Placement)), click.Choice(get_args(EngineChoice))
-    batch, workers = "Images per forward pass.", "Data-loading processes."
-    steps = "Step engine; auto: graph on CUDA, compiled for long runs on CPUs, else fused."
     return _joined(
         click.option("--data", "path", type=PATH, help=own.data),
         *_data_options(own),
         click.option("--calibration-list", type=PATH, help=images),
-        click.option("--limit", type=numbers.COUNT, help=limit),
         click.option("--skip-corrupt", is_flag=True, help=corrupt),
-        click.option("--device", default="cpu", help="cpu, cuda or cuda:N."),
         click.option("--threads", type=numbers.THREADS, help="CPU threads."),
+    )
+
+
+def run(own: TaskOptions) -> Option:
+    """Add the options for the data and the run."""
+    limit = "Evaluate only the first samples, up to this number; the record says so."
+    places, engines = click.Choice(get_args(Placement)), click.Choice(get_args(EngineChoice))
+    batch, workers = "Images per forward pass.", "Data-loading processes."
+    steps = "Step engine; auto: graph on CUDA, compiled for long runs on CPUs, else fused."
+    return _joined(
+        data(own),
+        click.option("--limit", type=numbers.COUNT, help=limit),
+        click.option("--device", default="cpu", help="cpu, cuda or cuda:N."),
         click.option("--eval-batch", default=32, type=numbers.COUNT, help=batch),
         click.option("--workers", default=0, type=numbers.PROCESSES, help=workers),
         click.option("--placement", default="device", type=places, help="Place of block inputs."),
@@ -163,6 +171,26 @@ def _data_options(own: TaskOptions) -> Iterator[Option]:
     for name in own.preprocessing:
         flag = f"--{name.replace('_', '-')}"
         yield click.option(flag, name, help=HELP[name], metavar="VALUE")
+
+
+def export(own: TaskOptions) -> Option:
+    """Add the options for the form of an exported file, and for its check."""
+    packed = "Store weights of 2 to 4 bits in 3 or 4 bits; they are unpacked on loading."
+    signed = "Make int8 activations with zero points of 0, for engines that want them."
+    normalise = "Put the normalisation into the file, which then takes uint8 images (n, H, W, C)."
+    samples = "Largest number of calibration images for the check."
+    towers = [
+        click.option("--tower", "part", type=click.Choice(own.towers), help="Tower to export.")
+    ]
+    return _joined(
+        click.option("--out", required=True, type=PATH, help="ONNX file to write."),
+        *(towers if own.towers else ()),
+        click.option("--packed", is_flag=True, help=packed),
+        click.option("--signed", is_flag=True, help=signed),
+        click.option("--with-preprocessing", is_flag=True, help=normalise),
+        click.option("--check-samples", "samples", default=64, type=numbers.COUNT, help=samples),
+        click.option("--speed/--no-speed", default=True, help="Compare the time with float32."),
+    )
 
 
 mlp_checkpoint = click.option("--mlp-checkpoint", type=PATH, help="Reconstructed MLPs to use.")

@@ -1,0 +1,165 @@
+"""Measurement of exported ONNX files, which takes the place of the simulated model's."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fimaq_core.errors import ModelError
+from fimaq_core.export.opening import OnnxFile, open_onnx
+from fimaq_core.export.runtime import OnnxModel
+from fimaq_core.export.writing import Normalise
+from fimaq_core.progress import OnProgress
+from tasks.common.cell.export import ExportForm, export_stage
+from tasks.common.cell.identity import variant_name
+from tasks.common.cell.lease import Lease
+from tasks.common.cell.outputs import Metrics, write_outputs
+from tasks.common.cell.prepare import PreparedCell, prepare
+from tasks.common.record import Exported, read_record
+from tasks.common.request import CellRequest
+
+#: Fields of the record of a quantized cell that hold for its export too.
+_SAME = (
+    "method", "w_bit", "a_bit", "seed", "recipe", "recipe_digest", "calibration", "modules",
+    "last_loss", "fisher_passes", "blocks", "step_engine", "artefacts",
+)  # fmt: skip
+
+
+class FromNormalised(nn.Module):
+    """Model of normalised images (n, C, H, W), made of a file that takes uint8 (n, H, W, C)."""
+
+    def __init__(self, model: OnnxModel, normalise: Normalise) -> None:
+        super().__init__()
+        self.model, self.normalise = model, normalise
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(self.normalise.undo(images))
+
+
+def measure_export(
+    request: CellRequest,
+    simulated: Path,
+    full: Metrics,
+    lease: Lease,
+    identity: str,
+    on_progress: OnProgress,
+) -> None:
+    """Export the checkpoint of a finished quantized cell, measure the files, write the record.
+
+    Args:
+        request: the resolved request of the export.
+        simulated: record of the quantized cell, with the checkpoint beside it.
+        full: metrics of the full-precision model.
+        lease: of the record to write; the files lie beside it.
+        identity: of the cell.
+        on_progress: receives progress.
+    """
+    base = read_record(simulated)
+    checkpoint, out = simulated.parent / "quantized.safetensors", lease.path.parent / "model.onnx"
+    reports = export_stage(request, checkpoint, out, ExportForm(), on_progress, all_parts=True)
+    lease.check()
+    notes = [*base.notes, *(line for one in reports for line in one.lines()[:2])]
+    changes = {**{name: getattr(base, name) for name in _SAME}, "notes": notes}
+    files = {one.part: open_onnx(one.path) for one in reports}
+    _measure(request, files, changes, full, lease, identity, on_progress)
+
+
+def measure_file(
+    request: CellRequest,
+    file: OnnxFile,
+    full: Metrics,
+    lease: Lease,
+    identity: str,
+    on_progress: OnProgress,
+) -> None:
+    """Measure an exported file and write the record; see :func:`measure_export`."""
+    recipe, check = request.recipe, file.facts.check
+    assert recipe is not None
+    if check is None:
+        raise ModelError(f"{file.path} was not checked: export it with the command export.")
+    own: dict[str, Any] = {
+        "method": recipe.method,
+        "w_bit": recipe.w_bits,
+        "a_bit": recipe.a_bits,
+        "seed": recipe.seed,
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_digest": recipe.digest(),
+        "notes": [],
+    }
+    _measure(request, {file.facts.part: file}, own, full, lease, identity, on_progress)
+
+
+def _measure(
+    request: CellRequest,
+    files: Mapping[str, OnnxFile],
+    changes: dict[str, Any],
+    full: Metrics,
+    lease: Lease,
+    identity: str,
+    on_progress: OnProgress,
+) -> None:
+    """Evaluate files by part, and write the record of a float model with ``changes``."""
+    cell = prepare(replace(request, recipe=None, mlp_checkpoint=None, device="cpu"), on_progress)
+    for file in files.values():
+        if file.facts.weights_sha256 != cell.loaded.sha256:
+            other, own = file.facts.weights_sha256[:12], cell.loaded.sha256[:12]
+            raise ModelError(
+                f"{file.path} was made from other weights (sha256 {other}) than those found now "
+                f"({own}): give its float weights with --weights."
+            )
+    models = {part: OnnxModel(file, request.threads) for part, file in files.items()}
+    taking = {part: _of_normalised(model, cell) for part, model in models.items()}
+    model = cell.task.from_onnx(cell.loaded, taking)
+    how = cell.device, request.eval_batch, request.workers
+    evaluation = cell.task.evaluate(model, cell.loaded, cell.request.data, *how, on_progress)
+    exported = _entry(list(models.values()))
+    speeds = [
+        f"speed of {name}: {check.speed:.2f} times the float32 export, measured on "
+        f"{check.processor} (batch {check.batch}, {check.threads} threads)"
+        for name, file in files.items()
+        if (check := file.facts.check) is not None and check.speed is not None
+    ]
+    variant = variant_name(request)
+    notes = [*changes["notes"], *speeds, *evaluation.notes]
+    changes = {**changes, "variant": variant, "exported": exported, "notes": notes}
+    write_outputs(cell, evaluation, full, lease, identity, changes)
+
+
+def _of_normalised(model: OnnxModel, cell: PreparedCell) -> nn.Module:
+    """Return a model of the images that the evaluation transform gives. Raises ModelError."""
+    if model.file.facts.normalised:
+        return model
+    normalisation = cell.loaded.normalisation
+    if normalisation is None:
+        raise ModelError(
+            f"{model.file.path} takes uint8 images, but {cell.loaded.tag} does not normalise "
+            "images by channel: export it without --with-preprocessing."
+        )
+    return FromNormalised(model, Normalise(*normalisation))
+
+
+def _entry(models: Sequence[OnnxModel]) -> Exported:
+    """Return the entry of the record for the files of one model; several files add up."""
+    coverages = [model.coverage() for model in models]
+    checks = [model.file.facts.check for model in models]
+    digests = [model.file.sha256 for model in models]
+    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
+    first = models[0].file.facts
+    return Exported(
+        sha256=digests[0] if len(digests) == 1 else joined,
+        bytes=sum(model.file.bytes for model in models),
+        float_bytes=sum(check.float_bytes for check in checks if check is not None),
+        weights="packed" if first.packed else "int8",
+        signed=first.signed,
+        **{
+            name: sum(getattr(one, name) for one in coverages)
+            for name in ("integer_macs", "quantized_macs", "macs")
+        },
+        # Ratios of several files do not add up.
+        speed=checks[0].speed if len(checks) == 1 and checks[0] is not None else None,
+        runtime=f"onnxruntime {version('onnxruntime')}",
+    )
