@@ -25,6 +25,7 @@ from benchmarks.run.order import CellQueue, make_chains
 from benchmarks.run.plan import make_plan
 from benchmarks.tables import write
 from benchmarks.tables.summary import grid_latex, grid_markdown
+from tasks.common.record import BlockFigures
 
 CONTENT: dict[str, Any] = {
     "name": "e",
@@ -206,7 +207,15 @@ def test_an_export_is_no_seed_of_the_simulated_cell_in_comparisons(tmp_path: Pat
 def test_the_reference_tests_exports_as_cells_of_their_own(tmp_path: Path) -> None:
     _, measured = measured_in(tmp_path)
     reference.write_reference(GRID, measured, "# T\n\ntext\n", tmp_path)
-    variants = set(observations(measured)["variant"])
+    blocks = {"head": BlockFigures(error=0.01)}
+    measured = [
+        replace(item, record=item.record.model_copy(update={"blocks": blocks})) for item in measured
+    ]
+    table = observations(measured)
+    assert set(table.loc[table["metric"] == "block_error", "variant"]) == {
+        "demo", "demo [vision]", "demo [both]", "fp",
+    }  # fmt: skip
+    variants = set(table["variant"])
     assert {"demo", "onnx", "demo [vision]", "onnx [vision]"} <= variants
     assert reference.compare(GRID, measured, tmp_path)[0].startswith("Agrees with the reference")
     place = next(n for n, item in enumerate(measured) if item.cell.point)
