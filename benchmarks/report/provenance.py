@@ -97,8 +97,9 @@ def _facts(item: Measured, gathered: Gathered) -> dict[str, Dict]:
 def _export(own: Exported) -> Dict:
     """Return the facts of an exported file: its size, and what ran in integers."""
     share = share_text(100 * own.integer_macs / max(own.quantized_macs, 1))
+    of = f", {own.bytes / own.float_bytes:.2f} of float32" if own.float_bytes else ""
     return {
-        "size": f"{size_text(own.bytes)}, {own.bytes / max(own.float_bytes, 1):.2f} of float32",
+        "size": f"{size_text(own.bytes)}{of}",
         "weights": "packed in 3 or 4 bits" if own.weights == "packed" else own.weights,
         "zero points of activations": "0" if own.signed else "as calibrated",
         "ran in integers": f"{own.integer_macs:,} of the {own.quantized_macs:,} multiply-adds with "
