@@ -156,10 +156,11 @@ def _session(path: Path, names: list[str]) -> tuple[Any, dict[str, np.ndarray]]:
         if name not in readers:
             raise ModelError(f"{path} has no codes {name}: it was made by another version.")
         reader = readers[name]
-        zero = np.zeros((), np.int8)  # of a weight whose input is in full precision
+        # The zero point is 0 if the input is in full precision, or the weight is cut into parts.
+        zero = np.zeros((), np.int8)
         if reader.op_type == "DequantizeLinear":
             zero = numpy_helper.to_array(values[reader.input[2]])
-        elif (following := readers[reader.output[0]]).op_type == "Sub":
+        elif reader.op_type == "Cast" and (following := readers[reader.output[0]]).op_type == "Sub":
             zero = numpy_helper.to_array(values[makers[following.input[1]].input[0]])
         zeros[name] = zero.astype(np.int32)
         kind = helper.np_dtype_to_tensor_dtype(zero.dtype)

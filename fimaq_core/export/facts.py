@@ -28,7 +28,7 @@ class CheckFacts(Strict):
     """Result of the check at the end of an export."""
 
     bytes: _Count  # of this file, without the check
-    float_bytes: _Count  # of the same export in full precision
+    float_bytes: _Count | None  # of the same export in full precision; None if not measured
     samples: _Count  # calibration samples that were compared
     agreement: _Figure  # percentage of samples with the same answer as the simulated model
     codes: _Count  # activation codes that were compared

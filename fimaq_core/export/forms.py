@@ -202,10 +202,11 @@ class IntegerInput(nn.Module):
         self.register_buffer("zero", torch.tensor(box.zero, dtype=self.dtype))
         self.register_buffer("one", torch.ones(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, apart: bool = False) -> Tensor:
+        """Quantize ``x``; with ``apart``, the output lacks the scale also if it is one number."""
         codes = self._bounded(self._codes(x.permute(self.order) if self.order else x))
         codes = codes.permute(self.back) if self.order else codes
-        scale = self.scale if self.behind is None else self.one
+        scale = self.scale if self.behind is None and not apart else self.one
         return operator("DequantizeLinear", [codes, scale, self.zero], torch.float32)
 
     def _codes(self, x: Tensor) -> Tensor:
@@ -274,11 +275,33 @@ class IntegerWeight(nn.Module):
         Onnxruntime would quantize that operand to 8 bits if it saw DequantizeLinear before MatMul.
         """
         if alone:
-            values, scale = self.integers.float(), self.scale
-            values = values - self.zeros.float() if self.shifted else values
-            return values * scale
+            shape = [-1 if dim == self.axis else 1 for dim in range(self.integers.ndim)]
+            values, zeros = self.integers.float(), self.zeros.float().view(shape)
+            values = values - zeros if self.shifted else values
+            return values * self.scale.view(shape)
         inputs = [self.integers, self.scale, self.zeros]
         return operator("DequantizeLinear", inputs, torch.float32, axis=self.axis)
+
+
+class LinearPart(nn.Module):
+    """Some of the outputs of a linear layer, such as the queries among queries, keys and values."""
+
+    scale: Tensor
+    zeros: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: IntegerWeight, bias: Tensor | None, index: int, parts: int) -> None:
+        super().__init__()
+        self.index, self.parts = index, parts
+        for name, value in (("scale", weight.scale), ("zeros", weight.zeros), ("bias", bias)):
+            own = None if value is None else value.chunk(parts)[index].clone()
+            self.register_buffer(name, own)
+
+    def forward(self, x: Tensor, integers: Tensor) -> Tensor:
+        own = integers.chunk(self.parts, dim=1)[self.index]
+        weight = operator("DequantizeLinear", [own, self.scale, self.zeros], torch.float32, axis=1)
+        out: Tensor = torch.ops.aten.matmul.default(x, weight)
+        return out
 
 
 class IntegerLayer(nn.Module):
@@ -308,13 +331,26 @@ class IntegerLayer(nn.Module):
                 self.register_buffer("correction", self.input.offset * weight.sum(1))
         bias = layer._quantized_form_bias()
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.parts = nn.ModuleList()
         self.layer = [layer]  # in a list, so that its tensors are not part of the file
 
-    def forward(self, x: Tensor) -> Tensor:
+    def split(self, parts: int) -> None:
+        """Let the layer return a tuple of equal parts of its output, if its form allows that."""
+        weight = self.weight
+        if isinstance(self.input, IntegerInput) and weight is not None and not weight.shifted:
+            self.parts.extend(LinearPart(weight, self.bias, index, parts) for index in range(parts))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         layer = self.layer[0]
+        # Onnxruntime makes a float Gemm of MatMul (n, channels) and Add, but not with Mul between.
+        flat = x.ndim == 2 and isinstance(self.input, IntegerInput) and self.input.behind is None
         if self.input is not None:
-            x = self.input(x)
-        alone = self.input is None and isinstance(layer, nn.Linear)
+            x = self.input(x, True) if flat else self.input(x)
+        if self.parts:
+            assert self.weight is not None
+            integers = self.weight.integers
+            return tuple(self._finished(part(x, integers), part.bias) for part in self.parts)
+        alone = self.input is None and not isinstance(layer, QuantConvTranspose2d)
         weight = self.float_weight if self.weight is None else self.weight(alone)
         if isinstance(layer, QuantConvTranspose2d):
             sizes: Any = (layer.stride, layer.padding, layer.output_padding, 1, layer.dilation)
@@ -324,15 +360,17 @@ class IntegerLayer(nn.Module):
             return out
         # Not ``x @ weight``, which in blocks of own modules would be a product of activations.
         out = torch.ops.aten.matmul.default(x, weight)
-        # Of two dimensions, onnxruntime would make one float Gemm of the product and an addition.
-        if flat := out.ndim == 2:
-            out = out.unsqueeze(1)
         if isinstance(self.input, ShiftedInput):
             out = out + self.correction
+        if flat:
+            assert isinstance(self.input, IntegerInput)
+            out = out * self.input.scale
+        return self._finished(out, self.bias)
+
+    def _finished(self, out: Tensor, bias: Any) -> Tensor:
         if self.input is not None and self.input.behind is not None:
             out = out * self.input.behind
-        out = out if self.bias is None else out + self.bias
-        return out.squeeze(1) if flat else out
+        return out if bias is None else out + bias
 
 
 class IntegerProduct(nn.Module):
@@ -407,6 +445,11 @@ def integer_chain(chain: BlockChain, example: Tensor, signed: bool) -> BlockChai
             else IntegerLayer(layer, signed, name)
         )
         twin.set_submodule(path, form)
+    for module in twin.modules():
+        if hasattr(module, "split") and isinstance(module.split, tuple):
+            name, parts = module.split
+            if isinstance(layer := getattr(module, name), IntegerLayer):
+                layer.split(parts)
     return twin.requires_grad_(False).eval()
 
 

@@ -18,6 +18,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.export import packing, require_export
 from fimaq_core.export.facts import KEY, LayerFacts, OnnxFacts
 from fimaq_core.export.forms import OPSET, integer_chain, layers_of
+from fimaq_core.export.passes import speed_up
 from fimaq_core.export.recipes import check_exportable
 from fimaq_core.files import replaced_whole
 from fimaq_core.layers import QuantMatMul, set_quantized
@@ -27,7 +28,7 @@ from fimaq_core.recipe import Recipe
 _IR_VERSION = 10
 #: Tensor of a form: path of the layer in the chain, and the tensor's name in the form.
 _TENSOR = re.compile(
-    r"(?:^|\.)(segments\.\d+\.block(?:\..+?)??)\.((?:(?:input|weight|a|b)\.)?\w+)$"
+    r"(?:^|\.)(segments\.\d+\.block(?:\..+?)??)\.((?:(?:input|weight|a|b|parts\.\d+)\.)?\w+)$"
 )
 _PATH = re.compile(r"(?:^|\.)(segments\.\d+\.block(?:\..+)?)$")
 
@@ -127,6 +128,7 @@ def export_onnx(
     twin = integer_chain(chain, inner, facts.signed)
     model = _traced(twin if around is None else around(twin), example, names)
     _rename(model, {path: name for name, path, _ in layers_of(chain)})
+    speed_up(model)
     if facts.packed:
         for name, _, layer in layers_of(chain):
             if not isinstance(layer, QuantMatMul) and layer.weight_quantizer.bits <= 4:

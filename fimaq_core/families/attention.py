@@ -20,8 +20,13 @@ def products(recipe: Recipe) -> tuple[QuantMatMul, QuantMatMul]:
     return QuantMatMul(recipe.a_bits), QuantMatMul(recipe.a_bits, *softmax)
 
 
-def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """Split a projection (B, N, parts * heads * d) into ``parts`` tensors (B, heads, N, d)."""
+def split_heads(x: Tensor | tuple[Tensor, ...], parts: int, heads: int) -> tuple[Tensor, ...]:
+    """Split a projection (B, N, parts * heads * d) into ``parts`` tensors (B, heads, N, d).
+
+    Exports give the parts (B, N, heads * d) one by one.
+    """
+    if isinstance(x, tuple):
+        return tuple(part.unflatten(2, (heads, -1)).transpose(1, 2) for part in x)
     batch, tokens, channels = x.shape
     x = x.reshape(batch, tokens, parts, heads, channels // (parts * heads))
     # Each part is transposed on its own: in exports, this moves its codes and not its floats.
@@ -74,6 +79,7 @@ class ExplicitMultiheadAttention(nn.Module):
 
     #: ``nn.TransformerEncoderLayer`` calls its attention as a module only if this is None.
     in_proj_bias = None
+    split = "qkv", 3
 
     def __init__(self, attention: nn.MultiheadAttention, recipe: Recipe) -> None:
         super().__init__()
@@ -131,6 +137,8 @@ class ExplicitWindowAttention(nn.Module):
     (windows, N, N) or None. ``attention`` is the module of timm or mmdet. ``bias`` (1, heads, N, N)
     is added to the scores. Its values come from ``table``, and are fixed after the training.
     """
+
+    split = "qkv", 3
 
     def __init__(self, attention: Any, bias: Tensor, table: Tensor, recipe: Recipe) -> None:
         super().__init__()

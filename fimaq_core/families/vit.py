@@ -22,6 +22,8 @@ from fimaq_core.recipe import Recipe
 class ExplicitAttention(nn.Module):
     """timm's ``Attention`` (ViT, DeiT) as explicit operations on x (B, N, C), without masks."""
 
+    split = "qkv", 3  # layer and number of parts for :func:`.split_heads`
+
     def __init__(self, module: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         attention = expect(module, "Attention of a ViT", Attention)
@@ -53,6 +55,7 @@ class ExplicitAttentionPool(nn.Module):
     reparameterisation changes it together with ``kv``. ``after`` follows in full precision.
     """
 
+    split = "kv", 2
     query: Tensor  # (1, heads, latents, d) buffer: the queries after their projection and norm
     pos_embed: nn.Parameter | None
 

@@ -45,7 +45,7 @@ class ExportForm:
     signed: bool = False  # True: activations are int8 with a zero point of 0
     with_preprocessing: bool = False  # True: the file takes uint8 images and normalises them
     samples: int = 64  # largest number of calibration images for the check
-    speed: bool = True  # True: measure the speed
+    speed: bool = True  # True: compare size and time with the export in full precision
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,29 @@ class ExportReport:
         if self.scores is not None:
             name, own, simulated = self.scores
             answers += f"; {name} {own:.2f}, simulated {simulated:.2f}"
-        share = check.bytes / check.float_bytes
-        size = (
-            f"{check.bytes / 1e6:.2f} MB, {share:.2f} of {check.float_bytes / 1e6:.2f} in float32"
-        )
-        speed = "not measured"
+        size, spoken = f"{check.bytes / 1e6:.2f} MB", "not measured"
+        if check.float_bytes is not None:
+            share = check.bytes / check.float_bytes
+            size += f", {share:.2f} of the float32 export ({check.float_bytes / 1e6:.2f} MB)"
         if check.speed is not None:
-            speed = f"{check.speed:.2f} times the float32 export (batch {check.batch}, "
-            speed += f"{check.threads} threads, {check.runtime}, {check.processor})"
+            spoken = speed_text(check)
         return [
             f"codes: {self.codes.text()}",
             f"answers: {answers}",
             f"integers: {self.coverage.text()}",
             f"size: {size}",
-            f"speed: {speed}",
+            f"speed: {spoken}",
             *(f"note: {note}" for note in self.notes),
             f"exported: {self.path}",
         ]
+
+
+def speed_text(check: CheckFacts) -> str:
+    """Return the measured speed with its conditions."""
+    return (
+        f"{check.speed:.2f} times the float32 export (batch {check.batch}, threads: "
+        f"{check.threads}, {check.runtime}, {check.processor})"
+    )
 
 
 def export_stage(
@@ -130,7 +136,7 @@ def export_stage(
     require_export()
     if not all_parts:
         part = _chosen(part, [*parts(request.task, recipe.scope)])
-    request = replace(request, device="cpu")
+    request = replace(request, device="cpu", mlp_checkpoint=None, export=False)
     cell = prepare(with_origin(request, origin), on_progress)
     data = cell.request.data
     count = min(form.samples, recipe.calibration_images)
@@ -189,10 +195,11 @@ class _Export:
         example = torch.cat([inputs[:1], inputs[-1:]])
         with tempfile.TemporaryDirectory(prefix="fimaq-") as folder, replaced_whole(out) as own:
             other = Path(folder) / "float.onnx"
-            for step, (chain, path) in enumerate(((item.chain, own), (full, other))):
-                self.on_progress(Progress("export", step, 2, part))
+            files = [(item.chain, own), (full, other)][: 1 + self.form.speed]
+            for step, (chain, path) in enumerate(files):
+                self.on_progress(Progress("export", step, len(files), part))
                 export_onnx(chain, example, path, facts, around=around, names=item.names)
-            self.on_progress(Progress("export", 2, 2, part))
+            self.on_progress(Progress("export", len(files), len(files), part))
             whole = item.chain if around is None else around(item.chain)
             codes = check_codes(
                 item.chain, own, inputs, whole=whole, batch=_BATCH, on_progress=self.on_progress
@@ -204,7 +211,7 @@ class _Export:
             same = answers[0] == answers[1]
             check = CheckFacts(
                 bytes=own.stat().st_size,
-                float_bytes=other.stat().st_size,
+                float_bytes=other.stat().st_size if self.form.speed else None,
                 samples=len(same),
                 agreement=100 * float(same.double().mean()),
                 codes=codes.codes,

@@ -1,10 +1,12 @@
 """Measurement of exported ONNX files, which takes the place of the simulated model's."""
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from fimaq_core.export.opening import OnnxFile, open_onnx
 from fimaq_core.export.runtime import OnnxModel
 from fimaq_core.export.writing import Normalise
 from fimaq_core.progress import OnProgress
-from tasks.common.cell.export import ExportForm, export_stage
+from tasks.common.cell.export import ExportForm, export_stage, speed_text
 from tasks.common.cell.identity import variant_name
 from tasks.common.cell.lease import Lease
 from tasks.common.cell.outputs import Metrics, write_outputs
@@ -60,12 +62,14 @@ def measure_export(
     """
     base = read_record(simulated)
     checkpoint, out = simulated.parent / "quantized.safetensors", lease.path.parent / "model.onnx"
+    start = time.monotonic()
     reports = export_stage(request, checkpoint, out, ExportForm(), on_progress, all_parts=True)
+    seconds = {"export": time.monotonic() - start}
     lease.check()
     notes = [*base.notes, *(line for one in reports for line in one.lines()[:2])]
     changes = {**{name: getattr(base, name) for name in _SAME}, "notes": notes}
     files = {one.part: open_onnx(one.path) for one in reports}
-    _measure(request, files, changes, full, lease, identity, on_progress)
+    _measure(request, files, changes, full, lease, identity, on_progress, seconds)
 
 
 def measure_file(
@@ -101,9 +105,15 @@ def _measure(
     lease: Lease,
     identity: str,
     on_progress: OnProgress,
+    seconds: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """Evaluate files by part, and write the record of a float model with ``changes``."""
-    cell = prepare(replace(request, recipe=None, mlp_checkpoint=None, device="cpu"), on_progress)
+    """Evaluate files by part, and write the record of a float model with ``changes``.
+
+    ``seconds`` are those of earlier stages.
+    """
+    plain = replace(request, recipe=None, mlp_checkpoint=None, export=False, device="cpu")
+    cell = prepare(plain, on_progress)
+    cell.clock.seconds.update(seconds)
     for file in files.values():
         if file.facts.weights_sha256 != cell.loaded.sha256:
             other, own = file.facts.weights_sha256[:12], cell.loaded.sha256[:12]
@@ -118,14 +128,13 @@ def _measure(
     evaluation = cell.task.evaluate(model, cell.loaded, cell.request.data, *how, on_progress)
     exported = _entry(list(models.values()))
     speeds = [
-        f"speed of {name}: {check.speed:.2f} times the float32 export, measured on "
-        f"{check.processor} (batch {check.batch}, {check.threads} threads)"
-        for name, file in files.items()
+        f"{file.path.name}: speed {speed_text(check)}"
+        for file in files.values()
         if (check := file.facts.check) is not None and check.speed is not None
     ]
     variant = variant_name(request)
-    notes = [*changes["notes"], *speeds, *evaluation.notes]
-    changes = {**changes, "variant": variant, "exported": exported, "notes": notes}
+    notes = dict.fromkeys([*request.notes, *changes["notes"], *speeds, *evaluation.notes])
+    changes = {**changes, "variant": variant, "exported": exported, "notes": [*notes]}
     write_outputs(cell, evaluation, full, lease, identity, changes)
 
 
@@ -148,11 +157,13 @@ def _entry(models: Sequence[OnnxModel]) -> Exported:
     checks = [model.file.facts.check for model in models]
     digests = [model.file.sha256 for model in models]
     joined = hashlib.sha256("".join(digests).encode()).hexdigest()
+    sizes = [check.float_bytes for check in checks if check is not None]
+    known = [size for size in sizes if size is not None]
     first = models[0].file.facts
     return Exported(
         sha256=digests[0] if len(digests) == 1 else joined,
         bytes=sum(model.file.bytes for model in models),
-        float_bytes=sum(check.float_bytes for check in checks if check is not None),
+        float_bytes=sum(known) if len(known) == len(models) else None,
         weights="packed" if first.packed else "int8",
         signed=first.signed,
         **{

@@ -15,6 +15,7 @@ from tasks.common.cell.origin import origin_of_export, with_origin
 from tasks.common.cell.outputs import Metrics, write_outputs
 from tasks.common.cell.prepare import prepare
 from tasks.common.cell.stages import run_stages
+from tasks.common.preprocessing import replaced_fields
 from tasks.common.record import has_record, read_record
 from tasks.common.request import CellRequest
 
@@ -59,7 +60,9 @@ def evaluate_file(request: CellRequest, path: Path, on_progress: OnProgress = si
     recipe, origin = origin_of_export(file, request.task)
     if request.device != "cpu":
         raise RecipeError(f"Exported files run on the CPU: leave --device {request.device} out.")
-    request = resolved(replace(with_origin(request, origin, recipe), export=True))
+    replaced = replaced_fields(origin.preprocessing.fields(), request.model.preprocessing)
+    request = replace(with_origin(request, origin, recipe), notes=(*request.notes, *replaced))
+    request = resolved(replace(request, export=True))
     place = planned_place(request, file.sha256)
 
     def measure(full: Metrics | None, lease: Lease) -> None:

@@ -189,7 +189,11 @@ def export(own: TaskOptions) -> Option:
         click.option("--signed", is_flag=True, help=signed),
         click.option("--with-preprocessing", is_flag=True, help=normalise),
         click.option("--check-samples", "samples", default=64, type=numbers.COUNT, help=samples),
-        click.option("--speed/--no-speed", default=True, help="Compare the time with float32."),
+        click.option(
+            "--speed/--no-speed",
+            default=True,
+            help="Compare size and time with the float32 export.",
+        ),
     )
 
 
