@@ -27,7 +27,7 @@ SETTINGS := $(if $(DEVICE),--device $(DEVICE)) $(if $(JOBS),--jobs $(JOBS)) \
 	$(if $(RETRIES),--retries $(RETRIES)) $(if $(ENGINE),--engine $(ENGINE)) $(ADDRESS) \
 	$(if $(GPUS_PER_CELL),--gpus-per-cell $(GPUS_PER_CELL))
 
-BENCH_OUT := $(if $(filter 1,$(REFERENCE)),results/reference/speed.json,results/speed.json)
+BENCH_OUT := results$(if $(filter 1,$(REFERENCE)),/reference)
 BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) \
 	$(if $(THREADS),--threads $(THREADS)) $(if $(BUDGET),--budget $(BUDGET))
 
@@ -46,8 +46,8 @@ help: ## list the targets
 	@echo "    RETRIES=N"
 	@echo "    ENGINE=ray RAY_ADDRESS=host:port GPUS_PER_CELL=0.5 (on a Ray cluster)"
 	@echo "  tables takes TABLE=name IMAGENET= COCO= FLICKR= WEIGHTS= DEVICE="
-	@echo "  bench takes DEVICE= MODELS= THREADS=N BUDGET=seconds; it writes results/speed.json,"
-	@echo "    or with REFERENCE=1 results/reference/speed.json"
+	@echo "  bench takes DEVICE= MODELS= THREADS=N BUDGET=seconds; it writes speed.json and export.json"
+	@echo "    to results/, or with REFERENCE=1 to results/reference/"
 
 setup: $(STAMP) ## make the virtual environment in .venv
 
@@ -81,8 +81,9 @@ report: $(STAMP) ## write results/report.html: tables, charts, example predictio
 doctor: $(STAMP) ## say what this machine can run, and what to do about the rest
 	@$(RUN) doctor --profile $(PROFILE) $(PLACES)
 
-bench: $(STAMP) ## time every stage and step engine, beside the limits of the machine
-	@$(PY) -m benchmarks.speed $(BENCH) --output $(BENCH_OUT)
+bench: $(STAMP) ## time every stage and step engine, and exports to ONNX beside float32
+	@$(PY) -m benchmarks.speed $(BENCH) --output $(BENCH_OUT)/speed.json \
+		--export $(BENCH_OUT)/export.json
 
 # Tests of one file share fixtures: each worker takes its share in order, then steals from others.
 TESTS := $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal
@@ -111,4 +112,4 @@ format: $(STAMP) ## format the code
 
 clean: ## remove the virtual environment and everything that runs wrote
 	rm -rf $(VENV) $(addprefix results/,runs tables calibration mlp reconstruction rehearsal \
-		speed.json report.html)
+		speed.json export.json report.html)

@@ -1,5 +1,6 @@
 """Texts in the output of all commands: sizes, durations, cells of Markdown and CSV tables."""
 
+import math
 import sys
 
 from rich.console import Console
@@ -30,6 +31,11 @@ def duration(seconds: float) -> str:
         return f"{round(seconds, 2):.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def share_text(percent: float) -> str:
+    """Return a percentage with one decimal, ``100.0`` only if nothing is missing."""
+    return f"{math.floor(10 * percent) / 10:.1f}"
 
 
 def markdown_cell(text: object) -> str:

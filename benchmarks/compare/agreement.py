@@ -66,6 +66,9 @@ def observations(measured: Items) -> pd.DataFrame:
 
 
 def _figures(record: ResultRecord) -> dict[str, float]:
+    """Return the figures of a record; an export has those of its simulated cell, so none here."""
+    if record.exported is not None:
+        return {}
     passes, blocks = float(sum(record.fisher_passes.values())), record.blocks.values()
     found = {PASSES: passes} if record.fisher_passes else {}
     if blocks:

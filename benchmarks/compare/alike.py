@@ -47,6 +47,7 @@ def facts(record: ResultRecord) -> dict[str, str | None]:
     data, weights, own, where = (
         record.dataset, record.weights, record.calibration, record.environment,
     )  # fmt: skip
+    exported = record.exported
     found: dict[str, str | None] = {
         "task": record.task,
         "model": record.model,
@@ -62,6 +63,7 @@ def facts(record: ResultRecord) -> dict[str, str | None]:
         "weights entry": weights.entry,
         "model arguments": json.dumps(record.model_args, sort_keys=True) if record.identity else "",
         "preprocessing": record.preprocessing and record.preprocessing.text(),
+        "export": exported and f"{exported.weights}{', signed' if exported.signed else ''}",
         "device": "cpu" if where.device.startswith("cpu") else "cuda",
         **{name: where.versions.get(name) for name in _LIBRARIES},
     }
@@ -136,7 +138,8 @@ def mismatch(record: ResultRecord, metric: str, names: Names) -> str | None:
     why = _other_data(record, names) or _other_model(record, names) or contradiction(record)
     if not why and record.method != "fp":
         why = (
-            _other_full_precision(record, metric)
+            _export(record)
+            or _other_full_precision(record, metric)
             or _other_recipe(record)
             or _other_calibration(record, names)
         )
@@ -189,6 +192,12 @@ def contradiction(record: ResultRecord) -> str | None:
         return "the record's recipe is not one of this version"
     problem = next(contradictions(record), None)
     return f"the record contradicts itself: {problem}" if problem else None
+
+
+def _export(record: ResultRecord) -> str | None:
+    if record.exported is None:
+        return None
+    return "measured on an export to ONNX; published numbers are of simulated quantization"
 
 
 def _other_recipe(record: ResultRecord) -> str | None:

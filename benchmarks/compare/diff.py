@@ -13,6 +13,7 @@ import pandas as pd
 from benchmarks.compare import alike
 from benchmarks.compare.alike import STRONG, differing, facts, mismatch, published_rows
 from benchmarks.compare.statistics import half_width
+from benchmarks.grid.cell import EXPORT
 from benchmarks.grid.names import UNSTATED, Names, load_names
 from benchmarks.results import scores
 from tasks.common.record import ResultRecord, bits_name
@@ -198,7 +199,8 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> p
         scope = f" [{scores.scope_of(record)}]" if scores.scope_of(record) else ""
         model = f"{models[0].id if models else record.model}{scope}"
         bits = bits_name(record.w_bit, record.a_bit)
-        cell = (record.task, record.dataset.name, model, record.method, bits, item.metric)
+        method = record.method if record.exported is None else f"{record.method} {EXPORT}"
+        cell = (record.task, record.dataset.name, model, method, bits, item.metric)
         common = dict(zip(COLUMNS[:9], (*cell, item.mean, item.se, item.seeds), strict=True))
         nothing = {"variant": "", "source": "", "evidence": "", "value": math.nan}
         for row in _rows_for(item, rows, names).to_dict("records") or [nothing]:

@@ -15,6 +15,7 @@ import pandas as pd
 from benchmarks.compare.agreement import ALPHA, FIGURES, RATIOS, compared, observations
 from benchmarks.console import csv_cell, csv_value
 from benchmarks.costs.sources import REFERENCE, cost_row, costs_path, costs_text
+from benchmarks.grid.cell import EXPORT
 from benchmarks.grid.schema import Grid
 from benchmarks.results import scores
 from benchmarks.results.scores import COLUMNS, FULL, Items, Measured, count
@@ -238,10 +239,15 @@ def _alike(
 
 
 def _name(row: Any, grid: Grid) -> str:
-    """Return the name of a comparison; data set and variant only if the grid has several."""
+    """Return the name of a comparison; data set and variant only if the grid has several.
+
+    The variant of an export is always named.
+    """
     bits = "" if row["bits"] == FULL else f" {row['bits']}"
     scope = re.search(r" \[[^\]]*\]$", row["variant"])  # as variant_name writes it
     subject = f"{row['model']}{scope[0] if scope else ''}"
-    variant = f" ({row['variant']})" if grid.axes and row["method"] != "fp" else ""
+    exported = re.fullmatch(EXPORT + r"( \[.*\])?", row["variant"])
+    several = exported or (grid.axes and row["method"] != "fp")
+    variant = f" ({row['variant']})" if several else ""
     dataset = f" on {row['dataset']}" if len(grid.tasks) > 1 else ""
     return f"{subject} {row['method']}{bits}{variant} {row['metric']}{dataset}"

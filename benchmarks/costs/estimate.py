@@ -5,13 +5,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.console import duration
-from benchmarks.grid.cell import Cell, Key
+from benchmarks.grid.cell import EXPORT, Cell, Key
 from fimaq_core.recipe import Recipe
 
 #: Cost of a step relative to the squared error. The prediction loss also runs all later blocks.
 _STEP_FACTORS = {"prediction": 4.0, "prediction_pdquant": 5.0}
 #: Cost of a step of an MLP relative to a step of its block.
 _MLP_SHARE = 0.6
+#: Cost of an export, as of :func:`expected_cost`.
+_EXPORT_COST = 5.0
 #: Losses without gradient passes, and losses with several gradient passes per block.
 _NO_PASSES, _MANY_PASSES = ("mse", "mae", "mse_adalog"), ("fisher_diag", "fisher_lr", "fisher_dplr")
 
@@ -41,6 +43,8 @@ def expected_cost(cell: Cell) -> float:
     recipe = cell.request.recipe
     if recipe is None:
         return 1.0
+    if cell.point == EXPORT:  # writes the file, checks it and evaluates it
+        return _EXPORT_COST
     images = 0.0
     if recipe.reconstruct:
         images += _STEP_FACTORS.get(recipe.loss, 1.0) * recipe.steps * recipe.batch_size

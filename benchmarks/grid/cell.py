@@ -8,12 +8,15 @@ from typing import Literal, NamedTuple
 
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import OnProgress
+from fimaq_core.recipe import OFF
 from tasks.common.cell import identity
 from tasks.common.record import NotMeasured, ResultRecord, bits_name, read_record
 from tasks.common.request import CellRequest, Missing
 
 #: Metric of each task that tables and progress show; the CSV files have all metrics.
 MAIN_METRIC = {"classification": "top1", "retrieval": "R@1", "detection": "AP_box"}
+#: Point of cells that measure the export to ONNX of the cell without a point.
+EXPORT = identity.ONNX
 
 
 class CellName(NamedTuple):
@@ -84,7 +87,8 @@ class Cell:
     seed: int | None
     request: CellRequest
     scope: str = ""  #: quantized part of the model; empty where the grid does not name it
-    point: str = ""  #: axis point (``k=15``); empty for the grid's own settings
+    #: Axis point (``k=15``), or :data:`EXPORT`; empty for the grid's own settings.
+    point: str = ""
     #: (axis, point) pairs of ablation tables; the grid's own settings may be on several axes.
     axis_points: tuple[tuple[str, str], ...] = ()
 
@@ -102,6 +106,20 @@ class Cell:
     def bits(self) -> str:
         """Short name of the bit-widths: ``fp``, ``w4a4``."""
         return bits_name(self.w_bit, self.a_bit)
+
+    @property
+    def row(self) -> str:
+        """Method with its point, as rows of tables are named: ``fimaq``, ``fimaq k=15``."""
+        return f"{self.method} {self.point}".strip()
+
+    @property
+    def needs(self) -> tuple[Key, ...]:
+        """Identities of cells whose results this cell uses: full precision; an export's cell."""
+        if self.request.recipe is None:
+            return ()
+        full = CellName(self.section, self.model, "", "fp", bits_name(OFF, OFF), "")
+        exported = self.name._replace(point=""), self.seed
+        return ((full, None), exported) if self.point == EXPORT else ((full, None),)
 
     @property
     def mark(self) -> str:

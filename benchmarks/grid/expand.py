@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from benchmarks.grid.cell import Cell, Key, RunOptions
+from benchmarks.grid.cell import EXPORT, Cell, Key, RunOptions
 from benchmarks.grid.schema import FP, Axes, Extra, Grid, GridError, known_method, parse_bits
 from fimaq_core.documents import shown
 from fimaq_core.errors import suggest
@@ -85,9 +85,9 @@ def expand(grid: Grid, filters: Filters, options: RunOptions) -> list[Cell]:
     """Return the cells of a grid that filters keep, in the order of sections and models.
 
     Each model of a section has full precision first, then its cells by bits, seed, scope and
-    method, each followed by its axis points. A filter replaces the grid's list, so it can add
-    values that the grid does not run by default. Extra cells run if no filter excludes them.
-    Methods that quantize nothing have one cell per seed and scope, and ignore the bits.
+    method, each followed by its axis points and its export. A filter replaces the grid's list, so
+    it can add values that the grid does not run by default. Extra cells run if no filter excludes
+    them. Methods that quantize nothing have one cell per seed and scope, and ignore the bits.
     """
     cells: dict[Key, Cell] = {}
     wanted, axes = filters.tasks, chosen_axes(grid, filters)
@@ -133,7 +133,7 @@ def _keep(values: Iterable[T], wanted: tuple[T, ...] | None) -> tuple[T, ...]:
 def _cells(
     grid: Grid, filters: Filters, options: RunOptions, model: str, lists: Extra, axes: Axes
 ) -> Iterator[Cell]:
-    """Yield the cells of a model: full precision, then each quantized cell and its points."""
+    """Yield the cells of a model: full precision, each quantized cell, its points, its export."""
     section, methods = lists.task, _keep(lists.methods, filters.methods)
     if FP in methods:
         yield _make_cell(grid, section, model, None, options)
@@ -151,6 +151,8 @@ def _cells(
         own = {"w_bits": w_bits, "a_bits": a_bits, "seed": seed, "scope": scope}
         base = _make_cell(grid, section, model, make_recipe(method, overrides, own), options)
         yield from _with_points(base, axes, overrides, own)
+        if method in grid.tasks[section].export:
+            yield replace(base, point=EXPORT, request=replace(base.request, export=True))
 
 
 def _with_points(

@@ -1,4 +1,4 @@
-"""Checks for missing data and weights of cells."""
+"""Checks for missing data, weights and packages of cells."""
 
 import importlib
 from collections.abc import Sequence
@@ -6,14 +6,20 @@ from typing import Any
 
 from benchmarks.grid.cell import Adapter, Cell
 from fimaq_core.errors import FimaqError
+from fimaq_core.export import require_export
 from tasks.common import registry
 from tasks.common.request import Missing, describe_missing
 
 
 def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
-    """Return one message per missing data set or weights file, and per impossible request."""
+    """Return one message per missing data set, weights file and extra, and impossible request."""
     found: list[Missing] = []
     errors: dict[str, None] = {}
+    if any(cell.request.export for cell in cells):
+        try:
+            require_export()
+        except FimaqError as error:
+            errors[str(error)] = None
     for cell in {(cell.section, cell.model): cell for cell in cells}.values():
         try:
             found += adapter.preflight(cell.request)

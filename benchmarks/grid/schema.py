@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from benchmarks.grid.cell import CellName
 from fimaq_core.documents import Strict, read_yaml, shown, validate
 from fimaq_core.errors import FimaqError, suggest
+from fimaq_core.export.recipes import check_exportable
 from fimaq_core.recipe import METHODS, OFF, make_recipe
 from tasks.common import registry
 
@@ -89,6 +90,8 @@ class TaskGrid(Strict):
     seeds: tuple[int, ...] | None = Field(None, min_length=1)
     overrides: Overrides = {}  #: added to those of the grid, and stronger
     scopes: tuple[str, ...] = ()  #: one cell per scope; empty: the default scope of the task
+    #: Methods whose cells are also measured as exports to ONNX, in the grid's own settings.
+    export: tuple[Method, ...] = ()
     #: Where block inputs and Fisher information are cached; changes no result.
     placement: Literal["device", "host", "disk"] = "device"
 
@@ -140,7 +143,20 @@ class Grid(Strict):
             for method in self.methods_of(section):
                 for changes in ({}, *points) if method != FP else ():
                     make_recipe(method, self.overrides_of(section), changes)
+            self._check_exports(section)
         return self
+
+    def _check_exports(self, section: str) -> None:
+        """Check that a section has the methods that it exports, with quantizers of integers."""
+        known = {
+            method for extra in self.extra if extra.task == section for method in extra.methods
+        }
+        known |= set(self.methods_of(section))
+        for method in self.tasks[section].export:
+            if method not in known - {FP}:
+                words = f"cannot be exported in {shown(section)}: no quantized cell there has it"
+                raise GridError(f"The method {shown(method)} {words}.")
+            check_exportable(make_recipe(method, self.overrides_of(section)))
 
     def _cells(self, section: str) -> int:
         """Return the number of cells of a section at most, with those that a filter may add."""
@@ -149,7 +165,13 @@ class Grid(Strict):
         count = (len(part.models) + len(part.available)) * math.prod(map(len, lists))
         own = [extra for extra in self.extra if extra.task == section]
         further = (math.prod(map(len, (x.models, x.methods, x.bits, x.seeds))) for x in own)
-        return (count * (1 + points) + sum(further)) * max(1, len(part.scopes))
+        exports = 1 + bool(part.export)
+        return (count * (exports + points) + exports * sum(further)) * max(1, len(part.scopes))
+
+    def without_exports(self) -> "Grid":
+        """Return the grid without the cells that measure exports."""
+        tasks = {name: part.model_copy(update={"export": ()}) for name, part in self.tasks.items()}
+        return self.model_copy(update={"tasks": tasks})
 
     def task_of(self, section: str) -> str:
         """Return the name of a section's task."""

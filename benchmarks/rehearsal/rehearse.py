@@ -38,6 +38,10 @@ def rehearse(request: RunRequest) -> int:
     from benchmarks.run.command import run_grid
 
     grid, options = request.grid, request.options
+    if any(part.export for part in grid.tasks.values()):
+        print("Exports are not rehearsed: they cost little.")
+        grid = grid.without_exports()
+        request = replace(request, grid=grid)
     folder = options.results / "rehearsal"
     weights = folder / "weights"
     if options.force:  # a rehearsal has nothing worth keeping

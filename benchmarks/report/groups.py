@@ -5,15 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.grid.cell import Cell, CellName
-from benchmarks.results.scores import (
-    FULL,
-    Column,
-    Measured,
-    in_order,
-    over_seeds,
-    scores,
-    value_text,
-)
+from benchmarks.results.scores import FULL, Column, Measured, over_seeds, scores, value_text
 
 
 class Score(NamedTuple):
@@ -41,12 +33,7 @@ class Group:
     @property
     def method(self) -> str:
         """Name of the group's row in tables."""
-        return row_name(self.cell)
-
-
-def row_name(cell: Cell) -> str:
-    """Return the method with its axis point: ``fimaq``, ``fimaq k=15``."""
-    return f"{cell.method} {cell.point}".strip()
+        return self.cell.row
 
 
 def make_groups(measured: Sequence[Measured]) -> list[Group]:
@@ -66,13 +53,6 @@ def make_groups(measured: Sequence[Measured]) -> list[Group]:
         score = Score(mean, error, value_text(mean, sd), f"± {error:.2f} {kind}")
         by_id[row["group"]].scores[row["metric"]] = score
     return list(groups.values())
-
-
-def rows_of(cells: Iterable[Cell]) -> list[str]:
-    """Return the row names of a table: methods in order, each followed by its axis points."""
-    names = {row_name(cell): cell.method for cell in cells}
-    methods = in_order(names.values())
-    return sorted(names, key=lambda name: (methods.index(names[name]), name != names[name]))
 
 
 def find(groups: Iterable[Group], column: Column) -> dict[str, Group]:

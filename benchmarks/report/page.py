@@ -14,7 +14,7 @@ from benchmarks.published.table import PublishedTable
 from benchmarks.report import charts, examples, figures
 from benchmarks.report.figures import Looks
 from benchmarks.report.gather import Gathered, gather
-from benchmarks.report.groups import Group, make_groups, rows_of
+from benchmarks.report.groups import Group, make_groups
 from benchmarks.report.provenance import module_maps, provenance
 from benchmarks.report.tables import diff_table, paper_table, score_table
 from benchmarks.results.scores import (
@@ -22,6 +22,7 @@ from benchmarks.results.scores import (
     Measured,
     main_metric,
     metric_title,
+    rows_of,
     sample_counts,
     scores,
     unique,
@@ -29,6 +30,7 @@ from benchmarks.results.scores import (
 )
 from benchmarks.tables.ablation import axis_table, methods_on
 from benchmarks.tables.expected_orders import order_lines
+from benchmarks.tables.exports import NOTE, export_table
 from benchmarks.tables.reproduction import Reproduction
 from benchmarks.tables.settings import settings_lines
 from benchmarks.tables.summary import sampling_line
@@ -110,6 +112,7 @@ def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | N
         "looks": looks,
         "reference": reference.compare(grid, measured),
         "stages": stages,
+        "exports_note": NOTE,
     }
 
 
@@ -148,6 +151,7 @@ def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stag
         "modules": module_maps(groups),
         "origins": [provenance(group, metric, gathered) for group in groups],
         "axes": axes,
+        "exports": export_table(metric, mine),
     }
 
 

@@ -7,13 +7,14 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.compare.alike import changed_settings
-from benchmarks.console import duration, size_text
+from benchmarks.console import duration, share_text, size_text
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group
 from benchmarks.results.scores import Measured, sample_counts, unique
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
 from tasks.common.record import LayerEntry, ResultRecord, recipe_of
+from tasks.common.record_entries import Exported
 
 Dict = dict[str, Any]
 #: Columns of a module map.
@@ -89,6 +90,24 @@ def _facts(item: Measured, gathered: Gathered) -> dict[str, Dict]:
             "git revision": machine.git_revision,
             "versions": ", ".join(f"{name} {found}" for name, found in machine.versions.items()),
         },
+        **({} if r.exported is None else {"Export to ONNX": _export(r.exported)}),
+    }
+
+
+def _export(own: Exported) -> Dict:
+    """Return the facts of an exported file: its size, and what ran in integers."""
+    share = share_text(100 * own.integer_macs / max(own.quantized_macs, 1))
+    of = f", {own.bytes / own.float_bytes:.2f} of float32" if own.float_bytes else ""
+    return {
+        "size": f"{size_text(own.bytes)}{of}",
+        "weights": "packed in 3 or 4 bits" if own.weights == "packed" else own.weights,
+        "zero points of activations": "0" if own.signed else "as calibrated",
+        "ran in integers": f"{own.integer_macs:,} of the {own.quantized_macs:,} multiply-adds with "
+        f"two quantized operands ({share} %)",
+        "multiply-adds per sample": f"{own.macs:,}",
+        "speed": "not measured" if own.speed is None else f"{own.speed:.2f} x float32",
+        "runtime": own.runtime,
+        "sha256": own.sha256,
     }
 
 

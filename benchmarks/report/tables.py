@@ -10,9 +10,9 @@ import pandas as pd
 from benchmarks.compare import diff
 from benchmarks.grid.cell import Cell
 from benchmarks.published.schema import head_pair
-from benchmarks.report.groups import Group, find, row_name, rows_of
+from benchmarks.report.groups import Group, find
 from benchmarks.results.outcomes import CompareError, compare
-from benchmarks.results.scores import FULL, Measured, columns_of, metric_title
+from benchmarks.results.scores import FULL, Measured, columns_of, metric_title, rows_of
 from benchmarks.tables.reproduction import Reproduction, bits_text
 from benchmarks.tables.settings import recipe_marks
 from tasks.common.record import is_percent
@@ -52,7 +52,7 @@ def score_table(
                     except CompareError as error:
                         values[name]["title"] += f"; not compared with the best: {error}"
         filled.append(values)
-    recipes = {row_name(cell): cell.request.recipe for cell in cells}
+    recipes = {cell.row: cell.request.recipe for cell in cells}
     return {
         "caption": metric_title(metric),
         "columns": columns,

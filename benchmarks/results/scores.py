@@ -22,6 +22,9 @@ COLUMNS = [
     "task", "dataset", "model", "method", "variant", "w_bit", "a_bit", "seed", "metric", "value",
     "stderr", "n", "fp_value",
 ]  # fmt: skip
+#: Columns of exports: 10⁶ bytes of the file; percentage of the multiply-adds with two quantized
+#: operands that run in integers; time of the float32 export divided by the time of this file.
+EXPORT_COLUMNS = ["size_mb", "integer_coverage", "speed"]
 #: Columns that are equal for cells that differ in their seed only.
 CELL = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
 #: Pairs of metrics that share the cells of one small table, by the title of this table.
@@ -175,13 +178,13 @@ def scores(measured: Iterable[Measured]) -> pd.DataFrame:
     """Return the table of scores of finished cells.
 
     Returns:
-        The columns of :func:`record_scores`, and the ``model``, ``subject``, ``mark`` and ``point``
-        of each :class:`~benchmarks.grid.cell.Cell`.
+        The columns of :func:`record_scores`, and the ``model``, ``subject``, ``mark``, ``point``
+        and ``row`` of each :class:`~benchmarks.grid.cell.Cell`.
     """
     items = list(measured)
     table = record_scores(item.record for item in items)
     cells = [items[place].cell for place in table["item"]]
-    names = ("model", "subject", "mark", "point")
+    names = ("model", "subject", "mark", "point", "row")
     return table.assign(**{name: [getattr(cell, name) for cell in cells] for name in names})
 
 
@@ -189,7 +192,8 @@ def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
     """Return one row per record and metric.
 
     Returns:
-        :data:`COLUMNS`; ``bits`` as a name; ``item``, the index of the record in ``records``.
+        :data:`COLUMNS`; :data:`EXPORT_COLUMNS`, empty where a record is not of an export; ``bits``
+        as a name; ``item``, the index of the record in ``records``.
         ``value``, ``stderr`` (standard error over samples) and ``fp_value`` (full precision) are
         in percent, except for median ranks.
     """
@@ -199,15 +203,30 @@ def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
             record.task, record.dataset.name, record.model, record.method, record.variant,
             record.w_bit, record.a_bit, record.seed,
         )  # fmt: skip
+        figures = _export_figures(record)
         for name, metric in record.metrics.items():
             full = metric if record.method == "fp" else record.fp_metrics.get(name)
             score = (name, metric.value, metric.stderr, record.n, full and full.value)
-            rows.append((*shared, *score, item))
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "item"])
-    numbers = dict.fromkeys(("value", "stderr", "fp_value"), float)
+            rows.append((*shared, *score, *figures, item))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *EXPORT_COLUMNS, "item"])
+    numbers = dict.fromkeys(("value", "stderr", "fp_value", *EXPORT_COLUMNS), float)
     largest = max((seed for seed in table["seed"] if seed is not None), default=0)
     seeds = "Int64" if largest < 2**63 else "UInt64"
     return with_bits(table.astype({"seed": seeds, **numbers}))
+
+
+def _export_figures(record: ResultRecord) -> tuple[float | None, float | None, float | None]:
+    """Return the values of :data:`EXPORT_COLUMNS`."""
+    own = record.exported
+    if own is None:
+        return None, None, None
+    covered = 100 * own.integer_macs / own.quantized_macs if own.quantized_macs else None
+    return own.bytes / 1e6, covered, own.speed
+
+
+def csv_columns(table: pd.DataFrame) -> list[str]:
+    """Return :data:`COLUMNS`, and :data:`EXPORT_COLUMNS` if the table has exports."""
+    return COLUMNS + (EXPORT_COLUMNS if table["size_mb"].notna().any() else [])
 
 
 def with_bits(table: pd.DataFrame) -> pd.DataFrame:
@@ -284,6 +303,13 @@ def in_order(methods: Iterable[str]) -> list[str]:
     known = ["fp", *METHODS]
     places = {name: place for place, name in enumerate(known)}
     return sorted(unique(methods), key=lambda name: places.get(name, len(known)))
+
+
+def rows_of(cells: Iterable[Cell]) -> list[str]:
+    """Return the row names of a table: methods in order, each followed by its points."""
+    names = {cell.row: cell.method for cell in cells}
+    methods = in_order(names.values())
+    return sorted(names, key=lambda name: (methods.index(names[name]), name != names[name]))
 
 
 class Column(NamedTuple):

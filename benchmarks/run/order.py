@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterator, Sequence
 
 from benchmarks.costs.estimate import expected_cost
-from benchmarks.grid.cell import Cell, Key
+from benchmarks.grid.cell import EXPORT, Cell, Key
 from fimaq_core.recipe import OFF
 from tasks.common import registry
 from tasks.common.record import bits_name
@@ -15,8 +15,8 @@ def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
 
     A chain begins in one slot. Its cells have the same section, model, bits, seed and axis point,
     so they share a calibration. Cells of several scopes also share reconstructions; the scope of
-    the whole model comes last, after its parts. Each axis point is its own chain; otherwise most
-    slots would be idle in an ablation.
+    the whole model comes last, after its parts. An export follows the cell that it exports. Each
+    axis point is its own chain; otherwise most slots would be idle in an ablation.
 
     Full-precision cells start first, because all other cells of their model use them. Models
     that only have reconstructed MLPs come next, because other cells use these MLPs. Then the
@@ -24,7 +24,8 @@ def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
     """
     chains: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
-        shared = (cell.section, cell.model, cell.w_bit, cell.a_bit, cell.seed, cell.point)
+        point = "" if cell.point == EXPORT else cell.point
+        shared = (cell.section, cell.model, cell.w_bit, cell.a_bit, cell.seed, point)
         chains.setdefault(shared, []).append(cell)
     for chain in chains.values():
         chain.sort(key=lambda cell: cell.scope in registry.scopes(cell.task)[:1])
@@ -51,9 +52,7 @@ class CellQueue:
         self._opened: set[int] = set()  # chains in which a cell has run, so shared parts are made
         self._at: dict[Hashable, int] = {}  # chain of each slot
         self._aside: dict[Key, Cell] = {}
-        full = [cell for cell in cells if cell.request.recipe is None]
-        #: (section, model) of full-precision cells, for which the other cells of the model wait.
-        self._full = {(cell.section, cell.model) for cell in full}
+        self._open = {cell.key for cell in cells}  # cells that have neither a record nor failed
 
     def take(self, slot: Hashable) -> Cell | None:
         """Return the next cell of `slot`, which runs from now on; None if all cells must wait.
@@ -66,7 +65,7 @@ class CellQueue:
         def rank(cell: Cell) -> int:
             """Return 0, 1 or 2 for the three choices, and 3 if the cell must wait."""
             chain = self._chain[cell.key]
-            if cell.request.recipe is not None and (cell.section, cell.model) in self._full:
+            if not self._open.isdisjoint(cell.needs):
                 return 3
             if chain == self._at.get(slot):
                 return 0
@@ -90,8 +89,7 @@ class CellQueue:
     def remove(self, cell: Cell) -> None:
         """Remove a running cell, which has a record or has failed."""
         self._stop(cell)
-        if cell.request.recipe is None:
-            self._full.discard((cell.section, cell.model))
+        self._open.discard(cell.key)
 
     def put_back(self, cell: Cell) -> None:
         """Let a cell that ran or was put aside wait again, before the others of its chain."""

@@ -4,9 +4,11 @@ import time
 from pathlib import Path
 
 import click
+from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
-from benchmarks.speed.results import read_records, tables, write_record
+from benchmarks.speed.results import SpeedRecord, read_records, tables, write_record
 from fimaq_core.errors import FimaqError
+from fimaq_core.export import require_export
 from tasks.common.cli import numbers, process
 
 #: Default models, and default seconds of a run, by type of device.
@@ -28,6 +30,9 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--quick", is_flag=True, help="Smallest sizes, to see that the benchmark runs.")
 @click.option("--output", type=_PATH, default="results/speed.json", help="File to add records to.")
+@click.option(
+    "--export", type=_PATH, help="Also measure exports to ONNX, and add records to this file."
+)
 @click.option("--table", type=_PATH, help="Only print the tables of this file as Markdown.")
 def main(
     device: str,
@@ -36,15 +41,16 @@ def main(
     budget: float | None,
     quick: bool,
     output: Path,
+    export: Path | None,
     table: Path | None,
 ) -> None:
     """Measure how fast quantization runs on this machine, and compare with its limits.
 
-    The default models take at most 5 minutes on two CPU cores and 8 minutes on a GPU. Run nothing
-    else meanwhile.
+    The default models take at most 5 minutes on two CPU cores and 8 minutes on a GPU. Exports
+    always run on the CPU, and take 3 minutes more. Run nothing else meanwhile.
     """
     if table is not None:
-        records = read_records(table)
+        records = read_records(table, SpeedRecord)
         if not records:
             raise FimaqError(f"No records in {table}: measure some with --output {table}.")
         click.echo(tables(records))
@@ -63,7 +69,12 @@ def main(
     if where.index is not None:
         torch.cuda.set_device(where)  # timers wait for the current device
     names = [name.strip() for name in (models or MODELS[where.type]).split(",")]
-    read_records(output)  # reports an unusable file before minutes of work
+    read_records(output, SpeedRecord)  # reports an unusable file before minutes of work
+    if export is not None:
+        from benchmarks.speed import export as exports
+
+        require_export()
+        read_records(export, exports.ExportRecord)
     start = time.monotonic()
     end = start + (budget or BUDGET[where.type])
 
@@ -82,3 +93,11 @@ def main(
         done.append(measure(name, sizes, rates, where, deadline, say))
         write_record(output, done[-1])
     click.echo(f"\n{tables(done, 'simple')}\n\nRecords: {output}")
+    if export is not None:
+        chosen = names if models or quick else exports.MODELS
+        rounds = {1: 2} if quick else exports.ROUNDS
+        found = []
+        for record in exports.measure_exports(chosen, torch.get_num_threads(), say, rounds):
+            write_record(export, record)
+            found.append(record)
+        click.echo(f"\n{tabulate(exports.rows(found), headers='keys')}\n\nRecords: {export}")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
@@ -41,10 +41,17 @@ class SpeedRecord(BaseModel):
     revision: str  #: git revision of this project
 
 
-_LIST = TypeAdapter(list[SpeedRecord])
+class _Keyed(Protocol):
+    """Record that replaces an older record of the same device and model."""
+
+    device: str
+    model: str
 
 
-def read_records(path: Path) -> list[SpeedRecord]:
+Record = TypeVar("Record", bound=_Keyed)
+
+
+def read_records(path: Path, kind: type[Record]) -> list[Record]:
     """Return all records of a file; an empty list if there is no file.
 
     Raises:
@@ -53,17 +60,18 @@ def read_records(path: Path) -> list[SpeedRecord]:
     if not path.is_file():
         return []
     try:
-        return _LIST.validate_json(path.read_bytes())
+        return TypeAdapter(list[kind]).validate_json(path.read_bytes())
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise CheckpointError(f"{path} holds no speed records: move it away. {reason}.") from error
 
 
-def write_record(path: Path, record: SpeedRecord) -> None:
+def write_record(path: Path, record: Record) -> None:
     """Add a record to a file; it replaces the record of the same device and model."""
     key = (record.device, record.model)
-    kept = [other for other in read_records(path) if (other.device, other.model) != key]
-    text = _LIST.dump_json([*kept, record])
+    others = read_records(path, type(record))
+    kept = [other for other in others if (other.device, other.model) != key]
+    text = TypeAdapter(list[type(record)]).dump_json([*kept, record])
     # Five digits of every number: more would be noise.
     content = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
     with replaced_whole(path) as temporary:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from benchmarks.compare.alike import has_effect
-from benchmarks.results.scores import Cells, Items, in_order, seeds_of, unique
+from benchmarks.results.scores import Cells, Items, in_order, rows_of, seeds_of, unique
 from fimaq_core.errors import CheckpointError
 from fimaq_core.recipe import METHODS, Recipe, make_recipe
 from tasks.common import registry
@@ -35,11 +35,11 @@ def recipe_marks(recipe: Recipe | None) -> tuple[str, str]:
 
 
 def marks(cells: Cells) -> pd.DataFrame:
-    """Return methods × :data:`MARKS` in the order of tables, measured or not."""
-    recipes = {cell.method: cell.request.recipe for cell in reversed(cells)}
-    methods = in_order(recipes)
-    rows = [recipe_marks(recipes[name]) for name in methods]
-    return pd.DataFrame(rows, columns=list(MARKS), index=pd.Index(methods, name="method"))
+    """Return rows × :data:`MARKS` in the order of tables, measured or not."""
+    recipes = {cell.row: cell.request.recipe for cell in reversed(cells)}
+    names = rows_of(cells)
+    rows = [recipe_marks(recipes[name]) for name in names]
+    return pd.DataFrame(rows, columns=list(MARKS), index=pd.Index(names, name="method"))
 
 
 def settings_lines(mine: Items) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
+from benchmarks.grid.cell import EXPORT, Cell
 from benchmarks.grid.schema import Axes
 from benchmarks.results import scores
 from benchmarks.results.scores import (
@@ -20,6 +21,8 @@ from benchmarks.results.scores import (
 )
 from benchmarks.tables.ablation import NOTE, axis_tables
 from benchmarks.tables.expected_orders import order_lines
+from benchmarks.tables.exports import NOTE as EXPORTS_NOTE
+from benchmarks.tables.exports import TITLE, export_table
 from benchmarks.tables.formats import PREAMBLE, escape, latex, markdown
 from benchmarks.tables.settings import MARKS, marks, settings_lines
 from fimaq_core.terminal import one_line
@@ -72,6 +75,9 @@ def grid_latex(
         tables = _by_bits("", title, _best_bold(main, planned))
         for title, pair in rest:
             tables += _by_bits(f"-{title.split('(')[0].strip()}", title, pair)
+        exports = export_table(metric, mine)
+        if not exports.empty:
+            tables.append(("-exports", TITLE, exports))
         for title, points in axis_tables(axes or {}, metric, mine, planned).items():
             label = f"-{re.split('[,(]', title)[0].strip()}"
             tables.append((label, f"{title}, {scores.metric_title(metric)}", points))
@@ -81,7 +87,8 @@ def grid_latex(
             words = [f"{section}: {title}.", *about]
             if any("**" in text for text in table.to_numpy().ravel()):
                 words.append("Bold: the best quantized method of a column.")
-            words.append("Quantization is simulated.")
+            but = "" if exports.empty else f", except in rows of {EXPORT}"
+            words.append(f"Quantization is simulated{but}.")
             parts.append(latex(table, " ".join(words), f"{name}-{section}{label}", notes))
     return "\n\n".join(parts) + "\n"
 
@@ -102,8 +109,9 @@ def _by_bits(label: str, title: str, table: pd.DataFrame) -> list[tuple[str, str
 
 def _tables(mine: Items, planned: Cells) -> tuple[str, list[tuple[str, pd.DataFrame]]]:
     """Return the main metric, and titles and tables of the grid's own settings, the main first."""
-    table, cells = scores.scores(mine), [cell for cell in planned if not cell.point]
-    metric, own = scores.main_metric(mine[0].cell.task, table), table[table["point"] == ""]
+    table, cells = scores.scores(mine), _without_axes(planned)
+    own = table[table["point"].isin(["", EXPORT])]
+    metric = scores.main_metric(mine[0].cell.task, table)
     title = f"{scores.metric_title(metric)}, mean ± sd over seeds"
     tables = [(title, wide(own[own["metric"] == metric], cells))]
     for title, metrics in METRIC_PAIRS.items():
@@ -113,6 +121,11 @@ def _tables(mine: Items, planned: Cells) -> tuple[str, list[tuple[str, pd.DataFr
             both = first.where(first == "-", first + " / " + second)
             tables.append((f"{title} (percent), mean over seeds", both))
     return metric, tables
+
+
+def _without_axes(cells: Cells) -> list[Cell]:
+    """Return the cells in the grid's own settings, and their exports."""
+    return [cell for cell in cells if cell.point in ("", EXPORT)]
 
 
 def _best_bold(table: pd.DataFrame, cells: Cells) -> pd.DataFrame:
@@ -132,7 +145,7 @@ def _section_parts(
 
     ``damaged`` has one line per cell with an unreadable record.
     """
-    # The main table and the lines show the grid's own settings; axes have their own tables.
+    # The lines are on the grid's own settings; axes and exports have their own tables.
     own, cells = [it for it in mine if not it.cell.point], [c for c in planned if not c.point]
     metric, ((title, main), *tables) = _tables(mine, planned)
     table = scores.scores(own)
@@ -151,9 +164,13 @@ def _section_parts(
     if unfinished > 0:
         lines.append(f"{unfinished} of {len(planned)} cells are not measured: `-`.")
     lines += damaged
-    parts = [f"## {section}: {title}", *markdown(marks(cells).join(main), width, MARKS)]
+    named = marks(_without_axes(planned))
+    parts = [f"## {section}: {title}", *markdown(named.join(main), width, MARKS)]
     for title, pair in tables:
         parts += [f"{title}:", *markdown(pair, width)]
+    exports = export_table(metric, mine)
+    if not exports.empty:
+        parts += [f"{TITLE}:", *markdown(exports, width), EXPORTS_NOTE]
     parts.append("\n".join(f"- {one_line(line)}" for line in lines))
     means = pd.concat([_mean_over_models(rows, mark) for mark, rows in by_mark.items()], axis=1)
     if not means.empty and len({cell.model for cell in cells}) > 1:
@@ -167,7 +184,7 @@ def _section_parts(
 def wide(
     table: pd.DataFrame, cells: Cells, text: Callable[[float, float], str] = scores.value_text
 ) -> pd.DataFrame:
-    """Return methods × ``subject bits``, with ``-`` for missing scores.
+    """Return rows × ``subject bits``, with ``-`` for missing scores.
 
     The score of a method without bits is repeated at all bits of its subject. The score in full
     precision is repeated for all subjects of its model.
@@ -176,16 +193,16 @@ def wide(
         table: scores of one section and metric.
         text: formats a mean and a standard deviation (NaN for one seed).
     """
-    stats = over_seeds(table, ["subject", "method", "bits"])
+    stats = over_seeds(table, ["subject", "method", "row", "bits"])
     stats["text"] = [text(row.mean, row.sd) for row in stats.itertuples()]
     columns = {}
     for subject, model, bits in scores.columns_of(cells):
         subjects = np.where(stats["method"] == "fp", model, subject)
         own = (stats["subject"] == subjects) & stats["bits"].isin([bits, FULL])
         name = f"{subject} {bits}" if bits != FULL else subject
-        columns[name] = stats[own].set_index("method")["text"]
-    methods = pd.Index(in_order(cell.method for cell in cells), name="method")
-    return pd.DataFrame(columns, index=methods).fillna("-")
+        columns[name] = stats[own].set_index("row")["text"]
+    rows = pd.Index(scores.rows_of(cells), name="method")
+    return pd.DataFrame(columns, index=rows).fillna("-")
 
 
 def data_lines(measured: Items) -> list[str]:

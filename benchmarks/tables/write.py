@@ -12,11 +12,11 @@ from benchmarks.grid.expand import Filters, chosen_axes, expand
 from benchmarks.grid.schema import Grid
 from benchmarks.published.table import PublishedTable
 from benchmarks.results.scores import (
-    COLUMNS,
     Cells,
     Collected,
     Damaged,
     collect,
+    csv_columns,
     csv_text,
     scores,
     write_text,
@@ -35,9 +35,10 @@ def title(grid: Grid) -> str:
 def texts(grid: Grid, found: Collected, cells: Cells) -> dict[str, str]:
     """Return the texts of the tables of ``cells`` by file ending."""
     measured, damaged = found
+    table = scores(measured)
     return {
         "md": grid_markdown(title(grid), measured, cells, axes=grid.axes, damaged=damaged),
-        "csv": csv_text(scores(measured)[COLUMNS]),
+        "csv": csv_text(table[csv_columns(table)]),
         "tex": grid_latex(grid.name, measured, cells, grid.axes, damaged),
     }
 

@@ -22,7 +22,7 @@ from fimaq_core.export.opening import foreign_operators
 from fimaq_core.export.passes import speed_up
 from fimaq_core.export.recipes import check_exportable
 from fimaq_core.files import replaced_whole
-from fimaq_core.layers import QuantMatMul
+from fimaq_core.layers import QuantMatMul, set_quantized
 from fimaq_core.recipe import Recipe
 
 #: Version of the file format that belongs to the operators.
@@ -149,6 +149,26 @@ def export_onnx(
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except Exception as error:
         raise ModelError(f"The exported graph is not valid ONNX: {error}") from error
+    write_model(model, path)
+
+
+def export_float(
+    chain: BlockChain,
+    example: Tensor,
+    path: Path,
+    *,
+    around: Any = None,
+    names: Outputs = Outputs(),
+) -> None:
+    """Write the full-precision form of a chain, for comparison; see :func:`export_onnx`.
+
+    Raises ModelError or CheckpointError.
+    """
+    require_export()
+    plain = copy.deepcopy(chain)
+    set_quantized(plain, False)
+    model = _traced(plain if around is None else around(plain), example, names)
+    _strip(model)
     write_model(model, path)
 
 

@@ -10,13 +10,15 @@ from click.testing import CliRunner
 from torch import nn
 
 from benchmarks.speed.command import main
+from benchmarks.speed.export import ExportRecord, measure_export, rows
 from benchmarks.speed.memory import peak_of_block
-from benchmarks.speed.results import read_records, tables
+from benchmarks.speed.results import SpeedRecord, read_records, tables, write_record
 from benchmarks.speed.steps import measure_rates, step_bytes
 from benchmarks.speed.walk import SegmentTimes, extrapolate, protocol_seconds, walk
 from benchmarks.speed.workload import Workload, make_workload
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.recipe import Recipe, make_recipe
+from tasks.common.task import Exportable
 from tests.small_models import chain_of, images, quick, swin, vit
 
 CPU = torch.device("cpu")
@@ -137,7 +139,7 @@ def test_the_command_writes_whole_records(records: Path) -> None:
 def test_the_tables_of_a_file_are_printed(records: Path) -> None:
     found = CliRunner().invoke(main, ["--table", str(records)])
     assert found.exit_code == 0
-    assert found.output == f"{tables(read_records(records))}\n"
+    assert found.output == f"{tables(read_records(records, SpeedRecord))}\n"
     assert "demo_vit" in found.output
 
 
@@ -151,6 +153,37 @@ def test_unusable_requests_are_one_line(tmp_path: Path) -> None:
 
 
 def test_tables_of_the_committed_records_are_those_of_the_readme() -> None:
-    records = read_records(Path(__file__).parents[3] / "results" / "reference" / "speed.json")
+    records = read_records(
+        Path(__file__).parents[3] / "results" / "reference" / "speed.json", SpeedRecord
+    )
     assert [record.model for record in records] == ["demo_vit", "vit_small"]
     assert tables(records) in README.read_text(encoding="utf-8")
+
+
+def test_an_export_is_measured_and_recorded(tmp_path: Path) -> None:
+    recipe = quick("fimaq", range_search="minmax", calibration_images=4, w_bits=4, a_bits=4)
+    chain, samples = chain_of(vit(1), recipe), images(4)
+    calibrate(chain, samples, recipe)
+    exported = Exportable(chain, samples, lambda logits: logits.argmax(1))
+    record = measure_export("tiny", exported, recipe, threads=1, rounds={1: 2, 3: 2})
+    assert record.packed_bytes < record.bytes < record.float_bytes
+    assert 0.9 * record.quantized_macs < record.integer_macs <= record.quantized_macs < record.macs
+    assert list(record.speed) == [1, 3]
+    for found in record.speed.values():
+        assert 0 < found.low <= found.ratio <= found.high
+        assert min(found.float_ms, found.ms) > 0
+    path = tmp_path / "export.json"
+    write_record(path, record)
+    write_record(path, record.model_copy(update={"bytes": record.bytes + 1}))
+    (again,) = read_records(path, ExportRecord)
+    assert (again.model, again.bytes) == ("tiny", record.bytes + 1)
+    (row,) = rows([again])
+    assert row["int8"] == f"{again.bytes / again.float_bytes:.2f}"
+
+
+def test_a_file_of_other_records_is_refused_before_work(tmp_path: Path, records: Path) -> None:
+    arguments = ["--device", "cpu", "--output", str(tmp_path / "speed.json")]
+    found = CliRunner().invoke(main, [*arguments, "--export", str(records)])
+    assert found.exit_code == 2
+    assert found.output.startswith(f"error: {records} holds no speed records: move it away.")
+    assert not (tmp_path / "speed.json").exists()
