@@ -53,12 +53,14 @@ TOLERANCE = 1e-3
 DIGITS_PER_CLASS = {"train": 150, "val": 50}
 
 
-def read_graph(path: Path) -> "onnx.ModelProto":
+def read_onnx(path: Path) -> "onnx.ModelProto":
     """Parse an ONNX file, or the one inside a wheel. Raises ModelError."""
     try:
         import onnx
+        import onnxruntime  # noqa: F401
+        from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise ModelError('onnx is missing: pip install "fimaq[export]"') from error
+        raise ModelError('This needs onnx and onnxruntime: pip install "fimaq[export]"') from error
     try:
         if path.suffix == ".whl":
             with zipfile.ZipFile(path) as wheel:
@@ -70,15 +72,9 @@ def read_graph(path: Path) -> "onnx.ModelProto":
         else:
             _check_bytes(path, path.stat().st_size)
             content = path.read_bytes()
-        graph = onnx.load_from_string(content)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ModelError(f"Cannot read {path}: {error}") from error
-    except Exception as error:
-        # Protobuf's DecodeError, whose module depends on the version of protobuf.
-        if type(error).__name__ != "DecodeError":
-            raise
-        raise ModelError(f"{path} is not an ONNX file.") from error
-    return graph
+        return onnx.load_from_string(content)
+    except (OSError, zipfile.BadZipFile, DecodeError) as error:
+        raise ModelError(f"{path} is no ONNX file, or damaged: {error}") from error
 
 
 def _check_bytes(path: Path, count: int) -> None:
@@ -148,19 +144,19 @@ def rename(weights: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
     return {name: weight.contiguous() for name, weight in sorted(found.items())}
 
 
-def feature_error(model: nn.Module, graph: "onnx.ModelProto", images: Tensor) -> float:
+def feature_error(model: nn.Module, original: "onnx.ModelProto", images: Tensor) -> float:
     """Return the greatest difference of the features of all tokens, in standard deviations.
 
     Args:
         model: timm's model, in eval mode.
-        graph: the original graph; onnxruntime runs it up to its last norm.
+        original: the ONNX file; onnxruntime runs it up to its last norm.
         images: (n, 3, size, size) float32.
     """
     import onnx
     import onnxruntime
 
     short = onnx.ModelProto()
-    short.CopyFrom(graph)
+    short.CopyFrom(original)
     nodes = short.graph.node
     last = next((i for i, node in enumerate(nodes) if node.name == NORM), None)
     if last is None:
@@ -171,8 +167,10 @@ def feature_error(model: nn.Module, graph: "onnx.ModelProto", images: Tensor) ->
     )
     for axis, size in enumerate(images.shape):  # the graph was exported for one size of images
         short.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # no warnings about the weights of the head
     session = onnxruntime.InferenceSession(
-        short.SerializeToString(), providers=["CPUExecutionProvider"]
+        short.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     wanted = session.run(None, {short.graph.input[0].name: images.numpy()})[0]
     with torch.inference_mode():
@@ -180,41 +178,38 @@ def feature_error(model: nn.Module, graph: "onnx.ModelProto", images: Tensor) ->
     return float((features - torch.from_numpy(wanted)).abs().max() / wanted.std())
 
 
-def write_digits(folder: Path, size: int) -> dict[str, tuple[list[Path], Tensor]]:
-    """Write digits as PNG files to ``<folder>/<part>/<class>/``; return paths and labels by part.
+def write_digits(folder: Path, size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Write digits as PNG files to ``<folder>/<part>/<class>/``.
 
-    The parts have the same number of digits of every class and share none. The images are
-    ``size`` x ``size``, grey.
+    The parts have the same number of digits of every class and share none. The images are grey.
+
+    Returns:
+        Images (n, size, size) uint8 and labels (n,) int64 of each part.
     """
-    images, labels = load_digits()
-    parts: dict[str, tuple[list[Path], Tensor]] = {}
-    start = 0
+    digits, labels = load_digits()
+    order = np.argsort(labels, kind="stable").reshape(10, -1)  # 500 digits of each class
+    parts, start = {}, 0
     for part, count in DIGITS_PER_CLASS.items():
-        paths, targets = [], []
-        for digit in range(10):
+        images = []
+        for digit, indices in enumerate(order[:, start : start + count].tolist()):
             target = folder / part / f"digit_{digit}"
             target.mkdir(parents=True, exist_ok=True)
-            for index in np.flatnonzero(labels == digit)[start : start + count].tolist():
-                path = target / f"{index:04}.png"
-                Image.fromarray(images[index]).resize((size, size), Image.BICUBIC).save(path)
-                paths.append(path)
-                targets.append(digit)
-        parts[part] = paths, torch.tensor(targets)
+            for index in indices:
+                image = Image.fromarray(digits[index]).resize(
+                    (size, size), Image.Resampling.BICUBIC
+                )
+                image.save(target / f"{index:04}.png")
+                images.append(np.array(image))
+        parts[part] = torch.from_numpy(np.stack(images)), torch.arange(10).repeat_interleave(count)
         start += count
     return parts
 
 
-def class_tokens(model: nn.Module, paths: list[Path], batch: int = 50) -> Tensor:
-    """Return the normalised class tokens (n, width) of image files of the model's size."""
-    config = model.pretrained_cfg
-    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
-    rows = []
-    with torch.inference_mode():
-        for start in range(0, len(paths), batch):
-            grey = [np.array(Image.open(path)) for path in paths[start : start + batch]]
-            images = torch.from_numpy(np.stack(grey)).div(255)[:, None].expand(-1, 3, -1, -1)
-            rows.append(model.forward_head(model.forward_features((images - mean) / std)))
-    return torch.cat(rows)
+@torch.inference_mode()
+def class_tokens(model: nn.Module, images: Tensor, batch: int = 50) -> Tensor:
+    """Return the features (n, width) that timm's head reads, of grey uint8 images (n, h, w)."""
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return torch.cat([model((part[:, None] / 255 - mean) / std) for part in images.split(batch)])
 
 
 def fit_head(features: Tensor, labels: Tensor, decay: float = 1e-3) -> tuple[Tensor, Tensor]:
@@ -242,21 +237,21 @@ def fit_head(features: Tensor, labels: Tensor, decay: float = 1e-3) -> tuple[Ten
 
 def convert(source: Path, out: Path, size: int, digits: Path | None) -> None:
     """Write the weights for images of ``size``, and the data and head where ``digits`` is given."""
-    graph = read_graph(source)
-    weights = rename(read_weights(graph), size // 14)
+    original = read_onnx(source)
+    weights = rename(read_weights(original), size // 14)
     model = timm.create_model(MODEL, img_size=size, num_classes=0).eval()
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(f"{source} does not fit timm's {MODEL}: {error}") from error
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    error = feature_error(model, graph, images)
+    error = feature_error(model, original, images)
     click.echo(f"greatest difference of the features: {error:.1e} standard deviations")
     if not error <= TOLERANCE:
         raise ModelError(f"timm's model and the ONNX file differ by more than {TOLERANCE}.")
     if digits is not None:
         parts = write_digits(digits, size)
-        features = {part: class_tokens(model, paths) for part, (paths, _) in parts.items()}
+        features = {part: class_tokens(model, images) for part, (images, _) in parts.items()}
         head = fit_head(features["train"], parts["train"][1])
         weights["head.weight"], weights["head.bias"] = head
         for part, (_, labels) in parts.items():
