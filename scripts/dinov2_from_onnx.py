@@ -217,7 +217,7 @@ def fit_head(features: Tensor, labels: Tensor, decay: float = 1e-3) -> tuple[Ten
 
     Features are standardised for the fit; the layer returned takes them as they are.
     """
-    mean, std = features.mean(0), features.std(0)
+    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
     inputs = (features - mean) / std
     weight = torch.zeros(int(labels.max()) + 1, features.shape[1], requires_grad=True)
     bias = torch.zeros(len(weight), requires_grad=True)
