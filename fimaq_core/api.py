@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt, ValidationError, field_validator
@@ -29,6 +29,9 @@ from fimaq_core.reconstruction.log import ReconstructionLog, read_log
 from fimaq_core.reconstruction.mlp import use_relu
 from fimaq_core.resources import Placement, Resources
 from fimaq_core.samples import Samples
+
+if TYPE_CHECKING:
+    from fimaq_core.export.check import CodeCheck
 
 #: Recipe fields that count images, with the least number that each field allows.
 _COUNTS = dict.fromkeys(("calibration_images", "range_images", "batch_size", "mlp_batch"), 1)
@@ -103,6 +106,49 @@ class QuantizedModel(nn.Module):
         )
         state, facts = self.chain.state_dict(), header.model_dump()
         checkpoint.save_checkpoint(Path(path), state, self._fingerprint, facts)
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        images: Tensor | None = None,
+        packed: bool = False,
+        signed: bool = False,
+        normalise: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> "CodeCheck":
+        """Write an ONNX file that computes with integers, and compare its codes with the model's.
+
+        Args:
+            path: the file to write.
+            images: (n, C, H, W) images of the comparison, normalised; three images of noise if not
+                given. Text models take token ids (n, L).
+            packed: True stores weights of 2 to 4 bits in 2 to 4 bits.
+            signed: True makes int8 activations with a zero point of 0, for engines that need it.
+            normalise: means and standard deviations per channel of images in 0..1. The file then
+                takes uint8 images (n, H, W, C) and normalises them itself.
+
+        Raises:
+            RecipeError: a quantizer of the recipe has no integer form.
+            ModelError: the extra [export] is not installed, the model cannot be exported, or codes
+                differ away from a rounding tie; then no file is left.
+            CheckpointError: the file cannot be written.
+        """
+        from fimaq_core.export.check import checked_export
+        from fimaq_core.export.facts import OnnxFacts
+
+        recipe = self.recipe
+        facts = OnnxFacts(
+            model=self._fingerprint.model,
+            weights_sha256=self._fingerprint.weights,
+            recipe=recipe.model_dump(mode="json"),
+            recipe_digest=recipe.digest(),
+            normalised=normalise is None,
+            packed=packed,
+            signed=signed,
+            layers=[],
+        )
+        inputs = self._like if images is None else images
+        return checked_export(self.chain, inputs, Path(path), facts, normalise=normalise)
 
 
 def quantize(

@@ -9,11 +9,12 @@ from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantLinear, QuantMatMul
 from fimaq_core.recipe import Recipe
 
-#: The two products of an attention: queries times keys, and softmax outputs times values.
-Products = tuple[QuantMatMul, QuantMatMul]
+#: The two products of an attention: queries times keys, and softmax outputs times values. They are
+#: :class:`.QuantMatMul`, or the forms of an export.
+Products = tuple[nn.Module, nn.Module]
 
 
-def products(recipe: Recipe) -> Products:
+def products(recipe: Recipe) -> tuple[QuantMatMul, QuantMatMul]:
     """Make the two products of an attention."""
     softmax = recipe.softmax_bits, recipe.softmax_quantizer
     return QuantMatMul(recipe.a_bits), QuantMatMul(recipe.a_bits, *softmax)

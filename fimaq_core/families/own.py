@@ -39,6 +39,7 @@ class _Slot(nn.Module):
         super().__init__()
         self._module = [module]  # in a list, so that it is no child: the chain owns it
         self.stops = False  # True while the model's forward ends here
+        self.seen: Tensor | None = None  # the input, if a trace cannot end here
         self.given: Tensor | None = None  # the output; None returns the input
 
     def __getattr__(self, name: str) -> Any:
@@ -50,7 +51,9 @@ class _Slot(nn.Module):
             return getattr(self._module[0], name)
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        if self.stops:
+        if self.stops and torch.compiler.is_exporting():
+            self.seen = x  # an exception would break the trace, which leaves out what is not used
+        elif self.stops:
             raise _Arrived(x)
         return x if self.given is None else self.given
 
@@ -74,14 +77,16 @@ class _Frame(nn.Module):
         last, head = self._slots[-2:]
         last.given = x
         try:
-            return self._until(head, torch.zeros(len(x), *self.shape, device=x.device))
+            return self._until(head, torch.zeros(x.shape[0], *self.shape, device=x.device))
         finally:
             last.given = None
 
     def _until(self, slot: _Slot, images: Tensor) -> Tensor:
-        slot.stops = True
+        slot.stops, slot.seen = True, None
         try:
             self.model(images)
+            if slot.seen is not None:
+                return slot.seen
         except _Arrived as arrived:
             return arrived.x
         finally:

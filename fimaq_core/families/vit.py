@@ -99,7 +99,10 @@ class ExplicitAttentionPool(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         k, v = split_heads(self.kv(x), 2, self.num_heads)
-        pair, query = (self.query_key, self.attention_value), self.query.expand(len(x), -1, -1, -1)
+        pair, query = (
+            (self.query_key, self.attention_value),
+            self.query.expand(x.shape[0], -1, -1, -1),
+        )
         heads = attend(pair, query, self.k_norm(k), v, self.scale)
         x = self.proj(join_heads(heads))
         x = x + self.mlp(self.norm(x))

@@ -129,7 +129,7 @@ class _Patches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = x.flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(len(x), 1, -1)
+        first = self.class_embedding.expand(x.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
 
 
@@ -247,7 +247,7 @@ class _PooledToken(nn.Module):
 
     def forward(self, x: Tensor, side: Tensor | None = None) -> Tensor:
         position = self.position if side is None else side
-        return self.ln_final(x[torch.arange(len(x), device=x.device), position])
+        return self.ln_final(x[torch.arange(x.shape[0], device=x.device), position])
 
 
 def _text_tower(model: nn.Module, recipe: Recipe) -> BlockChain:
