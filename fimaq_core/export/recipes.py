@@ -18,8 +18,8 @@ def check_exportable(recipe: Recipe) -> None:
         options = " ".join(f"--{name.replace('_', '-')} uniform" for name in found)
         raise RecipeError(
             f"The recipe of '{recipe.method}' has no integer form: codes of {kinds} do not lie on "
-            f"a uniform grid. The nearest recipe that exports is --method {recipe.method} {options}: "
-            "quantize with it first."
+            "a uniform grid. The nearest recipe that exports is "
+            f"--method {recipe.method} {options}: quantize with it first."
         )
     if recipe.w_bits == OFF:
         raise RecipeError(
