@@ -226,7 +226,7 @@ def digits(size: int) -> Iterator[tuple[str, str, Image.Image]]:
             start += count
 
 
-SOURCES = {"photos": photos, "digits": digits}
+IMAGES = {"photos": photos, "digits": digits}
 
 
 def write_images(
@@ -297,7 +297,7 @@ def convert(source: Path, out: Path, size: int, data: Path | None, images_of: st
     if not error <= TOLERANCE:
         raise ModelError(f"timm's model and the ONNX file differ by more than {TOLERANCE}.")
     if data is not None:
-        parts = write_images(data, SOURCES[images_of](size))
+        parts = write_images(data, IMAGES[images_of](size))
         features = {part: class_tokens(model, images) for part, (images, _) in parts.items()}
         head = fit_head(features["train"], parts["train"][1])
         weights["head.weight"], weights["head.bias"] = head
@@ -319,7 +319,7 @@ def convert(source: Path, out: Path, size: int, data: Path | None, images_of: st
 @click.option(
     "--images",
     "images_of",
-    type=click.Choice(tuple(SOURCES)),
+    type=click.Choice(tuple(IMAGES)),
     default="photos",
     show_default=True,
     help="Crops of ten photographs, or handwritten digits.",

@@ -140,12 +140,12 @@ def test_command_says_what_does_not_fit(focus: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("source", script.SOURCES)
+@pytest.mark.parametrize("kind", script.IMAGES)
 def test_images_are_written_and_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(script, "IMAGES_PER_CLASS", {"train": 20, "val": 5})
-    parts = script.write_images(tmp_path, script.SOURCES[source](28))
+    parts = script.write_images(tmp_path, script.IMAGES[kind](28))
     contents = []
     for part, count in (("train", 20), ("val", 5)):
         images, labels = parts[part]
