@@ -132,10 +132,7 @@ def rename(weights: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
     """Return the weights as timm has them, for images of ``grid`` x ``grid`` patches.
 
     Query, key and value become one layer. Position embeddings are resized as DINOv2 does it, which
-    is not as timm does it: bicubic without antialiasing.
-
-    Raises:
-        ModelError: a weight is missing.
+    is not as timm does it: bicubic without antialiasing. Raises ModelError if a weight is missing.
     """
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -290,7 +287,8 @@ def convert(source: Path, out: Path, size: int, data: Path | None, images_of: st
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ModelError(f"{source} does not fit timm's {MODEL}: {error}") from error
+        text = " ".join(str(error).split())
+        raise ModelError(f"{source} does not fit timm's {MODEL}: {text:.300}") from error
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     error = feature_error(model, original, images)
     click.echo(f"greatest difference of the features: {error:.1e} standard deviations")
@@ -310,7 +308,13 @@ def convert(source: Path, out: Path, size: int, data: Path | None, images_of: st
 @click.command()
 @click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--size", type=numbers.COUNT, default=112, show_default=True, help="Of the images.")
+@click.option(
+    "--size",
+    type=click.IntRange(14, 1036),
+    default=112,
+    show_default=True,
+    help="Side of the images in pixels.",
+)
 @click.option(
     "--data",
     type=click.Path(file_okay=False, path_type=Path),
@@ -333,8 +337,9 @@ def main(
         raise click.UsageError(f"--size must be a multiple of 14, the side of a patch: {size}.")
     torch.set_num_threads(threads)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the work
         convert(source, out, size, data, images_of)
-    except FimaqError as error:
+    except (FimaqError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
 
