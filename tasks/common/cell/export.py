@@ -20,7 +20,7 @@ from fimaq_core.export.runtime import OnnxModel
 from fimaq_core.export.timing import speed
 from fimaq_core.export.writing import Normalise, export_onnx, with_facts
 from fimaq_core.files import replaced_whole
-from fimaq_core.pipeline import MLPS
+from fimaq_core.pipeline import MLPS, finish
 from fimaq_core.progress import OnProgress, Progress
 from fimaq_core.recipe import Recipe
 from tasks.common.cell.machine import processor
@@ -146,6 +146,8 @@ def export_stage(
     full = replace(cell.loaded, model=copy.deepcopy(cell.loaded.model))
     full_chains = cell.task.chains(full, recipe.model_copy(update=FULL_PRECISION))
     chains = restored(cell, checkpoint, fingerprint, origin)
+    for chain in chains.values():
+        finish(chain)  # rounds the weights of a calibrated checkpoint
     cell.clock.lap("load")
     export = _Export(cell, origin, recipe, images, chains, full, full_chains, form, on_progress)
     names = cell.task.export_parts(chains)
@@ -186,11 +188,13 @@ class _Export:
         task, loaded, data = self.cell.task, self.cell.loaded, self.cell.request.data
         item = task.exportable(loaded, self.chains, part, self.images, data)
         full = task.exportable(self.full, self.full_chains, part, self.images, data).chain
-        facts, around, inputs = self._facts(part, item), None, item.inputs
+        facts, around, inputs = self._facts(part, item), item.around, item.inputs
         if not facts.normalised:
             assert item.normalisation is not None
-            start = Normalise(*item.normalisation)
-            around, inputs = (lambda inner: nn.Sequential(start, inner)), start.undo(inputs)
+            start, inputs = Normalise(*item.normalisation), inputs
+            inputs = start.undo(inputs)
+            inside = item.around or (lambda inner: inner)
+            around = lambda inner: nn.Sequential(start, inside(inner))  # noqa: E731
         # Two samples, since a traced batch of one would stay one.
         example = torch.cat([inputs[:1], inputs[-1:]])
         with tempfile.TemporaryDirectory(prefix="fimaq-") as folder, replaced_whole(out) as own:

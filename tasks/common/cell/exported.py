@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fimaq_core.errors import ModelError, RecipeError
+from fimaq_core.errors import ModelError
 from fimaq_core.export.opening import OnnxFile, open_onnx
 from fimaq_core.export.runtime import OnnxModel
 from fimaq_core.export.writing import Normalise
@@ -19,8 +19,10 @@ from fimaq_core.progress import OnProgress
 from tasks.common.cell.export import ExportForm, export_stage, speed_text
 from tasks.common.cell.identity import variant_name
 from tasks.common.cell.lease import Lease
+from tasks.common.cell.origin import read_origin
 from tasks.common.cell.outputs import Metrics, write_outputs
 from tasks.common.cell.prepare import PreparedCell, prepare
+from tasks.common.cell.stages import restored
 from tasks.common.record import Exported, read_record
 from tasks.common.request import CellRequest
 
@@ -65,17 +67,15 @@ def measure_export(
     start = time.monotonic()
     reports = export_stage(request, checkpoint, out, ExportForm(), on_progress, all_parts=True)
     seconds = {"export": time.monotonic() - start}
+    # A detector's quantized heads are not in the file, so they are taken from the checkpoint.
     scope = reports[0].facts.recipe.get("scope")
-    if len(reports) == 1 and request.recipe is not None and scope != request.recipe.scope:
-        raise RecipeError(
-            f"The exported file holds only the scope {scope}, so its metrics are not those of the "
-            f"whole recipe: measure the export with the scope {scope}."
-        )
+    heads = len(reports) == 1 and request.recipe is not None and scope != request.recipe.scope
     lease.check()
     notes = [*base.notes, *(line for one in reports for line in one.lines()[:2])]
     changes = {**{name: getattr(base, name) for name in _SAME}, "notes": notes}
     files = {one.part: open_onnx(one.path) for one in reports}
-    _measure(request, files, changes, full, lease, identity, on_progress, seconds)
+    rest = checkpoint if heads else None
+    _measure(request, files, changes, full, lease, identity, on_progress, seconds, rest)
 
 
 def measure_file(
@@ -112,10 +112,12 @@ def _measure(
     identity: str,
     on_progress: OnProgress,
     seconds: Mapping[str, float] = MappingProxyType({}),
+    rest: Path | None = None,
 ) -> None:
     """Evaluate files by part, and write the record of a float model with ``changes``.
 
-    ``seconds`` are those of earlier stages.
+    ``seconds`` are those of earlier stages. ``rest`` is the checkpoint that quantizes the layers
+    that are in no file; None leaves them in full precision.
     """
     plain = replace(request, recipe=None, mlp_checkpoint=None, export=False, device="cpu")
     cell = prepare(plain, on_progress)
@@ -129,6 +131,8 @@ def _measure(
             )
     models = {part: OnnxModel(file, request.threads) for part, file in files.items()}
     taking = {part: _of_normalised(model, cell) for part, model in models.items()}
+    if rest is not None:
+        restored(cell, rest, *read_origin(rest, request.task))
     model = cell.task.from_onnx(cell.loaded, taking)
     how = cell.device, request.eval_batch, request.workers
     evaluation = cell.task.evaluate(model, cell.loaded, cell.request.data, *how, on_progress)
