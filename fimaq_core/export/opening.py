@@ -40,7 +40,7 @@ _INNER = "an inner graph (If, Loop, Scan)"
 #: Operators of networks for images and text. Others draw random numbers, loop or read texts.
 _OPERATORS = re.compile(
     "Abs|Add|And|ArgMax|ArgMin|Attention|AveragePool|BatchNormalization|BitShift|Bitwise.*|Cast|Ceil"
-    "|Clip|Concat|Constant|ConstantOfShape|Conv|ConvTranspose|Cos|CumSum|DepthToSpace"
+    "|Clip|Concat|Constant|ConstantOfShape|Conv|ConvInteger|ConvTranspose|Cos|CumSum|DepthToSpace"
     "|DequantizeLinear|Div|Einsum|Elu|Equal|Erf|Exp|Expand|Flatten|Floor|Gather|GatherElements"
     "|GatherND|Gelu|Gemm|GlobalAveragePool|GlobalMaxPool|Greater|GreaterOrEqual|GridSample"
     "|GroupNormalization|HardSigmoid|HardSwish|Identity|InstanceNormalization|IsInf|IsNaN"
