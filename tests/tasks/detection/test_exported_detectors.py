@@ -52,7 +52,7 @@ def test_the_report_proves_codes_and_integers(exported: Exported) -> None:
 
 @pytest.mark.slow
 def test_a_file_takes_images_of_any_size(exported: Exported) -> None:
-    """Nearly all values are equal. A code next to a tie may differ, and changes its surroundings."""
+    """Nearly all values are equal: a code next to a tie may differ, with what follows from it."""
     file, (_, _, model) = OnnxModel(exported.path), restored(exported.simulated)
     for height, width, count in ((64, 160, 1), (128, 96, 3), (224, 64, 1)):
         images = pictures(height, width, count)
