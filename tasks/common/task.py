@@ -105,7 +105,6 @@ class Exportable:
     truth: Tensor | None = None  # right answers (n,); None if they are not known
     score: str = "top-1"  # name of the percentage of right answers
     names: Outputs = field(default_factory=Outputs)  # of the file
-    around: Callable[[BlockChain], nn.Module] | None = None  # makes the exported module of a chain
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None  # means, deviations
     class_names: Sequence[str] | None = None  # one per output
     coverage: float = 100.0  # least percentage of quantized multiply-adds that run in integers

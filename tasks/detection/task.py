@@ -115,25 +115,6 @@ class DetectionTask(Task):
         """Return the detector with the float heads behind exported backbone and neck."""
         return export.with_file(loaded, models[DETECTOR])
 
-    def export_parts(self, chains: Chains) -> tuple[str, ...]:
-        """Return the one part that has a file."""
-        return (DETECTOR,)
-
-    def exportable(
-        self,
-        loaded: LoadedModel,
-        chains: Chains,
-        part: str,
-        images: CalibrationSet,
-        data: DataRequest,
-    ) -> Exportable:
-        """Return backbone and neck; see :func:`tasks.detection.export.exportable`."""
-        return export.exportable(loaded, chains, images)
-
-    def from_onnx(self, loaded: LoadedModel, models: Mapping[str, nn.Module]) -> nn.Module:
-        """Return the detector with the exported backbone and neck, and heads of ``loaded``."""
-        return export.with_trunk(loaded, models[DETECTOR])
-
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
         names = ("backbone", "neck", "rpn_head") if DETECTOR not in chains else ()
         names = names if set(chains) - {DETECTOR} else (*names, "roi_head")

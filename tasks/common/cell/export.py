@@ -188,13 +188,11 @@ class _Export:
         task, loaded, data = self.cell.task, self.cell.loaded, self.cell.request.data
         item = task.exportable(loaded, self.chains, part, self.images, data)
         full = task.exportable(self.full, self.full_chains, part, self.images, data).chain
-        facts, around, inputs = self._facts(part, item), item.around, item.inputs
+        facts, around, inputs = self._facts(part, item), None, item.inputs
         if not facts.normalised:
             assert item.normalisation is not None
-            start, inputs = Normalise(*item.normalisation), inputs
-            inputs = start.undo(inputs)
-            inside = item.around or (lambda inner: inner)
-            around = lambda inner: nn.Sequential(start, inside(inner))  # noqa: E731
+            start = Normalise(*item.normalisation)
+            around, inputs = (lambda inner: nn.Sequential(start, inner)), start.undo(inputs)
         # Two samples, since a traced batch of one would stay one.
         example = torch.cat([inputs[:1], inputs[-1:]])
         with tempfile.TemporaryDirectory(prefix="fimaq-") as folder, replaced_whole(out) as own:
