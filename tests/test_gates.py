@@ -67,13 +67,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "safetensors.safe_open": (*CHECKPOINTS, *WEIGHTS),
     "safetensors.deserialize": NOWHERE,
     "safetensors.torch.load*": (*WEIGHTS, "scripts/demo_training/detection.py"),  # own weights
-    "onnx.load*": (*ONNX, *OWN_GRAPHS),
+    "onnx.load*": (*ONNX, *OWN_GRAPHS, "scripts/dinov2_from_onnx.py"),
     "onnx.parser.*": NOWHERE,
     "onnx.external_data_helper.*": NOWHERE,
     "*.ParseFromString": NOWHERE,
     "*.FromString": NOWHERE,
-    #: The second runs what the export just wrote, with further outputs.
-    "onnxruntime.InferenceSession": ("fimaq_core/export/runtime.py", "fimaq_core/export/check.py"),
+    #: The second and the third run what the export just wrote.
+    "onnxruntime.InferenceSession": (
+        *("fimaq_core/export/runtime.py", "fimaq_core/export/check.py"),
+        *("fimaq_core/export/timing.py", "scripts/dinov2_from_onnx.py"),
+    ),
     "pickle.load*": ("benchmarks/run/child.py",),  # from the runner, through a pipe
     "pickle.Unpickler": WEIGHTS,
     "dill.*": NOWHERE,

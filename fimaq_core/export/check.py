@@ -14,7 +14,8 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
 from fimaq_core.export import require_export
 from fimaq_core.export.facts import OnnxFacts
-from fimaq_core.export.forms import is_shifted, layers_of
+from fimaq_core.export.forms import layers_of
+from fimaq_core.export.inputs import is_shifted
 from fimaq_core.export.writing import Normalise, Outputs, export_onnx
 from fimaq_core.files import remove
 from fimaq_core.layers import QuantMatMul

@@ -3,6 +3,7 @@
 Codes differ from those of the unchanged graph by rounding alone, so only next to a tie.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -137,7 +138,7 @@ def speed_up(model: Any) -> None:
     used = {name for node in nodes for name in node.input}
     tensors = [tensor for tensor in graph.initializer if tensor.name in used]
     for field, kept in (("node", nodes), ("initializer", tensors)):
-        kept = [type(one).FromString(one.SerializeToString()) for one in kept]
+        kept = [copy.deepcopy(one) for one in kept]
         graph.ClearField(field)
         getattr(graph, field).extend(kept)
     graph.ClearField("value_info")

@@ -18,13 +18,12 @@ from fimaq_core.export.coverage import Coverage, coverage_of
 from fimaq_core.export.opening import OnnxFile, open_onnx
 from fimaq_core.terminal import one_line
 
-#: Settings of a session.
-_ENTRIES = {
+#: Settings of every session.
+SETTINGS = {
     # Otherwise activations of layers with packed weights would be quantized to 8 bits.
     "session.qdq_matmulnbits_accuracy_level": "0",
     # Otherwise products of signed activations would run in float on x86 processors.
     "session.qdqisint8allowed": "1",
-    "session.use_env_allocators": "1",
 }
 #: Settings with which the weights of an optimised graph are not written into it.
 _APART = {
@@ -108,7 +107,7 @@ class OnnxModel(nn.Module):
         if not self.optimised:
             levels = onnxruntime.GraphOptimizationLevel
             options.graph_optimization_level = levels.ORT_DISABLE_ALL
-        entries = dict(_ENTRIES)
+        entries = {**SETTINGS, "session.use_env_allocators": "1"}
         if written is not None:
             options.optimized_model_filepath = str(written)
             entries |= _APART

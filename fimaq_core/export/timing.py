@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fimaq_core.export.runtime import SETTINGS
+
+#: Height and width of images for files that take any size.
+FREE_SIDE = 256
+
 
 class Speed(NamedTuple):
     """Median of the ratios of pairs of runs, its quartiles, and median times per run."""
@@ -44,9 +49,11 @@ def _runner(path: Path, batch: int, threads: int) -> Callable[[], float]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    for name, value in SETTINGS.items():
+        options.add_session_config_entry(name, value)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     (port,) = session.get_inputs()
-    shape = [batch, *port.shape[1:]]
+    shape = [batch, *(size if isinstance(size, int) else FREE_SIDE for size in port.shape[1:])]
     values: Any = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     if port.type != "tensor(float)":
         values = np.ones(shape, dtype=np.int64 if port.type == "tensor(int64)" else np.uint8)

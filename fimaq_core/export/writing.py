@@ -17,7 +17,8 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
 from fimaq_core.export import packing, require_export
 from fimaq_core.export.facts import KEY, LayerFacts, OnnxFacts
-from fimaq_core.export.forms import OPSET, integer_chain, layers_of
+from fimaq_core.export.forms import integer_chain, layers_of
+from fimaq_core.export.inputs import OPSET
 from fimaq_core.export.opening import foreign_operators
 from fimaq_core.export.passes import speed_up
 from fimaq_core.export.recipes import check_exportable
