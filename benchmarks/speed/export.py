@@ -129,8 +129,9 @@ def measure_export(
     with tempfile.TemporaryDirectory(prefix="fimaq-") as folder:
         own, packed, plain = (Path(folder) / f"{name}.onnx" for name in ("own", "packed", "float"))
         export_onnx(chain, example, own, facts, names=exported.names)
-        export_onnx(chain, example, packed, facts.model_copy(update={"packed": True}))
-        export_float(chain, example, plain)
+        smaller = facts.model_copy(update={"packed": True})
+        export_onnx(chain, example, packed, smaller, names=exported.names)
+        export_float(chain, example, plain, names=exported.names)
         covered = OnnxModel(own, threads).coverage()
         ratios = {batch: speed(plain, own, batch, threads, n) for batch, n in rounds.items()}
         sizes = [path.stat().st_size for path in (own, packed, plain)]

@@ -70,7 +70,7 @@ def test_a_file_is_measured_with_the_float_heads(exported: Exported, tmp_path: P
     record, simulated = record_of(said).record, exported.simulated.record
     assert (record.variant, record.n) == (f"onnx [{SCOPE}]", LIMIT)
     assert record.metrics.keys() == simulated.metrics.keys()
-    assert abs(record.metrics["box_AP"].value - simulated.metrics["box_AP"].value) <= 1
+    assert abs(record.metrics["AP_box"].value - simulated.metrics["AP_box"].value) <= 1
     assert record.exported is not None
     assert record.exported.integer_macs == record.exported.quantized_macs
 
