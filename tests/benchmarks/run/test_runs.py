@@ -184,7 +184,7 @@ def test_filtered_runs_never_shrink_the_table(tmp_path: Path):
             ["run", "--device", "gpu", "--models", "demo_vit", "--methods", "fp"],
             "error: Unknown device 'gpu'",
         ),
-        (["reference"], "error: Only 0 of 12 cells"),
+        (["reference"], "error: Only 0 of 15 cells"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(tmp_path: Path, args: list[str], words: str):
