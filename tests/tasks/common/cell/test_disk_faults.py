@@ -282,7 +282,7 @@ def test_records_of_the_former_schema_are_finished_cells(tmp_path: Path) -> None
     for name in ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint"):
         assert f'"{name}"' in text
     later = {"stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint"}
-    later |= {"identity", "model_args", "artefacts"}
+    later |= {"identity", "model_args", "artefacts", "exported"}
     old = read_record(full).model_dump(mode="json", exclude=later)
     full.write_text(json.dumps({**old, "schema_version": 1}), encoding="utf-8")
     before = full.read_bytes()
