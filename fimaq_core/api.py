@@ -147,8 +147,10 @@ class QuantizedModel(nn.Module):
             signed=signed,
             layers=[],
         )
-        inputs = self._like if images is None else images
-        return checked_export(self.chain, inputs, Path(path), facts, normalise=normalise)
+        inputs = (self._like if images is None else images).cpu()
+        on_cpu = all(value.device.type == "cpu" for value in self.chain.parameters())
+        chain = self.chain if on_cpu else copy.deepcopy(self.chain).cpu()
+        return checked_export(chain, inputs, Path(path), facts, normalise=normalise)
 
 
 def quantize(

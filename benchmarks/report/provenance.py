@@ -100,7 +100,7 @@ def _export(own: Exported) -> Dict:
     of = f", {own.bytes / own.float_bytes:.2f} of float32" if own.float_bytes else ""
     return {
         "size": f"{size_text(own.bytes)}{of}",
-        "weights": "packed in 3 or 4 bits" if own.weights == "packed" else own.weights,
+        "weights": "packed in 2 to 4 bits" if own.weights == "packed" else own.weights,
         "zero points of activations": "0" if own.signed else "as calibrated",
         "ran in integers": f"{own.integer_macs:,} of the {own.quantized_macs:,} multiply-adds with "
         f"two quantized operands ({share} %)",

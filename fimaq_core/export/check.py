@@ -84,20 +84,21 @@ def check_codes(
     outputs = [one.name for one in session.get_outputs()]
     own = len(outputs) - len(names)
     result = CodeCheck()
-    for start in range(0, len(inputs), batch):
-        # Sizes of batches vary, so that a file with a fixed batch is found.
-        part = inputs[start : start + batch]
+    # One sample comes first: a file that takes only the number it was traced with is found.
+    done, parts = 0, [inputs[:1], *(torch.split(inputs[1:], batch) if len(inputs) > 1 else ())]
+    for part in parts:
         try:
             found = session.run(outputs, {session.get_inputs()[0].name: part.numpy()})
         except Exception as error:
             raise ModelError(f"onnxruntime does not run {path}: {error!s:.300}") from error
         codes = dict(zip(outputs[own:], found[own:], strict=True))
-        if not start:
+        if not done:
             _compare_weights(chain, codes, zeros, result)
         with _forced(chain, codes, zeros, result):
             wanted = (chain if whole is None else whole)(part)
         _compare_outputs(wanted, found[:own], result)
-        on_progress(Progress("check codes", min(start + batch, len(inputs)), len(inputs)))
+        done += len(part)
+        on_progress(Progress("check codes", done, len(inputs)))
     return result
 
 

@@ -55,7 +55,7 @@ class OnnxFacts(Strict):
     preprocessing: dict[_Text, Any] | None = None
     class_names: list[_Text] | None = None
     normalised: bool = True  # False: the graph takes uint8 images (n, H, W, C) and normalises them
-    packed: bool = False  # True: weights of 2 to 4 bits lie in 3 or 4 bits
+    packed: bool = False  # True: weights of 2 to 4 bits lie in 2 to 4 bits
     signed: bool = False  # True: zero points of activations are 0
     layers: list[LayerFacts]
     extra: dict[_Text, Any] = {}  # facts of one task

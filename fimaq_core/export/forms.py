@@ -207,7 +207,7 @@ class IntegerConvolution(nn.Module):
         reach = [d * (k - 1) for d, k in zip(self.settings["dilations"], self.kernel, strict=True)]
         sides = [
             (size + 2 * pad - span - 1) // stride + 1
-            for size, pad, span, stride in zip(x.shape[2:], pads, reach, strides, strict=False)
+            for size, pad, span, stride in zip(x.shape[2:], pads[:2], reach, strides, strict=True)
         ]
         zeros: tuple[Any, ...] = (self.input.zero, self.weight.zero)
         inputs: list[Any] = [self.input.codes(x), self.weight.integers, *zeros]

@@ -122,7 +122,7 @@ class Exported(Strict):
     sha256: Sha256
     bytes: Bytes
     float_bytes: Bytes | None = None  # of the same export in full precision; None if not made
-    weights: Literal["int8", "packed"]  # packed: weights of 2 to 4 bits in 3 or 4 bits
+    weights: Literal["int8", "packed"]  # packed: weights of 2 to 4 bits in 2 to 4 bits
     signed: bool  # True: zero points of activations are 0
     integer_macs: Count  # in integer operators of the runtime
     quantized_macs: Count  # of layers with two quantized operands, which integers can compute

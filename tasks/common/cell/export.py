@@ -41,7 +41,7 @@ _PAIRS = 15
 class ExportForm:
     """Form of an exported file, and how it is checked."""
 
-    packed: bool = False  # True: weights of 2 to 4 bits lie in 3 or 4 bits
+    packed: bool = False  # True: weights of 2 to 4 bits lie in 2 to 4 bits
     signed: bool = False  # True: activations are int8 with a zero point of 0
     with_preprocessing: bool = False  # True: the file takes uint8 images and normalises them
     samples: int = 64  # largest number of calibration images for the check

@@ -175,7 +175,7 @@ def _data_options(own: TaskOptions) -> Iterator[Option]:
 
 def export(own: TaskOptions) -> Option:
     """Add the options for the form of an exported file, and for its check."""
-    packed = "Store weights of 2 to 4 bits in 3 or 4 bits; they are unpacked on loading."
+    packed = "Store weights of 2 to 4 bits in 2 to 4 bits; they are unpacked on loading."
     signed = "Make int8 activations with zero points of 0, for engines that want them."
     normalise = "Put the normalisation into the file, which then takes uint8 images (n, H, W, C)."
     samples = "Largest number of calibration images for the check."
