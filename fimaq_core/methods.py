@@ -18,6 +18,9 @@ _REPQ |= {"calibration_transform": "eval", "range_inputs": "quantized", "patch_i
 _ERQ: Changes = {**_REPQ, "refit": True, "refit_rule": "gradient", "reparameterize_merges": False}
 #: Squared error, full-precision inputs, no dropping.
 _BRECQ: Changes = {**_PER_TENSOR, "loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0}
+#: Weights learned by straight-through gradients, with GLF-Q's rates and steps.
+_GLFQ: Changes = {**_PER_TENSOR, "weight_learning": "straight-through", "lr_weight": 2e-5}
+_GLFQ |= {"lr_scale": 2e-4, "steps": 3000, "loss": "glf"}
 #: APHQ-ViT's code divides all losses by half of their starts.
 _APHQ: Changes = {**_PER_TENSOR, "loss_start": 2.0}
 
@@ -36,6 +39,9 @@ METHODS: dict[str, Changes] = {
     "adalog": {**_FEW_IMAGES, **_ADALOG},
     # Zhong et al., ICML 2024 (arXiv:2407.06794).
     "erq": _ERQ,
+    # Frantar et al., ICLR 2023 (arXiv:2210.17323); Li et al., ICML 2025 (arXiv:2504.02692).
+    "gptq": {**_NO_RECONSTRUCTION, "start": "gptq"},
+    "gptaq": {**_NO_RECONSTRUCTION, "start": "gptaq"},
     # Li et al., ICLR 2021 (arXiv:2102.05426), as released with these codes.
     "brecq": _BRECQ,
     # Wei et al., ICLR 2022 (arXiv:2203.05740): squared error, mixed inputs, dropping.
@@ -52,11 +58,16 @@ METHODS: dict[str, Changes] = {
     "fimaq-mlp": {"reconstruct_mlp": True},
     # LS-ViT, CVPR 2026: its least-squares Hessian, otherwise FIMA-Q's settings.
     "lsvit": {"loss": "least_squares"},
+    # GLF-Q (2026): a loss at the end of the model, on a rotated model with reconstructed MLPs.
+    "glfq": {**_GLFQ, "rotate": "hadamard", "reconstruct_mlp": True},
 }
 #: Further changes at some weight bits, as in the method's released configuration.
 AT_BITS: dict[str, dict[int, Changes]] = {
     "aphq": {2: {"mlp_percentile": 0.98, "per_token": True}, 4: {"mlp_percentile": 0.98}}
 }
+
+#: Changes to all methods where weights or activations have 7 or 8 bits.
+FROM_7_BITS: Changes = {"range_grid": "extended"}
 
 #: Settings whose algorithm has changed, and the revision that changed it.
 REVISED: dict[tuple[str, Any], int] = {

@@ -78,7 +78,7 @@ class Reconstruct(Stage):
     def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
         run = part.chain, part.inputs, part.recipe, part.divergence
         part.log = reconstruct(*run, resources=resources, teacher=part.teacher, pieces=pieces)
-        finish(part.chain)
+        freeze(part.chain)
 
     def load(self, part: Part, path: Path) -> str:
         holds = {"stage": self.mark}
@@ -91,17 +91,17 @@ class Reconstruct(Stage):
         return {"stage": self.mark, "log": asdict(part.log)}
 
 
-class Finish(Stage):
+class Freeze(Stage):
     """Leave a chain in its quantized form; this stage keeps no file."""
 
     def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
-        finish(part.chain)
+        freeze(part.chain)
 
 
-MLPS, CALIBRATE, RECONSTRUCT, FINISH = ReconstructMlps(), Calibrate(), Reconstruct(), Finish()
+MLPS, CALIBRATE, RECONSTRUCT, FREEZE = ReconstructMlps(), Calibrate(), Reconstruct(), Freeze()
 
 #: All stages in order.
-STAGES: list[Stage] = [MLPS, CALIBRATE, RECONSTRUCT, FINISH]
+STAGES: list[Stage] = [MLPS, CALIBRATE, RECONSTRUCT, FREEZE]
 
 
 def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint | None) -> str:
@@ -126,7 +126,7 @@ def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint 
     return found.sha256
 
 
-def finish(chain: BlockChain) -> None:
+def freeze(chain: BlockChain) -> None:
     """Round undecided weights to nearest, fold shifts, and switch to the quantized form."""
     decide_roundings(chain)
     for _, layer in quant_layers(chain):

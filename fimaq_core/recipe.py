@@ -7,51 +7,35 @@ The defaults are FIMA-Q's released settings. A method is a named set of changes 
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
-from fimaq_core.documents import Strict, problems, read_yaml, shown
+from fimaq_core.documents import problems, read_yaml, shown
 from fimaq_core.errors import RecipeError, suggest
-from fimaq_core.methods import AT_BITS, REVISED
+from fimaq_core.methods import AT_BITS, FROM_7_BITS, REVISED
 from fimaq_core.methods import METHODS as METHODS
 from fimaq_core.methods import OFF as OFF
+from fimaq_core.settings import LOSSES as LOSSES
+from fimaq_core.settings import PREDICTION as PREDICTION
+from fimaq_core.settings import UNDIVIDED as UNDIVIDED
+from fimaq_core.settings import Kind as Kind
+from fimaq_core.settings import Settings
 
-#: Names of block losses; :func:`fimaq_core.fisher.losses.register_loss` adds to them.
-LOSSES = ["mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr", "fisher_dplr"]
-LOSSES += ["perturb", "perturb_mean", "prediction", "least_squares", "mse_adalog"]
-LOSSES += ["prediction_pdquant"]
-#: Losses that compare predictions of the whole model; losses not divided by their first values.
-PREDICTION = ("prediction", "prediction_pdquant")
-UNDIVIDED = ("mse_adalog", "prediction_pdquant")
-
-#: Kinds of activation quantizers.
-Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
 #: Fields that a file depends on: all fields, the fields that determine ranges, or the fields that
 #: determine an MLP reconstruction.
 Fields = Literal["all", "ranges", "mlp"]
 
-_Arithmetic = Literal["float32", "tf32", "bfloat16"]
 #: Fields that older recipes lack. The default of such a field is the older behaviour, and a digest
 #: counts the field only if its value differs, so that older cells keep their folders.
 _LATER = ["revision", "range_inputs", "reparameterize_merges", "refit_rule"]
-_LATER += ["loss_start", "prediction_lambda"]
+_LATER += ["loss_start", "prediction_lambda", "rotate", "range_grid", "start", "start_damp"]
+_LATER += ["weight_learning", "lr_weight", "glf_weight", "finish_steps", "finish_lr"]
+_LATER += ["finish_lr_scale", "finish_batch", "finish_held_out", "finish_weight_scales"]
 
 
-def _field(group: str, default: Any, help: str, **kwargs: Any) -> Any:
-    if type(default) is int:
-        kwargs.setdefault("le", 2**31 - 1)
-    return Field(default, description=help, json_schema_extra={"group": group}, **kwargs)
-
-
-_method, _bits, _range = (partial(_field, group) for group in ("method", "bits", "calibration"))
-_mlp, _recon, _loss = (partial(_field, group) for group in ("mlp", "reconstruction", "loss"))
-_numerics = partial(_field, "numerics")
-
-
-class Recipe(Strict, allow_inf_nan=False):
+class Recipe(Settings):
     """Everything that determines a quantized model, given the float model and the images.
 
     Example::
@@ -59,139 +43,6 @@ class Recipe(Strict, allow_inf_nan=False):
         recipe = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
         recipe.bits_name  # "w3a3"
     """
-
-    method: str = _method("fimaq", "Method that the recipe started from.")
-    seed: int = _method(
-        3407, "Seed of calibration images, batches, dropping, Fisher passes.", ge=0, le=2**63 - 1
-    )
-    scope: str | None = _method(
-        None,
-        "Quantized part of the model, as the task names it (retrieval: both, vision, text; "
-        "detection: backbone+fpn+rpn+roi or some of them); if not given, the task's usual part.",
-    )
-
-    w_bits: int = _bits(4, "Bits of weights, 2 to 8, or 32 for off.")
-    a_bits: int = _bits(4, "Bits of linear inputs and attention operands, 2 to 8, or 32 for off.")
-    s_bits: int | None = _bits(None, "Bits of softmax outputs; as a_bits if not given.")
-    head_bits: int | None = _bits(None, "Bits of the classifier's input; as a_bits if not given.")
-    patch_input_bits: int = _bits(
-        OFF, "Bits of the patch embedding's input; 32 (off) as in the released code."
-    )
-
-    calibration_images: int = _range(1024, "Images drawn for calibration and reconstruction.", ge=1)
-    calibration_transform: Literal["eval", "train"] = _range(
-        "train", "Transform of the calibration images: 'train' as released (seeded), or 'eval'."
-    )
-    softmax_quantizer: Kind = _range("uniform", "Quantizer of softmax outputs.")
-    gelu_quantizer: Kind = _range("uniform", "Quantizer of GELU outputs.")
-    range_search: Literal["minmax", "percentile", "output-error", "progressive"] = _range(
-        "output-error",
-        "Search of scales and zero points: min-max; the best of three percentiles by own error "
-        "(RepQ-ViT); a grid by the layer's output error; that grid refined step by step (AdaLog).",
-    )
-    range_images: int = _range(128, "Calibration images for ranges: the first ones.", ge=1)
-    range_candidates: int = _range(128, "Candidates per search.", ge=16)
-    range_inputs: Literal["float", "quantized"] = _range(
-        "float",
-        "Inputs for ranges: in the float model, or behind layers that are quantized already "
-        "(RepQ-ViT).",
-    )
-    range_rounds: int = _range(3, "Rounds of alternating search.", ge=0)
-    reparameterize: bool = _range(
-        True,
-        "Reparameterise LayerNorm and the linear layer behind it (if weight and activation bits "
-        "agree; with percentile ranges always).",
-    )
-    reparameterize_merges: bool = _range(
-        True, "Reparameterise also the norm before the reduction of a patch merging."
-    )
-    refit: bool = _range(False, "Refit weights by ridge regression, refine roundings (ERQ).")
-    refit_ridge: float = _range(1000.0, "Ridge of the refit, added to sums over tokens.", ge=0)
-    refit_rule: Literal["error", "gradient"] = _range(
-        "error",
-        "Rule for changing a rounding: the error falls, or the gradient also exceeds half a step; "
-        "then the patch embedding is left as it is (ERQ).",
-    )
-    refit_flips: int = _range(100, "Limit of changed roundings per row and half.", ge=0)
-    revision: int = _range(
-        1,
-        "Version of the algorithms, raised where their results change; it follows from the other "
-        "settings.",
-        ge=1,
-    )
-    per_token: bool = _range(True, "Expand activation scales to one per token position (FIMA-Q).")
-
-    reconstruct_mlp: bool = _mlp(
-        False, "First replace GELU by ReLU and train each MLP to give its old outputs (APHQ-ViT)."
-    )
-    mlp_steps: int = _mlp(20_000, "Optimisation steps per MLP.", ge=1)
-    mlp_batch: int = _mlp(32, "Images per step of an MLP's optimisation.", ge=1)
-    mlp_lr: float = _mlp(4e-5, "Learning rate of an MLP's weights (Adam, cosine to 0).", gt=0)
-    mlp_percentile: float = _mlp(
-        0.99, "Quantile of positive hidden values at which the second term clamps.", gt=0, le=1
-    )
-    mlp_loss: Literal["perturb_mean", "mse"] = _mlp(
-        "perturb_mean",
-        "MLP loss: weighted by the mean perturbation Hessian, or squared error (mse).",
-    )
-
-    reconstruct: bool = _recon(True, "Reconstruct blocks after calibration.")
-    reconstruct_parts: Literal["all", "blocks"] = _recon(
-        "all", "Reconstruct everything, or only transformer blocks and patch mergings."
-    )
-    steps: int = _recon(20_000, "Optimisation steps per block.", ge=1)
-    batch_size: int = _recon(32, "Images per step.", ge=1)
-    prefix_prob: float = _recon(
-        0.5, "Share of a block's input from the quantized prefix, in steps of 1/256.", ge=0, le=1
-    )
-    activation_prob: float = _recon(
-        0.5, "Share of activations quantized in training, in steps of 1/256.", ge=0, le=1
-    )
-    lr_alpha: float = _recon(1e-3, "Learning rate of the rounding variables (Adam).", gt=0)
-    lr_scale: float = _recon(4e-5, "Learning rate of activation scales (Adam, cosine to 0).", gt=0)
-    learn_scales: bool = _recon(True, "Learn activation scales.")
-    round_weight: float = _recon(0.01, "Weight of the rounding regulariser.", ge=0)
-    round_warmup: float = _recon(0.2, "Share of steps before the regulariser starts.", ge=0, lt=1)
-    beta_start: float = _recon(20.0, "Exponent of the regulariser at its start.", ge=1)
-    beta_end: float = _recon(2.0, "Exponent of the regulariser at the end.", ge=1)
-
-    loss: str = _loss("fisher_dplr", f"Block loss: {', '.join(LOSSES)}.")
-    loss_start: float | None = _loss(
-        None,
-        "Value that the losses of all blocks, the head's too, start at (2 in APHQ-ViT's code); if "
-        "not given, the losses' own values, and the head's KL is not divided by its start.",
-        gt=0,
-    )
-    fisher_k: int = _loss(5, "Fisher passes per block, the low-rank part's rank.", ge=1, le=64)
-    fisher_mode: Literal["q", "qf"] = _loss(
-        "q", "Fisher passes spread over the steps (q) or before the first k (qf)."
-    )
-    fisher_p1: float = _loss(1.0, "Weight of the low-rank part.", ge=0)
-    fisher_p2: float = _loss(1.0, "Weight of the diagonal part.", ge=0)
-    fisher_drop: bool = _loss(True, "Keep random dropping active in Fisher passes, as released.")
-    perturbation: float = _loss(1e-6, "ε of the perturbation Hessian.", gt=0)
-    prediction_share: float = _loss(
-        0.5, "Share of the prediction's divergence in the loss 'prediction'.", ge=0, le=1
-    )
-    prediction_lambda: float = _loss(
-        0.1, "Divisor of the prediction's divergence in the loss 'prediction_pdquant'.", gt=0
-    )
-    detection_terms: Literal["rpn", "rpn+roi"] = _loss(
-        "rpn",
-        "Divergence of a detector: class and box maps of its region proposals, or these and the "
-        "classes of the full-precision model's proposals (detection).",
-    )
-    temperature: float = _loss(20.0, "Temperature of a classifier's divergence.", gt=0)
-    divergence_batch: int = _loss(
-        32, "Consecutive samples that a divergence compares with each other (retrieval).", ge=2
-    )
-
-    step_dtype: _Arithmetic = _numerics(
-        "float32", "Arithmetic of the steps' matrix products; on CPUs tf32 is float32."
-    )
-    frozen_dtype: _Arithmetic = _numerics(
-        "float32", "Arithmetic of full-precision parts (tape, Fisher passes), as step_dtype."
-    )
 
     @field_validator("w_bits", "a_bits", "s_bits", "head_bits", "patch_input_bits")
     @classmethod
@@ -224,6 +75,10 @@ class Recipe(Strict, allow_inf_nan=False):
             if self.range_search == "percentile" and kind in ("adalog", "twin"):
                 problem = f"range_search percentile has no range for {name} {kind}"
                 raise ValueError(f"{problem}: choose another of the two")
+        if self.refit and self.start != "nearest":
+            raise ValueError("refit decides all roundings: choose one of refit, start")
+        if self.weight_learning == "straight-through" and self.start != "nearest":
+            raise ValueError("start needs weight_learning rounding, whose variables it sets")
         if self.reconstruct_mlp and self.gelu_quantizer != "uniform":
             raise ValueError("reconstruct_mlp leaves no GELU, so gelu_quantizer must be uniform")
         return self
@@ -257,10 +112,13 @@ class Recipe(Strict, allow_inf_nan=False):
         mlp = [name for name in _names("mlp") if name != "reconstruct_mlp"]
         mlp += ["perturbation", "temperature", "divergence_batch", "detection_terms"]
         mlp += ["frozen_dtype", "calibration_images", "calibration_transform", "seed", "revision"]
+        mlp += ["rotate"]
         if fields == "mlp":
             return mlp
         own = [name for name in _names("bits", "calibration") if name != "per_token"]
         own += ["reconstruct_mlp", *(mlp if self.reconstruct_mlp else ["seed"])]
+        if self.start != "nearest" and not self.reconstruct:
+            own += ["start", "start_damp"]  # calibration also rounds the weights
         return list(dict.fromkeys(own))
 
     def changes(self, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -319,7 +177,9 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
             "choose one."
         )
     bits = given.get("w_bits", Recipe.model_fields["w_bits"].default)
-    merged = {**METHODS[method], **AT_BITS.get(method, {}).get(bits, {}), **given}
+    many = any(6 < given.get(name, 4) < OFF for name in ("w_bits", "a_bits"))
+    usual = {**METHODS[method], **(FROM_7_BITS if many else {})}
+    merged = {**usual, **AT_BITS.get(method, {}).get(bits, {}), **given}
     try:
         recipe = Recipe(**merged)
     except ValidationError as error:

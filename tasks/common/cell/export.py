@@ -20,7 +20,7 @@ from fimaq_core.export.runtime import OnnxModel
 from fimaq_core.export.timing import speed
 from fimaq_core.export.writing import Normalise, export_onnx, with_facts
 from fimaq_core.files import replaced_whole
-from fimaq_core.pipeline import MLPS, finish
+from fimaq_core.pipeline import MLPS, freeze
 from fimaq_core.progress import OnProgress, Progress
 from fimaq_core.recipe import Recipe
 from tasks.common.cell.machine import processor
@@ -147,7 +147,7 @@ def export_stage(
     full_chains = cell.task.chains(full, recipe.model_copy(update=FULL_PRECISION))
     chains = restored(cell, checkpoint, fingerprint, origin)
     for chain in chains.values():
-        finish(chain)  # rounds the weights of a calibrated checkpoint
+        freeze(chain)  # rounds the weights of a calibrated checkpoint
     cell.clock.lap("load")
     export = _Export(cell, origin, recipe, images, chains, full, full_chains, form, on_progress)
     names = cell.task.export_parts(chains)

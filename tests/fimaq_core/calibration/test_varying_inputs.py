@@ -24,7 +24,7 @@ from fimaq_core.layers import (
     quant_layers,
     set_quantized,
 )
-from fimaq_core.pipeline import finish
+from fimaq_core.pipeline import freeze
 from fimaq_core.recipe import OFF, Recipe
 from fimaq_core.samples import Samples
 
@@ -221,14 +221,14 @@ def test_every_recipe_calibrates_heads_on_images_with_any_number_of_regions(meth
     chain = upward(recipe)
     full = torch.cat([chain(part) for part in x])
     calibrate(chain, x, recipe)
-    finish(chain)
+    freeze(chain)
     out = torch.cat([chain(part) for part in x])
     assert 0 < float((out - full).norm() / full.norm()) < 0.4
     assert all(layer.weight_quantizer.codes.numel() for _, layer in quant_layers(chain))
     # An image without regions counts for nothing.
     again = upward(recipe)
     calibrate(again, Samples([x[0], x[2], x[3]]), recipe)
-    finish(again)
+    freeze(again)
     assert all(
         torch.equal(*pair)
         for pair in zip(ranges(chain).values(), ranges(again).values(), strict=True)
@@ -241,7 +241,7 @@ def test_every_recipe_calibrates_a_pyramid(method: str) -> None:
     chain = pyramid(recipe)
     full = [chain(image) for image in x]
     calibrate(chain, x, recipe)
-    finish(chain)
+    freeze(chain)
     error = sum((chain(image) - own).square().sum() for image, own in zip(x, full, strict=True))
     assert 0 < float(error / sum(own.square().sum() for own in full)) < 0.06
 

@@ -14,7 +14,7 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConvTranspose2d, decide_roundings, quant_layers, set_quantized
-from fimaq_core.pipeline import finish, quantize_chain
+from fimaq_core.pipeline import freeze, quantize_chain
 from fimaq_core.quantizers.affine import fake_quantize
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -172,7 +172,7 @@ def test_a_block_with_transposed_convolutions_is_reconstructed() -> None:
         layer.input_quantizer.bits = 6
     target = learned(x)
     calibrate(nearest, x, recipe)
-    finish(nearest)
+    freeze(nearest)
     log = quantize_chain(learned, x, recipe, Measured(lambda a, b: (a - b).square().mean()))
     assert (learned(x) - target).square().sum() < 0.7 * (nearest(x) - target).square().sum()
     assert log.last_loss["up"] < 0.7

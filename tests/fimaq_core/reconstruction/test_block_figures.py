@@ -22,7 +22,7 @@ from fimaq_core.fisher import passes
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.fisher.passes import Sweep
 from fimaq_core.layers import set_quantized
-from fimaq_core.pipeline import CALIBRATE, RECONSTRUCT, finish, quantize_chain
+from fimaq_core.pipeline import CALIBRATE, RECONSTRUCT, freeze, quantize_chain
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import reconstruct as reconstruct_module
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
@@ -363,7 +363,7 @@ def test_a_whole_reconstruction_keeps_its_log_and_older_ones_load(tmp_path: Path
     assert loaded
     assert log == first
     assert set(log.error) == set(log.last_loss)
-    finish(chain)
+    freeze(chain)
     facts = load_checkpoint(path, chain, mark(recipe)).facts
     for change, message in (
         ({"error": None, "fisher": None}, None),

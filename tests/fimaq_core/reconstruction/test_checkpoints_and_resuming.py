@@ -20,7 +20,7 @@ from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, sav
 from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import set_quantized
-from fimaq_core.pipeline import CALIBRATE, RECONSTRUCT, finish, quantize_chain
+from fimaq_core.pipeline import CALIBRATE, RECONSTRUCT, freeze, quantize_chain
 from fimaq_core.progress import Progress
 from fimaq_core.recipe import Fields, Recipe
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
@@ -159,8 +159,8 @@ def test_saved_and_loaded_at_every_stage(name: str, tmp_path: Path) -> None:
     run_stage(RECONSTRUCT, part, pieces=tmp_path)
     for index, segment in enumerate(loaded):
         load_checkpoint(tmp_path / f"block-{index:03d}.safetensors", segment.block, mark)
-    finish(chain)
-    finish(loaded)
+    freeze(chain)
+    freeze(loaded)
     assert torch.equal(logits(loaded, probe), logits(chain, probe))
     save_checkpoint(
         tmp_path / "final.safetensors", chain.state_dict(), mark, {"stage": "reconstructed"}

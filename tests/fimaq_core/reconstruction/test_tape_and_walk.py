@@ -15,7 +15,7 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import NumericsError, RecipeError
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantConv2d, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.pipeline import finish, quantize_chain
+from fimaq_core.pipeline import freeze, quantize_chain
 from fimaq_core.quantizers import activation
 from fimaq_core.recipe import UNDIVIDED, Recipe
 from fimaq_core.reconstruction import objective as objective_module
@@ -280,7 +280,7 @@ def test_learned_values_are_what_the_method_may_change() -> None:
     expand_per_token(chain, x[:1])
     before = {name: value.clone() for name, value in chain.state_dict().items()}
     reconstruct(chain, x, recipe, KL, resources=Resources(batch_size=8))
-    finish(chain)
+    freeze(chain)
     flipped = 0
     for name, value in chain.state_dict().items():
         if name.endswith("input_quantizer.scale") or name.endswith(

@@ -120,11 +120,11 @@ def test_sizes_of_a_w4a4_vit_by_hand() -> None:
 
 
 def test_decided_roundings_do_not_change_the_size() -> None:
-    from fimaq_core.pipeline import finish
+    from fimaq_core.pipeline import freeze
 
     chain, image, _ = demo("demo_vit", calibrated=True)
     before = model_facts(chain, image)
-    finish(chain)
+    freeze(chain)
     assert model_facts(chain, image) == before
 
 
