@@ -65,6 +65,8 @@ def reconstruct(
     # The output error needs the prefix, also if inputs are not mixed.
     run = recipe, divergence, resources
     tape, reference = start_walk(chain, samples, *run, with_prefix=True, teacher=teacher)
+    if recipe.loss == "glf":
+        reference = tape.features(samples)  # once, since all blocks compare with the same ones
     objective_of = SampleObjective if samples.varying else BlockObjective
     log, on_progress = ReconstructionLog(engine=engine), resources.on_progress
     begin = Progress("reconstruct", 0, len(learning) * recipe.steps)
