@@ -52,9 +52,15 @@ class Layout:
 
 
 class BlockState:
-    """Variables of one block's optimisation."""
+    """Variables of one block's optimisation.
 
-    def __init__(self, segment: Segment, learn_scales: bool) -> None:
+    ``starts`` are the compensated weights of a closed form, whose codes the layers have; None to
+    start the roundings at the float weights.
+    """
+
+    def __init__(
+        self, segment: Segment, learn_scales: bool, starts: list[Tensor] | None = None
+    ) -> None:
         rounded, activations = list(rounded_layers(segment.block)), active_quantizers(segment)
         self.layers = [layer for _, layer in rounded]  # layers whose rounding is learned
         self.quantizers = [quantizer for _, quantizer in activations]  # the activation quantizers
@@ -70,10 +76,11 @@ class BlockState:
         if self.layers:
             quantizers = [layer.weight_quantizer for layer in self.layers]
             self.rounding = RoundingProblem.build(
-                [layer.weight for layer in self.layers],
+                [layer.weight for layer in self.layers] if starts is None else starts,
                 [one.scale for one in quantizers],
                 [one.zero_point for one in quantizers],
                 [one.levels for one in quantizers],
+                codes=None if starts is None else [one.codes for one in quantizers],
             )
             self.soft = self.rounding.soft()
         scales = [quantizer.scale.detach().flatten() for quantizer in self.quantizers]
