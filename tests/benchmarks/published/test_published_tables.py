@@ -28,18 +28,22 @@ COUNTS = {
     "repq": {"fp": 7, "repq": 14},
     "erq": {"fp": 7, "erq": 7},
     "lsvit": {"fp": 7, "lsvit": 19},
+    "glfq": {"fp": 7, "glfq": 14},
+    "glfq-ablation": {"fp": 7, "glfq": 49, "fimaq": 7},
     "clip-retrieval": {"fp": 1, "repq": 4},
 }
 #: Rows and columns, and how many of the cells have a published number.
 SIZES = {
     "fimaq": (23, 7, 161),
-    "fimaq-ablation": (26, 3, 47),
+    "fimaq-ablation": (20, 3, 29),
     "aphq": (20, 7, 140),
     "aphq-coco": (9, 8, 72),
     "adalog": (6, 7, 42),
     "repq": (10, 7, 63),
     "erq": (23, 7, 161),
     "lsvit": (11, 7, 50),
+    "glfq": (12, 7, 84),
+    "glfq-ablation": (11, 7, 77),
     "clip-retrieval": (15, 8, 27),
 }
 
@@ -56,6 +60,13 @@ def cells_of(name: str, tmp_path: Path) -> list[Cell]:
 def options(tmp_path: Path) -> RunOptions:
     places = Places(tmp_path / "imagenet", tmp_path / "coco", tmp_path / "flickr")
     return RunOptions(tmp_path, places)
+
+
+def glfq(method: str, point: str | None) -> list[dict[str, Any]]:
+    """Rows of a table with one part of GLF-Q's ablation."""
+    place = {"study": "glfq_components", "source": "GLF-Q paper full text (2026) Table 4"}
+    protocol = {"steps": 3000}
+    return row(head="GLF-Q", method=method, measure="glfq", point=point, protocol=protocol, **place)
 
 
 def test_the_tables_are_those_that_are_tested():
@@ -103,7 +114,7 @@ def test_every_number_is_the_value_of_one_row(name: str):
             and (entry["w_bit"], entry["a_bit"]) == widths
             and entry["source"] in (sources if isinstance(sources, list | tuple) else [sources])
         ]
-        assert found == [cell.published]
+        assert [{**cell.published, **entry} for entry in found] == [cell.published]
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -145,6 +156,25 @@ def test_released_settings_on_an_axis_are_one_cell(tmp_path: Path):
     cells = [cell for cell in cells_of("fimaq-ablation", tmp_path) if not cell.point]
     places = [cell.axis_points for cell in cells if cell.method == "fimaq"]
     assert places == [(("loss", "fisher_dplr"), ("k", "5"))] * 3
+
+
+def test_an_ablation_has_the_recipe_fields_of_its_rows(tmp_path: Path):
+    cells = [cell for cell in cells_of("glfq-ablation", tmp_path) if cell.model == "vit_small"]
+    shown = {}
+    for cell in cells[1:]:
+        recipe = cell.request.recipe
+        assert recipe is not None
+        shown[f"{cell.method} {cell.point}".strip()] = recipe.changes()
+    assert shown == {
+        "fimaq parts=both": {"rotate": "hadamard", "reconstruct_mlp": True},
+        "glfq": {},
+        "glfq parts=none": {"rotate": "none", "reconstruct_mlp": False},
+        "glfq parts=mlp": {"rotate": "none"},
+        "glfq parts=rotation": {"reconstruct_mlp": False},
+        "glfq loss=mse": {"loss": "mse"},
+        "glfq loss=fisher_dplr": {"loss": "fisher_dplr"},
+        "glfq loss=global": {"glf_weight": 0.0},
+    }
 
 
 def test_filters_narrow_a_table_and_may_add_seeds(tmp_path: Path):
@@ -243,6 +273,14 @@ def test_a_file_of_ones_own_is_a_table(tmp_path: Path):
         (
             {"profile": "paper-ablation", "rows": row(point="loss=mze")},
             "axis 'loss' has no point 'mze'.",
+        ),
+        (
+            {"profile": "paper-parts", "bits": ["w3a3"], "rows": glfq("GLF+MR", "parts=both")},
+            "GLF-Q w3a3, ViT-S: its published number is not of parts=both: add 'unpublished'",
+        ),
+        (
+            {"profile": "paper-parts", "bits": ["w3a3"], "rows": glfq("GLF+MR", None)},
+            "its published number is not of the released settings",
         ),
         ({"metric": "top5"}, "no published number for method 'FP', metric 'top5'"),
     ],
