@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
-from published_fakes import row, written
+from published_fakes import finished, row, written
 
 from benchmarks.grid.cell import Cell, Places, RunOptions
 from benchmarks.grid.expand import Filters, expand, parse_filters
 from benchmarks.grid.names import PUBLISHED
 from benchmarks.grid.schema import GridError, load_grid
 from benchmarks.published.table import TABLES, TableError, load_table, table_names
+from benchmarks.tables.reproduction import Reproduction
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS
 from tasks.common.cell.identity import planned_folder
@@ -175,6 +176,25 @@ def test_an_ablation_has_the_recipe_fields_of_its_rows(tmp_path: Path):
         "glfq loss=fisher_dplr": {"loss": "fisher_dplr"},
         "glfq loss=global": {"glf_weight": 0.0},
     }
+    main = {planned_folder(cell.request) for cell in cells_of("glfq", tmp_path)}
+    assert [planned_folder(cell.request) in main for cell in cells] == [
+        cell.method == "fp" or (cell.method == "glfq" and not cell.point) for cell in cells
+    ]
+
+
+def test_an_ablation_s_measured_cell_gets_a_verdict(tmp_path: Path):
+    cells = {(c.model, c.point): c for c in cells_of("glfq-ablation", tmp_path)}
+    measured = [
+        finished(cells["vit_small", "parts=mlp"], 63.6),
+        finished(cells["vit_small", "loss=mse"], 70.0),
+        finished(cells["deit_tiny", "parts=both"], 55.3),
+    ]
+    found = Reproduction(load_table("glfq-ablation"), measured).judged
+    assert [tuple(values) for values in found[["row", "published", "verdict"]].values] == [
+        ("Parts MR", 63.53, "reproduced"),
+        ("Loss local MSE", 60.48, "above"),
+        ("FIMA-Q with both parts", 55.29, "reproduced"),
+    ]
 
 
 def test_filters_narrow_a_table_and_may_add_seeds(tmp_path: Path):
