@@ -75,8 +75,9 @@ def randomised(size: int) -> Tensor | None:
     if matrix is None:
         return None
     bits = hashlib.shake_256(f"rotation of {size} channels".encode()).digest(2 * size)
-    rows, columns = (1.0 - 2.0 * torch.tensor([byte & 1 for byte in bits]).double()).split(size)
-    return rows[:, None] * matrix * columns / size**0.5
+    signs = 1.0 - 2.0 * torch.tensor([byte & 1 for byte in bits], dtype=torch.float64)
+    turned: Tensor = signs[:size, None] * matrix * signs[size:] / size**0.5
+    return turned
 
 
 def rotation(width: int) -> Tensor:
@@ -170,7 +171,12 @@ class Stream:
 
     @torch.no_grad()
     def read(
-        self, norm: nn.Module, *layers: nn.Module, copies: int = 1, pad: Tensor | None = None
+        self,
+        norm: nn.Module,
+        *layers: nn.Module,
+        copies: int = 1,
+        by_channel: bool = False,
+        pad: Tensor | None = None,
     ) -> None:
         """Fold norm and Qᵀ into linear layers or 1 x 1 convolutions, the only ones behind ``norm``.
 
@@ -180,6 +186,8 @@ class Stream:
             norm: LayerNorm with or without parameters, or ``nn.Identity``.
             layers: all layers that read its output; a missing bias is created.
             copies: tokens that are concatenated before the norm, 4 in Swin's patch merging.
+            by_channel: True if the first channel of all these tokens comes first (mmdet), False if
+                the first token comes first (timm).
             pad: (width,) value padded between norm and layer, changed in place.
 
         Raises:
@@ -192,7 +200,12 @@ class Stream:
         for layer in layers:
             found = layer.get_parameter("weight")
             rows = _exact(found).flatten(1)
-            turned = (rows * weight).view(len(rows), copies, self.width) @ self._turn.t()
+            if by_channel:
+                split = (rows * weight).view(len(rows), self.width, copies)
+                turned = self._turn @ split
+            else:
+                split = (rows * weight).view(len(rows), copies, self.width)
+                turned = split @ self._turn.t()
             if shift is not None:
                 _add_bias(layer, rows @ shift)
             found.copy_(turned.reshape(found.shape))

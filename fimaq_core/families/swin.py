@@ -87,12 +87,12 @@ class SwinFamily:
             ModelError: a part is of a kind that is not supported.
         """
         assert isinstance(model, SwinTransformer)
-        swap_patch_embed(model.patch_embed, recipe)
-        segments = [Segment("patch_embed", "patch_embed", model.patch_embed)]
+        embed = swap_patch_embed(model.patch_embed, recipe)
+        segments = [Segment("patch_embed", "patch_embed", embed)]
         stream = Stream(model.embed_dim, recipe)
-        if isinstance(model.patch_embed.norm, nn.Identity):
-            stream.write(model.patch_embed.proj)
-        start: nn.Module | None = stream.start(nn.Identity(), model.patch_embed.norm)
+        if isinstance(embed.norm, nn.Identity):
+            stream.write(embed.proj)
+        start: nn.Module | None = stream.start(nn.Identity(), embed.norm)
         for stage_number, stage in enumerate(model.layers):
             label, stage = f"layers.{stage_number}", expect(stage, "A stage", SwinTransformerStage)
             merging = expect(stage.downsample, "Downsampling", nn.Identity, PatchMerging)

@@ -1,7 +1,6 @@
 """Rotations: the matrices, exactness in every family, and their effect on outliers."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +56,6 @@ def test_the_rotation_is_orthogonal_nearly_flat_and_keeps_the_vector_of_ones(wid
     assert torch.equal(turn, rotation(width))
 
 
-@pytest.fixture
-def exact() -> Iterator[None]:
-    """New tensors are float64, so that only mistakes make a difference."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 MODELS = {
     "vit": vit,
     "deit": deit,
@@ -82,7 +73,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.usefixtures("exact")
+@pytest.mark.usefixtures("in_float64")
 def test_a_rotated_model_equals_the_float_model(name: str) -> None:
     model = MODELS[name]().double()
     x = images(3, 40 if name.endswith("windows") else 32)
