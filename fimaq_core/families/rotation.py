@@ -112,12 +112,12 @@ class Turn(nn.Module):
     ``ln_pre`` of CLIP, and after the patch embedding's norm of Swin.
     """
 
-    matrix: Tensor  # (width, width); it follows from the width, so checkpoints do not hold it
+    matrix: Tensor  # (width, width), the transposed Q
 
     def __init__(self, width: int) -> None:
         super().__init__()
         matrix = rotation(width).t().contiguous().to(torch.get_default_dtype())
-        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_buffer("matrix", matrix)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.matrix
