@@ -48,7 +48,7 @@ class BlockTrainer:
         set_quantized(segment.block, True)
         starts = None
         if self.recipe.start != "nearest":
-            starts = round_block(objective.tape, self.recipe, objective.notes)
+            starts = round_block(objective.tape, self.recipe, notes=objective.notes)
         self.state = BlockState(segment, self.recipe.learn_scales, starts)  # the variables
         seed, streams = self.recipe.seed, self.state.layout.streams
         self.schedule = Schedule.build(

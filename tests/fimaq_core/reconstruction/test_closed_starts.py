@@ -15,6 +15,7 @@ from fimaq_core import load, quantize
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.calibration.closed_form import LayerMoments, round_layer
 from fimaq_core.chain import BlockChain
+from fimaq_core.errors import NumericsError
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.layers import WeightLayer, quant_layers, set_quantized
 from fimaq_core.pipeline import quantize_chain
@@ -118,7 +119,8 @@ def test_codes_follow_from_the_finished_chain(name: str, start: str) -> None:
         for hat, plain in zip(hats[key], plains[key], strict=True):
             moments.add(hat, plain if start == "gptaq" else None)
         found, quantizer = layer.weight_quantizer.codes, layer.weight_quantizer
-        assert torch.equal(round_layer(moments, 0.01, start == "gptaq").codes, found.float())
+        expected = round_layer(moments, 0.01, asymmetric=start == "gptaq").codes
+        assert torch.equal(found.float(), expected)
         rounded = (layer.weight.flatten(1) / quantizer.scale).round() + quantizer.zero_point
         changed += int((rounded.clamp(0, quantizer.levels - 1) != found).sum())
     assert changed > 0.05 * sum(codes.numel() for codes in codes_of(chain).values())
@@ -156,7 +158,7 @@ def test_errors_behind_all_blocks_are_below_those_of_rounding_to_nearest() -> No
     errors = {"nearest": block_errors(chain, samples)}
     for start in STARTS:
         changed = recipe.model_copy(update={"start": start})
-        round_closed_form(chain, samples, changed, Resources(), [])
+        round_closed_form(chain, samples, changed, resources=Resources(), notes=[])
         set_quantized(chain, False)
         errors[start] = block_errors(chain, samples)
     for start in STARTS:
@@ -185,7 +187,7 @@ def test_learned_rounding_starts_at_the_two_neighbours_of_the_compensated_weight
     h = soft_rounding(rounding.alpha)
     assert torch.allclose((h - 0.5).abs(), torch.tensor(0.4), atol=1e-6)
     run.state.detach()
-    compensated = round_block(run.objective.tape, run.recipe, [])
+    compensated = round_block(run.objective.tape, run.recipe, notes=[])
     for layer, base, up, codes, weight in zip(
         run.state.layers,
         rounding.split(rounding.base),
@@ -216,6 +218,14 @@ def test_near_singular_inputs_leave_a_note() -> None:
     _, log = finished("vit", "gptq", start_damp=1e-25)
     assert log.notes
     assert all("near singular, so start_damp was" in note for note in log.notes)
+
+
+def test_images_that_are_not_finite_are_named_with_the_layer() -> None:
+    """Ranges come from the first images only, and calibration checks only these."""
+    recipe, x = quick("gptq", range_images=4), images(8)
+    x[-1, 0, 0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"^patch_embed.*: its inputs are NaN or infinite"):
+        quantize_chain(chain_of(vit(1), recipe), Samples(x), recipe, ClassifierDivergence(20.0))
 
 
 def own_module() -> nn.Sequential:
