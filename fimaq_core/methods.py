@@ -19,7 +19,8 @@ _REPQ |= {"calibration_transform": "eval", "range_inputs": "quantized", "patch_i
 _ERQ: Changes = {**_REPQ, "refit": True, "refit_rule": "gradient", "reparameterize_merges": False}
 #: Squared error, full-precision inputs, no dropping.
 _BRECQ: Changes = {**_PER_TENSOR, "loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0}
-#: Weights learned by straight-through gradients, with GLF-Q's rates and steps.
+#: Weights learned by straight-through gradients, with GLF-Q's rates and steps. Its paper does not
+#: say how inputs are mixed and activations dropped: both are left at one half, as in QDrop.
 _GLFQ: Changes = {**_PER_TENSOR, "weight_learning": "straight-through", "lr_weight": 2e-5}
 _GLFQ |= {"lr_scale": 2e-4, "steps": 3000, "loss": "glf"}
 #: APHQ-ViT's code divides all losses by half of their starts.

@@ -8,6 +8,7 @@ a whole block, and the cost of a step does not depend on the number of layers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,22 @@ def alpha_gradient(
     # h is constant where it is clipped. The mask is float: boolean tensors are slow on CPUs.
     free = 1 - ((stretched - h).abs() * 1e30).clamp(max=1)
     return grad * (sigmoid * (1 - sigmoid) * _STRETCH) * free
+
+
+class RoundingVectors(NamedTuple):
+    """Vectors (n,) of a :class:`RoundingProblem` that a step reads; the first one is learned."""
+
+    alpha: Tensor
+    offset: Tensor
+    gain: Tensor
+
+    def soft(self) -> Tensor:
+        """Compute the flat soft weights ``offset + gain * h(α)``."""
+        return torch.addcmul(self.offset, self.gain, soft_rounding(self.alpha))
+
+    def gradient(self, grad_weight: Tensor, penalty_weight: Tensor, beta: Tensor) -> Tensor:
+        """Compute :func:`alpha_gradient`."""
+        return alpha_gradient(self.alpha, self.gain, grad_weight, penalty_weight, beta)
 
 
 @dataclass
@@ -98,9 +115,14 @@ class RoundingProblem:
         flat = {name: torch.cat(tensors) for name, tensors in parts.items()}
         return cls(**flat, shapes=[weight.shape for weight in weights], levels=list(levels))
 
+    @property
+    def vectors(self) -> RoundingVectors:
+        """The vectors that a step reads; they share memory with these."""
+        return RoundingVectors(self.alpha, self.offset, self.gain)
+
     def soft(self) -> Tensor:
-        """Compute the flat soft weights ``offset + gain * h(α)``."""
-        return torch.addcmul(self.offset, self.gain, soft_rounding(self.alpha))
+        """Compute the flat soft weights."""
+        return self.vectors.soft()
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Split a flat vector into views with the shapes of the weights."""

@@ -66,6 +66,8 @@ def reconstruct(
     # The output error needs the prefix, also if inputs are not mixed.
     run = recipe, divergence, resources
     tape, reference = start_walk(chain, samples, *run, with_prefix=True, teacher=teacher)
+    if recipe.loss == "glf":
+        reference = tape.features(samples)  # once, since all blocks compare with the same ones
     objective_of = SampleObjective if samples.varying else BlockObjective
     # A closed form also rounds the segments that learn nothing.
     last = learning[-1] if recipe.start == "nearest" else chain.segment(len(chain) - 1)

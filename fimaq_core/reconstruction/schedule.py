@@ -31,9 +31,9 @@ def block_generator(seed: int, label: str) -> torch.Generator:
 class Schedule:
     """Tables with one row per step."""
 
-    #: (steps, 5) float32: weight and exponent β of the rounding regulariser; Adam's step sizes of α
-    #: and of the scales (learning rate over the first bias correction); the inverse root of Adam's
-    #: second bias correction
+    #: (steps, 5) float32: weight and exponent β of the rounding regulariser; Adam's step sizes of
+    #: the weights' variables and of the scales (learning rate over the first bias correction); the
+    #: inverse root of Adam's second bias correction
     rates: Tensor
     samples: Tensor  # (steps, B) int64, numbers of the batch's samples
     keys: Tensor  # (steps, streams, 2) int32, keys of the random masks
@@ -99,10 +99,12 @@ def cosine_rates(start: float, steps: int) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _rates(recipe: Recipe) -> Tensor:
-    rows = []
-    for number, lr_scale in enumerate(cosine_rates(recipe.lr_scale, recipe.steps)):
+    rows, steps, rounding = [], recipe.steps, recipe.weight_learning == "rounding"
+    own = (recipe.lr_alpha,) * steps if rounding else cosine_rates(recipe.lr_weight, steps)
+    pairs = zip(own, cosine_rates(recipe.lr_scale, steps), strict=True)
+    for number, (lr, lr_scale) in enumerate(pairs):
         beta = regulariser_exponent(recipe, number)
         first, second = 1 - BETA1 ** (number + 1), 1 - BETA2 ** (number + 1)
         weight = 0.0 if beta is None else recipe.round_weight
-        rows.append((weight, beta or 2.0, recipe.lr_alpha / first, lr_scale / first, second**-0.5))
+        rows.append((weight, beta or 2.0, lr / first, lr_scale / first, second**-0.5))
     return torch.tensor(rows, dtype=torch.float64).float()
