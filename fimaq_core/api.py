@@ -322,6 +322,9 @@ def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
 def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:
     """Return the recipe with counts of at most ``count`` images, and a note on lowered counts."""
     possible = {name: max(count, least) for name, least in _COUNTS.items()}
+    if recipe.finish_steps:
+        held_out = min(recipe.finish_held_out, max(count // 2, 1))
+        possible |= {"finish_held_out": held_out, "finish_batch": max(count - held_out, 1)}
     lowered = {name: value for name, value in possible.items() if getattr(recipe, name) > value}
     unused = {"divergence_batch"}
     unused |= set() if recipe.reconstruct else {"batch_size"}

@@ -47,6 +47,12 @@ class ProposalDivergence(Divergence):
         return Samples(rows)
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        terms = self.terms(outputs, reference)
+        total = (terms / terms.detach().clamp(min=_NOTHING)).sum()
+        return at_least_float32(total.to(outputs.dtype))
+
+    def terms(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """Return the terms (2 or 3,) before the division, float64."""
         # In float64: close to full precision, the terms are differences of nearly equal numbers.
         found, full = outputs.flatten(1).double(), reference.double()
         positions = full.shape[1] - found.shape[1]
@@ -65,9 +71,7 @@ class ProposalDivergence(Divergence):
                 part[:, end:].reshape(-1, self.classes).log_softmax(1) for part in (found, full)
             )
             terms.append(F.kl_div(logits, full_logits, reduction="batchmean", log_target=True))
-        total = sum(term / term.detach().clamp(min=_NOTHING) for term in terms)
-        assert isinstance(total, Tensor)
-        return at_least_float32(total.to(outputs.dtype))
+        return torch.stack(terms)
 
 
 def binary_kl(logits: Tensor, reference: Tensor) -> Tensor:
