@@ -19,6 +19,7 @@ from fimaq_core.reconstruction.finish import Finishing, finish, finishable, read
 from fimaq_core.reconstruction.log import ReconstructionLog, read_log
 from fimaq_core.reconstruction.mlp import mlps, reconstruct_mlps, use_relu
 from fimaq_core.reconstruction.reconstruct import reconstruct
+from fimaq_core.reconstruction.starts import round_closed_form
 from fimaq_core.resources import Resources
 from fimaq_core.samples import Samples
 from fimaq_core.store import CheckpointStore, Part, Stage
@@ -53,13 +54,16 @@ class ReconstructMlps(Stage):
 
 
 class Calibrate(Stage):
-    """Find the ranges."""
+    """Find the ranges; without reconstruction, also round the weights by the recipe's start."""
 
     name, kind, mark = "calibrate", "calibration", "calibrated"
     fields = "ranges"
 
     def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
         calibrate(part.chain, part.inputs, part.recipe, resources.on_progress, resources.batch_size)
+        if part.recipe.start != "nearest" and not part.recipe.reconstruct:
+            run = part.chain, part.inputs, part.recipe
+            round_closed_form(*run, resources=resources, notes=part.log.notes)
 
     def load(self, part: Part, path: Path) -> str:
         holds = {"stage": self.mark}

@@ -182,7 +182,7 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
             "choose one."
         )
     bits = given.get("w_bits", Recipe.model_fields["w_bits"].default)
-    many = any(6 < given.get(name, 4) < OFF for name in ("w_bits", "a_bits"))
+    many = any(given.get(name) in (7, 8) for name in ("w_bits", "a_bits"))
     usual = {**METHODS[method], **(FROM_7_BITS if many else {})}
     merged = {**usual, **AT_BITS.get(method, {}).get(bits, {}), **given}
     try:

@@ -165,6 +165,13 @@ class Tape:
         tensors = [tensor for part in parts if part is not None for tensor in part.tensors]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
+    def features(self, images: Samples) -> Samples:
+        """Return the teacher's penultimate features (n, ...) of ``images``, in the storage."""
+        model = self.teacher
+        return self._map(
+            lambda x, _: model.tail(0, x, model.side_of(x), feature=True), images, "float32"
+        )
+
     def compute_target(self) -> Samples:
         """Run the current block in full precision, once, and leave it in full precision."""
         if self.target is None:

@@ -46,8 +46,8 @@ def test_defaults_are_the_released_settings() -> None:
 
 
 def test_methods() -> None:
-    names = "mlp-recon rtn repq ptq4vit adalog erq brecq qdrop pdquant adalog-recon aphq"
-    assert list(METHODS) == [*names.split(), "qdrop-aphq", "fimaq", "fimaq-mlp", "lsvit"]
+    names = "mlp-recon rtn repq ptq4vit adalog erq gptq gptaq brecq qdrop pdquant adalog-recon aphq"
+    assert list(METHODS) == [*names.split(), "qdrop-aphq", "fimaq", "fimaq-mlp", "lsvit", "glfq"]
     assert all(make_recipe(name).changes() == {} for name in METHODS)
     brecq, qdrop, rtn = make_recipe("brecq"), make_recipe("qdrop"), make_recipe("rtn")
     assert (brecq.loss, brecq.prefix_prob, brecq.activation_prob, brecq.per_token) == (
@@ -103,6 +103,58 @@ def test_later_fields_leave_the_digests_of_other_methods_alone() -> None:
         recipe = make_recipe(method)
         dump = {name: value for name, value in recipe.model_dump().items() if name not in _LATER}
         assert recipe.digest() == _sha256(dump)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "expected"),
+    [
+        ("fimaq", {"w_bits": 3, "a_bits": 3}, "8198b354595a d752d759e5b3 64284408cbe1"),
+        ("aphq", {}, "1d3e7386ecc4 ade85e690606 20cc460da3c4"),
+        ("repq", {"w_bits": 6, "a_bits": 6}, "28d72d421cd9 d81c22671b8b fb71e2cebccf"),
+        ("lsvit", {"w_bits": 2}, "f451f1d55bee eca32c45d830 64284408cbe1"),
+        ("mlp-recon", {}, "2c096bd74585 ce72080b4422 1481170bb9c2"),
+    ],
+)
+def test_digests_are_those_from_before_the_later_fields(
+    method: str, changes: dict[str, object], expected: str
+) -> None:
+    recipe = make_recipe(method, changes)
+    found = [recipe.digest(fields)[:12] for fields in ("all", "ranges", "mlp")]
+    assert found == expected.split()
+
+
+def test_a_rotated_model_has_mlps_and_ranges_of_its_own() -> None:
+    plain, rotated = make_recipe("fimaq-mlp"), make_recipe("fimaq-mlp", {"rotate": "hadamard"})
+    assert all(plain.digest(f) != rotated.digest(f) for f in ("all", "ranges", "mlp"))
+    assert make_recipe("fimaq-mlp", {"rotate": "none"}).digest() == plain.digest()
+    assert make_recipe("glfq").digest("mlp") == rotated.digest("mlp")
+
+
+def test_a_closed_form_is_part_of_the_calibration_where_nothing_is_reconstructed() -> None:
+    def ranges(**changes: object) -> str:
+        return make_recipe("fimaq", changes).digest("ranges")
+
+    closed = [ranges(reconstruct=False, start=start) for start in ("gptq", "gptaq")]
+    closed.append(ranges(reconstruct=False, start="gptq", start_damp=0.1))
+    assert len({*closed, ranges()}) == 4
+    assert ranges(reconstruct=False) == ranges(start="gptq") == ranges()
+
+
+def test_the_range_grid_is_extended_from_7_bits_on() -> None:
+    def grid(method: str, **changes: object) -> str:
+        return make_recipe(method, changes).range_grid
+
+    for method in ("fimaq", "ptq4vit", "glfq"):
+        assert [grid(method, w_bits=bits, a_bits=bits) for bits in (2, 3, 4, 6, 32)] == (
+            ["released"] * 5
+        )
+        for bits in ({"w_bits": 7}, {"a_bits": 8}, {"w_bits": 8, "a_bits": 8}):
+            assert grid(method, **bits) == "extended"
+            assert make_recipe(method, bits).changes() == {}
+    assert grid("fimaq", w_bits=8, a_bits=8, range_grid="released") == "released"
+    assert make_recipe("fimaq", {"a_bits": 8, "range_grid": "released"}).changes() == {
+        "range_grid": "released"
+    }
 
 
 def _sha256(fields: dict[str, object]) -> str:
@@ -169,7 +221,10 @@ def test_bits_inside_are_taken(bits: int) -> None:
         {"loss": "hessian"}, {"fisher_mode": "z"}, {"round_warmup": 1.0}, {"seed": -1},
         {"temperature": 0},
         {"lr_alpha": float("nan")}, {"lr_alpha": float("inf")}, {"calibration_transform": "test"},
-        {"w_bits": 3.5},
+        {"w_bits": 3.5}, {"w_bits": "four"}, {"a_bits": None},
+        {"rotate": "random"}, {"range_grid": "wide"}, {"start": "rtn"}, {"start_damp": 0},
+        {"weight_learning": "none"}, {"lr_weight": 0}, {"glf_weight": -1}, {"finish_steps": -1},
+        {"finish_lr": 0}, {"finish_lr_scale": 0}, {"finish_batch": 0}, {"finish_held_out": 0},
     ],
 )  # fmt: skip
 def test_values_that_make_no_sense_are_named(changes: dict[str, object]) -> None:
@@ -254,6 +309,13 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
         "fisher_k": 2,
         "prefix_prob": 0.1,
         "frozen_dtype": "bfloat16",
+        "start": "gptq",
+        "start_damp": 0.1,
+        "weight_learning": "straight-through",
+        "lr_weight": 1e-4,
+        "glf_weight": 1.0,
+        "finish_steps": 9,
+        "finish_held_out": 8,
     }
     for name, value in behind.items():
         assert make_recipe("fimaq", {name: value}).digest("ranges") in shared, name
@@ -264,7 +326,7 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
         "range_candidates": 64, "range_rounds": 1,
         "reparameterize": False, "refit": True, "refit_ridge": 1.0, "refit_flips": 3,
         "range_inputs": "quantized", "reparameterize_merges": False,
-        "refit_rule": "gradient",
+        "refit_rule": "gradient", "rotate": "hadamard", "range_grid": "extended",
         "calibration_images": 256,
         "calibration_transform": "eval", "reconstruct_mlp": True, "seed": 1,
     }  # fmt: skip
@@ -348,6 +410,11 @@ def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
         ({"loss_start": 2.0, "fisher_p1": 0, "fisher_p2": 0}, "positive fisher_p1 or fisher_p2"),
         ({"loss_start": 0.0}, "loss_start: .*greater than 0"),
         ({"prediction_lambda": 0.0}, "prediction_lambda: .*greater than 0"),
+        (
+            {"refit": True, "reconstruct": False, "range_search": "percentile", "start": "gptq"},
+            "choose one of refit, start",
+        ),
+        ({"weight_learning": "straight-through", "start": "gptaq"}, "start needs weight_learning"),
     ],
 )
 def test_fields_that_do_not_go_together(fields: dict[str, object], words: str) -> None:
