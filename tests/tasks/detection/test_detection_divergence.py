@@ -68,6 +68,9 @@ def test_gradient_is_that_of_the_terms_over_their_values(proposals: int) -> None
         assert float(value) == pytest.approx(3 if proposals else 2)
         (found,) = torch.autograd.grad(value, leaf)
         terms = terms_by_definition(again, full[index], levels, proposals)
+        assert torch.allclose(
+            divergence.terms(again.detach(), reference[index]), torch.stack(terms).detach()
+        )
         (expected,) = torch.autograd.grad(sum(term / float(term) for term in terms), again)
         # the reference keeps its weights in float32
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-12)
