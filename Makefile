@@ -38,7 +38,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  reproduce-table takes one of"
-	@echo "    TABLE=fimaq|fimaq-ablation|aphq|aphq-coco|adalog|repq|erq|lsvit|glfq|glfq-ablation|clip-retrieval"
+	@echo "    TABLE=fimaq|fimaq-ablation|aphq|aphq-coco|adalog|repq|erq|lsvit|glfq|"
+	@echo "      glfq-ablation|clip-retrieval"
 	@echo "    PROFILE=quickstart|demo|frontier|paper|ablation|paper-ablation|paper-parts|quantizers"
 	@echo "  with data IMAGENET=/path COCO=/path FLICKR=/path WEIGHTS=/path,"
 	@echo "  filters TASKS= MODELS= METHODS= BITS=w3a3,w4a4 SEEDS= AXES=loss,k=15|none, and"
