@@ -182,7 +182,8 @@ def quantize(
         device: device of the computation; by default that of the model.
         placement: place of the cached block inputs: "device", "host" or "disk".
         settings: recipe fields that replace the method's, such as ``w_bits``, ``a_bits`` and
-            ``steps``. Numbers of images are lowered to the number of given images, with a note.
+            ``steps``; or ``budget="fast"``, short for few steps and their rates. Numbers of images
+            are lowered to the number of given images, with a note.
 
     Raises:
         RecipeError: an unknown method or setting, or a value that does not fit.

@@ -9,6 +9,7 @@ import click
 
 from fimaq_core.documents import parse_json
 from fimaq_core.errors import RecipeError, suggest
+from fimaq_core.methods import BUDGETS
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
 from fimaq_core.resources import EngineChoice, Placement
 from tasks.common.cli import numbers
@@ -68,12 +69,14 @@ def _joined(*options: Option) -> Option:
 
 
 def recipe(own: TaskOptions) -> Option:
-    """Add ``--method``, ``--recipe`` and one option per other field of a recipe."""
+    """Add ``--method``, ``--recipe``, ``--budget`` and one option per other field of a recipe."""
     methods = f"Method: {', '.join(['fp', *METHODS])}."
     file = "YAML file with recipe fields ('field: value' lines). Options have priority."
+    budget = "Steps and rates: 500 or 2,000 steps per block, or the method's own; options win."
     return _joined(
         click.option("--method", default="fimaq", help=methods),
         click.option("--recipe", "recipe_file", type=PATH, help=file),
+        click.option("--budget", type=click.Choice(list(BUDGETS)), help=budget),
         *_choice(own.scope, "scope", own.scopes, "Quantized part; the rest keeps full precision."),
         *(_recipe_option(name) for name in Recipe.model_fields if name not in ("method", "scope")),
     )
@@ -237,8 +240,9 @@ def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def given_fields(options: dict[str, Any]) -> dict[str, Any]:
-    """Remove the options of recipe fields and return those that are given."""
-    found = {name: options.pop(name) for name in list(Recipe.model_fields) if name in options}
+    """Remove the options of recipe fields, and the budget; return those that are given."""
+    names = [name for name in ("budget", *Recipe.model_fields) if name in options]
+    found = {name: options.pop(name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -99,7 +99,7 @@ def test_profile_has_methods_alone_and_with_parts(tmp_path):
 
 def test_prepared_folder_gives_data_weights_and_arguments(tmp_path):
     cells = expand(load_grid("frontier"), Filters(tasks=("dinov2",)), RunOptions(results=tmp_path))
-    folder = tmp_path / "prepared" / "dinov2-digits"
+    folder = tmp_path / "prepared" / "dinov2-photos"
     for cell in cells:
         request = cell.request
         assert request.data.path == request.model.weights_folder == folder
