@@ -34,6 +34,10 @@ class Divergence:
         """Return the mean divergence over a batch of outputs (B, ...) and reference rows."""
         raise NotImplementedError
 
+    def comparable(self) -> "Divergence":
+        """Return the divergence in a form whose values, not only gradients, can be compared."""
+        return self
+
 
 def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
     """Return ``KL(softmax(reference / T) || softmax(logits / T))`` in nats, batch mean."""

@@ -5,6 +5,7 @@ arXiv:2504.02508). Each term is divided by its own value, so that a small term c
 large one. Fisher passes use only the gradient of the divergence, not its value.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,12 @@ class ProposalDivergence(Divergence):
 
     def __init__(self, levels: Sequence[Sequence[int]], anchors: int, classes: int = 0) -> None:
         self.levels, self.anchors, self.classes = levels, anchors, classes
+        self.divided = True  # False: a plain sum of the terms
+
+    def comparable(self) -> "ProposalDivergence":
+        plain = copy.copy(self)
+        plain.divided = False
+        return plain
 
     def reference(self, outputs: Samples) -> Samples:
         """Append a weight per position to the outputs: 1 / number of its level's positions."""
@@ -65,7 +72,9 @@ class ProposalDivergence(Divergence):
                 part[:, end:].reshape(-1, self.classes).log_softmax(1) for part in (found, full)
             )
             terms.append(F.kl_div(logits, full_logits, reduction="batchmean", log_target=True))
-        total = sum(term / term.detach().clamp(min=_NOTHING) for term in terms)
+        if self.divided:
+            terms = [term / term.detach().clamp(min=_NOTHING) for term in terms]
+        total = sum(terms)
         assert isinstance(total, Tensor)
         return at_least_float32(total.to(outputs.dtype))
 
