@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, field_validator, model_validator
 
+from fimaq_core.bits_map import BitsMap
 from fimaq_core.documents import problems, read_yaml, shown
 from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.methods import AT_BITS, BUDGETS, FROM_7_BITS, RATES, REVISED
@@ -33,6 +34,7 @@ _LATER = ["revision", "range_inputs", "reparameterize_merges", "refit_rule"]
 _LATER += ["loss_start", "prediction_lambda", "rotate", "range_grid", "start", "start_damp"]
 _LATER += ["weight_learning", "lr_weight", "glf_weight", "finish_steps", "finish_lr"]
 _LATER += ["finish_lr_scale", "finish_batch", "finish_held_out", "finish_weight_scales"]
+_LATER += ["bits_map"]
 
 
 class Recipe(Settings):
@@ -50,6 +52,11 @@ class Recipe(Settings):
         if value is not None and value != OFF and not 2 <= value <= 8:
             raise ValueError(f"{value} bits is outside 2 to 8 (or {OFF} for off)")
         return value
+
+    @field_validator("bits_map")
+    @classmethod
+    def _check_bits_map(cls, value: BitsMap | None) -> BitsMap | None:
+        return value or None
 
     @field_validator("loss")
     @classmethod

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from fimaq_core.documents import parse_json
+from fimaq_core.bits_map import read_bits_map
+from fimaq_core.documents import parse_json, shown
 from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.methods import BUDGETS
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
@@ -90,6 +91,9 @@ def finishing() -> Option:
 
 def _recipe_option(name: str) -> Option:
     field, flag = Recipe.model_fields[name], name.replace("_", "-")
+    if name == "bits_map":
+        text = "YAML file with bits of single layers, as the command sensitivity writes it."
+        return click.option("--bits-map", metavar="FILE", callback=_bits_map, help=text)
     unset = "as a_bits" if name.endswith("_bits") else "not given"
     default = unset if field.default is None else field.default
     text = f"{field.description}  [fimaq: {default}]"
@@ -113,14 +117,34 @@ def _choice(flag: str, name: str, choices: tuple[str, ...], text: str) -> Iterat
 
 def model(own: TaskOptions) -> Option:
     """Add the options for the model, its weights, the data and the run."""
-    file = "Local file: safetensors, or of torch.save (.pth, .pt, .bin, .ckpt, .tar), weights only."
     named = "Short name, demo name or the library's 'model.tag'; see the command 'models'."
+    return _joined(click.option("--model", "name", required=True, help=named), named_model(own))
+
+
+def named_model(own: TaskOptions) -> Option:
+    """Add the options of :func:`model` without its name."""
+    file = "Local file: safetensors, or of torch.save (.pth, .pt, .bin, .ckpt, .tar), weights only."
     arguments = "JSON object of arguments for the model's constructor."
     return _joined(
-        click.option("--model", "name", required=True, help=named),
         click.option("--model-args", default="{}", callback=_json_object, help=arguments),
         weights(file),
         run(own),
+    )
+
+
+def sensitivity() -> Option:
+    """Add the options of a measurement of single layers, and of the bits that it suggests."""
+    mean = "Suggest bits of single layers: mean of weights (by number) and of inputs (by values)."
+    bops = "Suggest bits of single layers: bit operations as a share of those of the recipe's bits."
+    return _joined(
+        click.option("--images", default=64, type=numbers.COUNT, help="Calibration images."),
+        click.option("--mean-bits", type=numbers.FiniteRange(2, 8), help=mean),
+        click.option("--bops", type=numbers.FiniteRange(0, 1e3, min_open=True), help=bops),
+        click.option(
+            "--widths", default="3,4,5,6", callback=_widths, help="Bits to choose from, 2 to 8."
+        ),
+        click.option("--json", "as_json", type=PATH, help="JSON file to write."),
+        click.option("--write-bits-map", type=PATH, help="File to write for --bits-map (YAML)."),
     )
 
 
@@ -208,6 +232,17 @@ def export(own: TaskOptions) -> Option:
 
 mlp_checkpoint = click.option("--mlp-checkpoint", type=PATH, help="Reconstructed MLPs to use.")
 out = click.option("--out", required=True, type=PATH, help="Checkpoint to write (.safetensors).")
+
+
+def _bits_map(_: click.Context, __: click.Parameter, path: str | None) -> dict[str, Any] | None:
+    return None if path is None else read_bits_map(Path(path))
+
+
+def _widths(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
+    parts = tuple(part.strip() for part in text.split(","))
+    if not set(parts) <= set("2345678"):
+        raise RecipeError(f"--widths is {shown(text)}: give bits from 2 to 8, such as 3,4,6.")
+    return tuple(map(int, parts))
 
 
 def _json_object(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
