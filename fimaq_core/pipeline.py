@@ -62,8 +62,8 @@ class Calibrate(Stage):
     def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
         calibrate(part.chain, part.inputs, part.recipe, resources.on_progress, resources.batch_size)
         if part.recipe.start != "nearest" and not part.recipe.reconstruct:
-            notes = part.log.notes
-            round_closed_form(part.chain, part.inputs, part.recipe, resources, notes)
+            run = part.chain, part.inputs, part.recipe
+            round_closed_form(*run, resources=resources, notes=part.log.notes)
 
     def load(self, part: Part, path: Path) -> str:
         holds = {"stage": self.mark}

@@ -105,6 +105,11 @@ class Recipe(Settings):
         own = {k: v for k, v in own.items() if k not in _LATER or v != defaults[k].default}
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
+    def unfinished(self) -> "Recipe":
+        """Return the recipe without joint finishing."""
+        finish = {name: Recipe.model_fields[name].default for name in _names("finish")}
+        return self.model_copy(update=finish)
+
     def names_of(self, fields: Fields) -> list[str]:
         """Return the names of ``fields``. Ranges depend on the MLPs if these are reconstructed."""
         if fields == "all":

@@ -75,7 +75,7 @@ class LayerMoments:
                     self.pull[group] += (next(plain).double() - own).t() @ own
 
 
-def round_layer(moments: LayerMoments, damp: float, asymmetric: bool) -> ClosedForm:
+def round_layer(moments: LayerMoments, damp: float, *, asymmetric: bool) -> ClosedForm:
     """Return the closed form of a layer whose weight has its range.
 
     ``damp`` and errors are as in :func:`closed_form`.
@@ -85,15 +85,15 @@ def round_layer(moments: LayerMoments, damp: float, asymmetric: bool) -> ClosedF
     found = []
     for group, own in enumerate(zip(*(part.chunk(moments.groups) for part in parts), strict=True)):
         weight, scale, zero = own
+        grid, square = RoundingGrid(scale, zero, quantizer.levels), moments.square[group]
         pull = moments.pull[group] if asymmetric else None
-        grid = RoundingGrid(scale, zero, quantizer.levels)
-        found.append(closed_form(weight, grid, moments.square[group], pull=pull, damp=damp))
+        found.append(closed_form(weight, grid, square=square, pull=pull, damp=damp))
     codes, weights, damps = zip(*found, strict=True)
     return ClosedForm(torch.cat(codes), torch.cat(weights), max(damps))
 
 
 def closed_form(
-    weight: Tensor, grid: RoundingGrid, square: Tensor, *, pull: Tensor | None = None, damp: float
+    weight: Tensor, grid: RoundingGrid, *, square: Tensor, pull: Tensor | None = None, damp: float
 ) -> ClosedForm:
     """Round a weight by GPTQ, or by GPTAQ if there is a ``pull``.
 
@@ -113,6 +113,8 @@ def closed_form(
     Raises:
         NumericsError: the moments are NaN or infinite.
     """
+    if not all(bool(one.isfinite().all()) for one in (square, pull) if one is not None):
+        raise NumericsError("its inputs are NaN or infinite: check images and weights.")
     order = square.diagonal().argsort(descending=True, stable=True)
     upper, damp = _inverse_factor(square[order][:, order], damp)
     # Row q: what one unit of column q's error, or of its value, adds to the later columns.
@@ -143,11 +145,6 @@ def closed_form(
 
 def _inverse_factor(square: Tensor, damp: float) -> tuple[Tensor, float]:
     """Return the upper triangular U with ``(square + λI)⁻¹ = UᵀU``, and the damping used."""
-    if not bool(square.isfinite().all()):
-        raise NumericsError(
-            "the second moments of a layer's inputs are NaN or infinite: its weight cannot be "
-            "rounded in closed form."
-        )
     mean = float(square.diagonal().mean())
     eye = torch.eye(len(square), dtype=square.dtype, device=square.device)
     if mean == 0:

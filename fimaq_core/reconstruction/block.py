@@ -48,7 +48,7 @@ class BlockTrainer:
         set_quantized(segment.block, True)
         learning, starts = self.recipe.weight_learning, None
         if self.recipe.start != "nearest":
-            starts = round_block(objective.tape, self.recipe, objective.notes)
+            starts = round_block(objective.tape, self.recipe, notes=objective.notes)
         self.state = BlockState(  # the variables
             segment,
             self.recipe.learn_scales,

@@ -218,7 +218,7 @@ def finish(
         best, kept, state = start, 0, [value.detach().clone() for value in variables]
         for step, rows in enumerate(_batches(recipe, samples.varying, count, size), 1):
             _learn(chain, "fused")
-            with arithmetic(recipe.step_dtype, device):
+            with torch.enable_grad(), arithmetic(recipe.step_dtype, device):
                 loss = objective.value(objective.terms(rows))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

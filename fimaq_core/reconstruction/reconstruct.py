@@ -80,7 +80,7 @@ def reconstruct(
         begin = replace(begin, block=label)
         if segment not in learning:
             if recipe.start != "nearest":
-                round_block(tape, recipe, log.notes)
+                round_block(tape, recipe, notes=log.notes)
             decide_roundings(segment.block)
         elif (found := pieces.load(index, segment.block)) is not None:
             notes, own = add_block(log, label, *found)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fimaq_core.calibration.closed_form import LayerMoments, round_layer
 from fimaq_core.chain import BlockChain
+from fimaq_core.errors import NumericsError
 from fimaq_core.layers import WeightLayer, set_quantized
 from fimaq_core.numerics import arithmetic
 from fimaq_core.progress import Progress
@@ -20,24 +21,27 @@ logger = logging.getLogger(__name__)
 
 
 def round_closed_form(
-    chain: BlockChain, images: Samples, recipe: Recipe, resources: Resources, notes: list[str]
+    chain: BlockChain,
+    images: Samples | Tensor,
+    recipe: Recipe,
+    *,
+    resources: Resources,
+    notes: list[str],
 ) -> None:
     """Round all weights of a calibrated chain by the recipe's ``start``, in place.
 
     Blocks are rounded in forward order on all ``images`` (n, ...), see :func:`round_block`. The
-    chain is left in its quantized form. ``notes`` gets a sentence about each damping raised.
-
-    Raises:
-        NumericsError: a layer's inputs are NaN or infinite.
+    chain is left in its quantized form.
     """
     set_quantized(chain, False)
     device, on_progress = next(chain.parameters()).device, resources.on_progress
-    storage = Storage(resources.placement, device, pinned=not images.varying)
+    samples = Samples.of(images)
+    storage = Storage(resources.placement, device, pinned=not samples.varying)
     batches, dtype = resources.batch_size, recipe.frozen_dtype
-    tape = Tape(chain, images, storage, with_prefix=True, batch_size=batches, frozen_dtype=dtype)
+    tape = Tape(chain, samples, storage, with_prefix=True, batch_size=batches, frozen_dtype=dtype)
     for index, segment in enumerate(chain):
         on_progress(Progress("round weights", index, len(chain), segment.label))
-        round_block(tape, recipe, notes)
+        round_block(tape, recipe, notes=notes)
         if index + 1 < len(chain):
             tape.advance()
     on_progress(Progress("round weights", len(chain), len(chain)))
@@ -45,15 +49,20 @@ def round_closed_form(
 
 
 @torch.no_grad()
-def round_block(tape: Tape, recipe: Recipe, notes: list[str]) -> list[Tensor]:
+def round_block(tape: Tape, recipe: Recipe, *, notes: list[str]) -> list[Tensor]:
     """Round the weights of the tape's current block in closed form; layers get their codes.
 
     Layers are rounded in the order of their first calls, each on its inputs behind quantized
     activations and the weights that are rounded already. GPTAQ's full-precision inputs are those of
     the chain's own layers in full precision. The block is left in its quantized form.
 
+    ``notes`` gets a sentence about each damping that had to be raised.
+
     Returns:
         The compensated weight (rows, ...) of each layer of :func:`.state.rounded_layers`.
+
+    Raises:
+        NumericsError: a layer's inputs are NaN or infinite.
     """
     segment = tape.chain.segment(tape.index)
     block, damp, asymmetric = segment.block, recipe.start_damp, recipe.start == "gptaq"
@@ -68,7 +77,10 @@ def round_block(tape: Tape, recipe: Recipe, notes: list[str]) -> list[Tensor]:
                 plain = _inputs(tape, block, layer, tape.full[rows], quantized=False)
             for x, full in zip(inputs, plain, strict=True):
                 moments.add(x, full)
-        codes, weight, used = round_layer(moments, damp, asymmetric)
+        try:
+            codes, weight, used = round_layer(moments, damp, asymmetric=asymmetric)
+        except NumericsError as error:
+            raise NumericsError(f"{segment.label}.{name}: {error}") from error
         layer.weight_quantizer.set_codes(codes)
         found[name] = weight.view_as(layer.weight)
         if used > damp:

@@ -79,6 +79,12 @@ def recipe(own: TaskOptions) -> Option:
     )
 
 
+def finishing() -> Option:
+    """Add the options for the recipe's fields of joint finishing."""
+    names = (name for name in Recipe.model_fields if name.startswith("finish_"))
+    return _joined(*map(_recipe_option, names))
+
+
 def _recipe_option(name: str) -> Option:
     field, flag = Recipe.model_fields[name], name.replace("_", "-")
     unset = "as a_bits" if name.endswith("_bits") else "not given"
@@ -222,12 +228,18 @@ def take_recipe(task: str, options: dict[str, Any]) -> Recipe | None:
 def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
     """Remove the recipe options and return the given fields; options override the recipe file."""
     method, file = options.pop("method"), options.pop("recipe_file")
-    given = {name: options.pop(name) for name in list(Recipe.model_fields) if name in options}
+    given = given_fields(options)
     source = click.get_current_context().get_parameter_source("method")
     if source is not None and source.name != "DEFAULT":
         given["method"] = method
     content = read_recipe_file(file) if file is not None and method != "fp" else {}
-    return content | {name: value for name, value in given.items() if value is not None}
+    return content | given
+
+
+def given_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the options of recipe fields and return those that are given."""
+    found = {name: options.pop(name) for name in list(Recipe.model_fields) if name in options}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def cell_request(task: str, options: dict[str, Any], recipe: Recipe | None = None) -> CellRequest:

@@ -89,7 +89,7 @@ def test_equals_least_squares_after_each_column(
     weight, scale, zero = problem(6, width)
     grid = RoundingGrid(scale, zero, 8)
     square, pull = moments(x, x_hat)
-    found = closed_form(weight, grid, square, pull=pull if asymmetric else None, damp=0.01)
+    found = closed_form(weight, grid, square=square, pull=pull if asymmetric else None, damp=0.01)
     codes, free = by_columns(weight, grid, x if asymmetric else x_hat, x_hat, 0.01)
     assert found.codes.dtype == found.weight.dtype == torch.float32
     np.testing.assert_array_equal(found.codes.numpy(), codes)
@@ -103,7 +103,7 @@ def test_gptq_equals_optimal_brain_quantization() -> None:
     _, x_hat = inputs(90, 30)
     weight, scale, zero = problem(5, 30)
     square = x_hat.t() @ x_hat
-    found = closed_form(weight, RoundingGrid(scale, zero, 8), square, damp=0.01)
+    found = closed_form(weight, RoundingGrid(scale, zero, 8), square=square, damp=0.01)
     hessian = (square + 0.01 * square.diagonal().mean() * torch.eye(30)).numpy()
     codes = by_inverse_updates(weight, RoundingGrid(scale, zero, 8), hessian)
     np.testing.assert_array_equal(found.codes.numpy(), codes)
@@ -120,11 +120,11 @@ def test_two_columns_by_hand() -> None:
     square = torch.tensor([[4.0, 2.0], [2.0, 2.0]], dtype=torch.float64)
     weight = torch.tensor([[0.6, 0.8]])
     grid = RoundingGrid(torch.ones(1, 1), torch.full((1, 1), 4.0), 16)
-    found = closed_form(weight, grid, square, damp=0.0)
+    found = closed_form(weight, grid, square=square, damp=0.0)
     assert found.codes.tolist() == [[5.0, 4.0]]
     assert torch.allclose(found.weight, torch.tensor([[0.6, 0.4]]))
     # The same with the columns exchanged: the order follows the diagonal.
-    found = closed_form(weight.flip(1), grid, square.flip(0, 1), damp=0.0)
+    found = closed_form(weight.flip(1), grid, square=square.flip(0, 1), damp=0.0)
     assert found.codes.tolist() == [[4.0, 5.0]]
 
 
@@ -138,7 +138,7 @@ def test_gptaq_with_two_columns_by_hand() -> None:
     x_hat = torch.tensor([[2.0, 1.0]], dtype=torch.float64)
     square, pull = moments(torch.tensor([[3.0, 1.0]], dtype=torch.float64), x_hat)
     grid = RoundingGrid(torch.ones(1, 1), torch.full((1, 1), 4.0), 16)
-    found = closed_form(torch.ones(1, 2), grid, square, pull=pull, damp=0.4)
+    found = closed_form(torch.ones(1, 2), grid, square=square, pull=pull, damp=0.4)
     assert torch.allclose(found.weight, torch.tensor([[1.0, 1.5]]))
 
 
@@ -147,8 +147,8 @@ def test_gptaq_with_unchanged_inputs_is_gptq() -> None:
     weight, scale, zero = problem(6, 20)
     grid = RoundingGrid(scale, zero, 8)
     square, pull = moments(x, x)
-    with_pull = closed_form(weight, grid, square, pull=pull, damp=0.01)
-    without = closed_form(weight, grid, square, damp=0.01)
+    with_pull = closed_form(weight, grid, square=square, pull=pull, damp=0.01)
+    without = closed_form(weight, grid, square=square, damp=0.01)
     assert torch.equal(with_pull.codes, without.codes)
     assert torch.equal(with_pull.weight, without.weight)
 
@@ -156,7 +156,7 @@ def test_gptaq_with_unchanged_inputs_is_gptq() -> None:
 def test_independent_inputs_are_rounded_to_nearest() -> None:
     weight, scale, zero = problem(6, 20)
     square = torch.rand(20, dtype=torch.float64).add(0.1).diag()
-    found = closed_form(weight, RoundingGrid(scale, zero, 8), square, damp=0.01)
+    found = closed_form(weight, RoundingGrid(scale, zero, 8), square=square, damp=0.01)
     expected = nearest(weight.numpy(), scale.numpy(), zero.numpy(), 8)
     np.testing.assert_array_equal(found.codes.numpy(), expected)
     assert torch.allclose(found.weight, weight)
@@ -174,8 +174,9 @@ def test_output_errors_fall_from_nearest_to_gptq_and_gptaq(seed: int) -> None:
     grid, (square, pull) = RoundingGrid(scale, zero, 16), moments(x, x_hat)
     found = {
         "nearest": fake_quantize(weight, scale, zero, 16),
-        "gptq": (closed_form(weight, grid, square, damp=0.01).codes - zero) * scale,
-        "gptaq": (closed_form(weight, grid, square, pull=pull, damp=0.01).codes - zero) * scale,
+        "gptq": (closed_form(weight, grid, square=square, damp=0.01).codes - zero) * scale,
+        "gptaq": (closed_form(weight, grid, square=square, pull=pull, damp=0.01).codes - zero)
+        * scale,
     }
     own = {name: error(value, weight, x_hat, x_hat) for name, value in found.items()}
     assert own["gptq"] < 0.8 * own["nearest"]
@@ -190,10 +191,10 @@ def test_inputs_that_are_always_zero_are_safe() -> None:
     x[:, 3] = x_hat[:, 3] = 0
     weight, scale, zero = problem(4, 12)
     grid, (square, pull) = RoundingGrid(scale, zero, 8), moments(x, x_hat)
-    found = closed_form(weight, grid, square, pull=pull, damp=0.01)
+    found = closed_form(weight, grid, square=square, pull=pull, damp=0.01)
     assert found.weight[:, 3].equal(weight[:, 3])
     assert found.damp == 0.01
-    none = closed_form(weight, grid, torch.zeros(12, 12, dtype=torch.float64), damp=0.01)
+    none = closed_form(weight, grid, square=torch.zeros(12, 12, dtype=torch.float64), damp=0.01)
     expected = nearest(weight.numpy(), scale.numpy(), zero.numpy(), 8)
     np.testing.assert_array_equal(none.codes.numpy(), expected)
 
@@ -202,7 +203,7 @@ def test_singular_moments_are_damped_more() -> None:
     one = torch.randn(1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weight, scale, zero = problem(4, 16)
     grid = RoundingGrid(scale, zero, 8)
-    found = closed_form(weight, grid, one.t() @ one, damp=1e-30)
+    found = closed_form(weight, grid, square=one.t() @ one, damp=1e-30)
     assert 1e-30 < found.damp < 1e-8
     assert bool(found.weight.isfinite().all())
 
@@ -212,7 +213,7 @@ def test_moments_that_are_not_finite_are_refused() -> None:
     square = torch.eye(3, dtype=torch.float64)
     square[1, 1] = float("nan")
     with pytest.raises(NumericsError, match="NaN or infinite"):
-        closed_form(weight, RoundingGrid(scale, zero, 8), square, damp=0.01)
+        closed_form(weight, RoundingGrid(scale, zero, 8), square=square, damp=0.01)
 
 
 def calibrated(layer: WeightLayer) -> WeightLayer:
@@ -225,7 +226,7 @@ def calibrated(layer: WeightLayer) -> WeightLayer:
 def rounded(layer: WeightLayer, x: Tensor, full: Tensor | None) -> ClosedForm:
     found = LayerMoments(layer)
     found.add(x, full)
-    return round_layer(found, 0.01, full is not None)
+    return round_layer(found, 0.01, asymmetric=full is not None)
 
 
 CONVOLUTIONS = {
