@@ -82,7 +82,7 @@ class BlockState:
         self.soft = torch.zeros(0, device=next(segment.block.parameters()).device)
         if self.layers:
             quantizers = [layer.weight_quantizer for layer in self.layers]
-            own = (
+            own: tuple[list[Tensor], list[Tensor], list[Tensor], list[int]] = (
                 [layer.weight for layer in self.layers] if starts is None else starts,
                 [one.scale for one in quantizers],
                 [one.zero_point for one in quantizers],
