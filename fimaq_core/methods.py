@@ -71,6 +71,21 @@ AT_BITS: dict[str, dict[int, Changes]] = {
 #: Changes to all methods where weights or activations have 7 or 8 bits.
 FROM_7_BITS: Changes = {"range_grid": "extended"}
 
+#: Recipe fields of each budget. ``released`` keeps the method's own. Each method has the fields of
+#: the stages that it runs, and its rates follow the steps, see :data:`RATES`.
+BUDGETS: dict[str, Changes] = {
+    "fast": {"steps": 500, "mlp_steps": 500},
+    "standard": {"steps": 2_000, "mlp_steps": 2_000},
+    "released": {},
+}
+#: Learning rates by their steps, and the power of (own steps / steps of the budget) that multiplies
+#: them. Adam moves a variable by at most steps x rate. The powers lead from the released rates at
+#: 20,000 steps to those of the demo at 250 steps (0.024, 0.0006, 0.003).
+RATES: dict[str, dict[str, float]] = {
+    "steps": {"lr_alpha": 0.7, "lr_scale": 0.6, "lr_weight": 0.7},
+    "mlp_steps": {"mlp_lr": 1.0},
+}
+
 #: Settings whose algorithm has changed, and the revision that changed it.
 REVISED: dict[tuple[str, Any], int] = {
     ("range_search", "progressive"): 2,  # the grid has at most half as many zero points as levels

@@ -191,6 +191,9 @@ def _with_points(
             whole = make_recipe(base.method, overrides, own).model_copy(update={"scope": None})
             variant = f"{identity.variant_name(replace(base.request, recipe=whole))} {name}"
             request = replace(base.request, recipe=recipe, variant=variant)
+            for cell in cells:  # a finished cell starts from the cell without finishing
+                if recipe.finish_steps and cell.request.recipe == recipe.unfinished():
+                    request = replace(request, base_variant=cell.request.variant)
             cells.append(replace(base, request=request, point=name, axis_points=((axis, point),)))
     return cells
 

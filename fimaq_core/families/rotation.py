@@ -106,10 +106,12 @@ def not_rotated(what: str) -> ModelError:
 
 
 class Turn(nn.Module):
-    """Rotation x Qᵀ of tokens (..., width), computed in full precision.
+    """Rotation x Qᵀ of tokens (..., width): the one product that no weight can take, in float.
 
-    It stands where the stream starts behind a norm, whose output no weight follows: after
-    ``ln_pre`` of CLIP, and after the patch embedding's norm of Swin.
+    It stands where a stream starts behind a norm: after ``ln_pre`` of CLIP (``norm_pre`` of timm),
+    and after the norm of Swin's patch embedding. Each channel of the norm's output has its own
+    factor, so Q cannot move in front of the norm; and the stream itself is added to later, so Q
+    cannot move behind it.
     """
 
     matrix: Tensor  # (width, width), the transposed Q
@@ -261,21 +263,21 @@ def rotate_heads(attention: nn.Module) -> None:
     turn = randomised(len(weight) // (3 * heads))
     if turn is None:
         return
-    plain = [
-        isinstance(getattr(attention, name, nn.Identity()), nn.Identity)
-        for name in ("q_norm", "k_norm", "norm")
-    ]
-    turned = [part for part, one in ((0, plain[0] and plain[1]), (1, plain[0] and plain[1])) if one]
-    turned += [2] if plain[2] else []
+
+    def plain(name: str) -> bool:
+        return isinstance(getattr(attention, name, nn.Identity()), nn.Identity)
+
+    turned = [0, 1] if plain("q_norm") and plain("k_norm") else []
+    if plain("norm"):
+        turned.append(2)
+        columns = proj.get_parameter("weight")
+        rows = _exact(columns).view(len(columns), heads, len(turn)) @ turn.t()
+        columns.copy_(rows.view_as(columns))
     for value in (weight, qkv.bias):
         if isinstance(value, Tensor):
             parts = _exact(value).view(3, heads, len(turn), -1)
             parts[turned] = turn @ parts[turned]
             value.copy_(parts.view_as(value))
-    if plain[2]:
-        columns = proj.get_parameter("weight")
-        rows = _exact(columns).view(len(columns), heads, len(turn)) @ turn.t()
-        columns.copy_(rows.view_as(columns))
 
 
 def _affine(norm: nn.Module, width: int) -> tuple[Tensor, Tensor | None]:

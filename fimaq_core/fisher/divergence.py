@@ -35,7 +35,7 @@ class Divergence:
         raise NotImplementedError
 
     def sharp(self) -> "Divergence":
-        """Return the divergence without a softening temperature, for joint finishing."""
+        """Return a form whose values can be compared: no softening temperature, no division."""
         return self
 
     def terms(self, outputs: Tensor, reference: Tensor) -> Tensor:

@@ -82,17 +82,14 @@ class BlockState:
         self.soft = torch.zeros(0, device=next(segment.block.parameters()).device)
         if self.layers:
             quantizers = [layer.weight_quantizer for layer in self.layers]
-            own: tuple[list[Tensor], list[Tensor], list[Tensor], list[int]] = (
+            problem = StraightThrough if straight_through else RoundingProblem
+            decided = {} if starts is None else {"codes": [one.codes for one in quantizers]}
+            self.rounding = problem.build(
                 [layer.weight for layer in self.layers] if starts is None else starts,
                 [one.scale for one in quantizers],
                 [one.zero_point for one in quantizers],
                 [one.levels for one in quantizers],
-            )
-            codes = None if starts is None else [one.codes for one in quantizers]
-            self.rounding = (
-                StraightThrough.build(*own)  # recipes with a start have learned rounding
-                if straight_through
-                else RoundingProblem.build(*own, codes=codes)
+                **decided,
             )
             self.soft = self.rounding.soft()
         scales = [quantizer.scale.detach().flatten() for quantizer in self.quantizers]

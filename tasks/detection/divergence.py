@@ -5,6 +5,7 @@ arXiv:2504.02508). Each term is divided by its own value, so that a small term c
 large one. Fisher passes use only the gradient of the divergence, not its value.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,12 @@ class ProposalDivergence(Divergence):
 
     def __init__(self, levels: Sequence[Sequence[int]], anchors: int, classes: int = 0) -> None:
         self.levels, self.anchors, self.classes = levels, anchors, classes
+        self.divided = True  # False: the plain sum of the terms
+
+    def sharp(self) -> "ProposalDivergence":
+        plain = copy.copy(self)
+        plain.divided = False
+        return plain
 
     def reference(self, outputs: Samples) -> Samples:
         """Append a weight per position to the outputs: 1 / number of its level's positions."""
@@ -48,7 +55,9 @@ class ProposalDivergence(Divergence):
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
         terms = self.terms(outputs, reference)
-        total = (terms / terms.detach().clamp(min=_NOTHING)).sum()
+        if self.divided:
+            terms = terms / terms.detach().clamp(min=_NOTHING)
+        total = terms.sum()
         return at_least_float32(total.to(outputs.dtype))
 
     def terms(self, outputs: Tensor, reference: Tensor) -> Tensor:

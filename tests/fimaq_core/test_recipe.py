@@ -446,3 +446,46 @@ def test_the_label_cannot_be_swapped_without_its_settings() -> None:
     with pytest.raises(RecipeError, match="method"):
         make_recipe("fimaq", {"method": "qdrop"})
     assert make_recipe("fimaq", {"method": "fimaq"}) == make_recipe("fimaq")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_budget_sets_the_steps_and_rates_of_the_stages_that_run(method: str) -> None:
+    own, fast = make_recipe(method), make_recipe(method, {"budget": "fast"})
+    changed = {name for name in Recipe.model_fields if getattr(own, name) != getattr(fast, name)}
+    learned = "lr_weight" if own.weight_learning == "straight-through" else "lr_alpha"
+    blocks = {"steps", learned, "lr_scale"} if own.reconstruct else set()
+    assert changed == blocks | ({"mlp_steps", "mlp_lr"} if own.reconstruct_mlp else set())
+    assert fast.reconstruct is False or fast.steps == 500
+    assert make_recipe(method, {"budget": "released"}) == own
+
+
+def test_rates_of_a_budget_follow_the_steps() -> None:
+    fast = make_recipe("fimaq-mlp", {"budget": "fast"})
+    assert (fast.lr_alpha, fast.lr_scale, fast.mlp_lr) == (0.0132, 0.000366, 0.0016)
+    # 250 of 20,000 steps have about the rates of the demo, which were chosen by hand.
+    demo = make_recipe("fimaq-mlp", {"budget": "fast", "steps": 250, "mlp_steps": 250})
+    rates = {"lr_alpha": 0.024, "lr_scale": 0.0006, "mlp_lr": 0.003}
+    assert (demo.steps, demo.mlp_steps) == (250, 250)
+    for name, rate in rates.items():
+        assert getattr(demo, name) == pytest.approx(rate, rel=0.15)
+    # A method with fewer steps of its own needs a smaller change: GLF-Q has 3,000.
+    glfq = make_recipe("glfq", {"budget": "standard"})
+    assert (glfq.steps, glfq.lr_weight) == (2000, float(f"{2e-5 * 1.5**0.7:.3g}"))
+
+
+def test_fields_win_over_a_budget_and_later_mappings_over_earlier_ones() -> None:
+    first, second = {"steps": 9, "lr_alpha": 0.5}, {"budget": "fast", "lr_scale": 0.25}
+    before, after = make_recipe("fimaq", first, second), make_recipe("fimaq", second, first)
+    assert (before.steps, before.lr_alpha, before.lr_scale) == (500, 0.0132, 0.25)
+    assert (after.steps, after.lr_alpha, after.lr_scale) == (9, 0.5, 0.25)
+    with pytest.raises(RecipeError, match="'quick': choose fast, standard, released"):
+        make_recipe("fimaq", {"budget": "quick"})
+    with pytest.raises(RecipeError, match="Did you mean 'budget'"):
+        make_recipe("fimaq", {"budgt": "fast"})
+
+
+def test_a_recipe_file_may_name_a_budget(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("budget: standard\nsteps: 1000\n")
+    recipe = make_recipe("qdrop", read_recipe_file(file))
+    assert (recipe.steps, recipe.lr_alpha) == (1000, float(f"{1e-3 * 20**0.7:.3g}"))

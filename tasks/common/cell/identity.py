@@ -125,6 +125,12 @@ def resolved(request: CellRequest) -> CellRequest:
     return request
 
 
+def unfinished(request: CellRequest) -> CellRequest:
+    """Return the request of the cell that a cell with joint finishing starts from."""
+    assert request.recipe is not None
+    return replace(request, recipe=request.recipe.unfinished(), variant=request.base_variant)
+
+
 def variant_name(request: CellRequest) -> str:
     """Return the given name, or else the settings that differ from the method's; and the scope."""
     recipe, name = request.recipe, request.variant

@@ -11,7 +11,7 @@ from fimaq_core.files import remove_leftovers
 from fimaq_core.progress import OnProgress, silent
 from tasks.common.cell.exported import measure_export, measure_file
 from tasks.common.cell.finishing import finish_cell
-from tasks.common.cell.identity import Place, planned_place, recipe_digest, resolved
+from tasks.common.cell.identity import Place, planned_place, recipe_digest, resolved, unfinished
 from tasks.common.cell.lease import Lease, acquire, awaited
 from tasks.common.cell.origin import origin_of_export, with_origin
 from tasks.common.cell.outputs import Metrics, write_outputs
@@ -48,8 +48,7 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bo
             return
         changes: dict[str, Any] = {}
         if request.recipe is not None and request.recipe.finish_steps:
-            recipe = request.recipe.unfinished()
-            base = run_cell(replace(request, recipe=recipe, variant=None), on_progress, wait=True)
+            base = run_cell(unfinished(request), on_progress, wait=True)
             cell, changes = finish_cell(request, base, lease, on_progress)
         else:
             cell = prepare(request, on_progress)

@@ -11,6 +11,7 @@ from fimaq_core.checkpoint import Fingerprint, load_checkpoint
 from fimaq_core.errors import CheckpointError
 from fimaq_core.files import is_there, remove, remove_leftovers
 from fimaq_core.layers import set_quantized
+from fimaq_core.mixed_bits import apply_bits_map
 from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, STAGES, load_mlps
 from fimaq_core.progress import OnProgress, silent
 from fimaq_core.recipe import OFF, Recipe, make_recipe
@@ -29,7 +30,7 @@ from tasks.common.task import Chains, Evaluation
 #: Recipe fields of a model without quantizers.
 FULL_PRECISION = {
     **dict.fromkeys(("w_bits", "a_bits", "patch_input_bits"), OFF),
-    **dict.fromkeys(("s_bits", "head_bits")),
+    **dict.fromkeys(("s_bits", "head_bits", "bits_map")),
 }
 
 
@@ -184,6 +185,7 @@ def restored(
         load_mlps(all_segments(chains), checkpoint, None)
         return chains
     chains = cell.task.chains(cell.loaded, recipe)
+    apply_bits_map(chains, recipe.bits_map)
     if recipe.reconstruct_mlp:
         use_relu(all_segments(chains))
     load_checkpoint(checkpoint, whole_module(chains), None)

@@ -11,6 +11,7 @@ from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, chosen_axes, expand, parse_filters
 from benchmarks.grid.preflight import missing, not_made
 from benchmarks.grid.schema import GridError, load_grid, parse_grid
+from tasks.common.cell.identity import planned_folder, unfinished
 
 PARTS = {
     "rotate": {"hadamard": {"rotate": "hadamard"}, "none": {"rotate": "none"}},
@@ -39,6 +40,21 @@ def test_a_method_has_the_points_that_its_recipe_allows():
         "": (("rotate", "hadamard"),),
         "rotate=none": (("rotate", "none"),),
         "finish=9": (("finish", "9"), ("together", "rotate+finish")),
+    }
+
+
+def test_a_finished_cell_starts_from_a_cell_of_the_grid():
+    cells = cells_of(GRID, models="demo_vit", seeds="1", methods="fimaq,glfq")
+    folders = {planned_folder(cell.request): cell.point for cell in cells}
+    bases = {
+        (cell.method, cell.point): folders[planned_folder(unfinished(cell.request))]
+        for cell in cells
+        if cell.request.recipe.finish_steps
+    }
+    assert bases == {
+        ("fimaq", "finish=9"): "",
+        ("fimaq", "together=rotate+finish"): "rotate=hadamard",
+        ("glfq", "finish=9"): "",
     }
 
 
@@ -83,7 +99,7 @@ def test_profile_has_methods_alone_and_with_parts(tmp_path):
 
 def test_prepared_folder_gives_data_weights_and_arguments(tmp_path):
     cells = expand(load_grid("frontier"), Filters(tasks=("dinov2",)), RunOptions(results=tmp_path))
-    folder = tmp_path / "prepared" / "dinov2-digits"
+    folder = tmp_path / "prepared" / "dinov2-photos"
     for cell in cells:
         request = cell.request
         assert request.data.path == request.model.weights_folder == folder

@@ -88,6 +88,23 @@ def test_the_objective_on_held_out_images_falls(method: str) -> None:
     assert all(one.learning is None for one in chain.modules() if hasattr(one, "learning"))
 
 
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("rtn", {"rotate": "hadamard", "finish_lr": 1e-3}),
+        ("gptq", {}),
+        ("glfq", {"reconstruct_mlp": False, "steps": 2}),
+    ],
+)
+def test_other_parts_go_before(method: str, changes: dict[str, object]) -> None:
+    chain, recipe = calibrated(method, **changes)
+    before = state_of(chain)
+    assert finish(chain, X, recipe, D).best < 2
+    after, names = chain.state_dict(), [name for name in before if name.endswith("codes")]
+    assert all(torch.equal(after[name], before[name]) for name in names)
+    assert not torch.equal(after["segments.3.block.bias"], before["segments.3.block.bias"])
+
+
 @pytest.mark.parametrize("rate", [1e3, 1e30])
 def test_the_start_is_kept_if_no_step_is_better(rate: float) -> None:
     chain, recipe = calibrated(finish_lr=rate, finish_lr_scale=rate, finish_weight_scales=True)
