@@ -327,6 +327,7 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
         "reparameterize": False, "refit": True, "refit_ridge": 1.0, "refit_flips": 3,
         "range_inputs": "quantized", "reparameterize_merges": False,
         "refit_rule": "gradient", "rotate": "hadamard", "range_grid": "extended",
+        "bits_map": {"blocks.0.attn.qkv": {"w": 3}},
         "calibration_images": 256,
         "calibration_transform": "eval", "reconstruct_mlp": True, "seed": 1,
     }  # fmt: skip
