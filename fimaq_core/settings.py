@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from fimaq_core.bits_map import BitsMap
 from fimaq_core.documents import Strict
 from fimaq_core.methods import OFF
 
@@ -56,6 +57,11 @@ class Settings(Strict, allow_inf_nan=False):
     head_bits: int | None = _bits(None, "Bits of the classifier's input; as a_bits if not given.")
     patch_input_bits: int = _bits(
         OFF, "Bits of the patch embedding's input; 32 (off) as in the released code."
+    )
+    bits_map: BitsMap | None = _bits(
+        None,
+        "Bits of single layers in place of those above: 'layer: {w: 3, a: 4}' lines, for products "
+        "'{a: 4, b: 4}'.",
     )
 
     calibration_images: int = _range(1024, "Images drawn for calibration and reconstruction.", ge=1)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _STRETCH, _SHIFT = 1.2, 0.1
+#: Start of ``h(α)`` where a closed form chose the upper of two codes.
+DECIDED = 0.9
 
 
 def split_as(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -81,16 +83,32 @@ class RoundingProblem:
 
     @classmethod
     def build(
-        cls, weights: list[Tensor], scales: list[Tensor], zeros: list[Tensor], levels: list[int]
+        cls,
+        weights: list[Tensor],
+        scales: list[Tensor],
+        zeros: list[Tensor],
+        levels: list[int],
+        *,
+        codes: list[Tensor] | None = None,
     ) -> "RoundingProblem":
-        """Start from weights (rows, ...), scales and zero points (rows, 1), and levels."""
+        """Start from weights (rows, ...), scales and zero points (rows, 1), and levels.
+
+        ``h(α)`` starts at the fractional part of ``w / s``. If ``codes`` (rows, columns) of the
+        weights are given, it starts at :data:`DECIDED` or its mirror image, on the codes' side.
+        """
         parts: dict[str, list[Tensor]] = {"alpha": [], "offset": [], "gain": [], "base": []}
-        for weight, scale, zero, count in zip(weights, scales, zeros, levels, strict=True):
+        given = [None] * len(weights) if codes is None else codes
+        for weight, scale, zero, count, code in zip(
+            weights, scales, zeros, levels, given, strict=True
+        ):
             ratio = weight.detach().flatten(1) / scale
             floor = torch.floor(ratio)
             base = floor + zero
             free = (base >= 0) & (base <= count - 2)
-            parts["alpha"].append(initial_alpha(ratio - floor).flatten())
+            start = ratio - floor
+            if code is not None:
+                start = torch.where(code > base, DECIDED, 1 - DECIDED)
+            parts["alpha"].append(initial_alpha(start).flatten())
             parts["offset"].append(((base.clamp(0, count - 1) - zero) * scale).flatten())
             parts["gain"].append((free * scale).flatten())
             parts["base"].append(base.flatten())

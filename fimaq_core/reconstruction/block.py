@@ -15,6 +15,7 @@ from fimaq_core.quantizers.dropping import draw_keys
 from fimaq_core.reconstruction.engines import STEPS
 from fimaq_core.reconstruction.objective import Objective
 from fimaq_core.reconstruction.schedule import Schedule, block_generator
+from fimaq_core.reconstruction.starts import round_block
 from fimaq_core.reconstruction.state import BlockState
 from fimaq_core.resources import Engine
 
@@ -45,9 +46,14 @@ class BlockTrainer:
         self.segment, self.objective, self.engine = segment, objective, engine
         self.recipe, self._on_pass = objective.recipe, on_pass
         set_quantized(segment.block, True)
-        straight_through = self.recipe.weight_learning == "straight-through"
+        learning, starts = self.recipe.weight_learning, None
+        if self.recipe.start != "nearest":
+            starts = round_block(objective.tape, self.recipe, notes=objective.notes)
         self.state = BlockState(  # the variables
-            segment, self.recipe.learn_scales, straight_through=straight_through
+            segment,
+            self.recipe.learn_scales,
+            straight_through=learning == "straight-through",
+            starts=starts,
         )
         seed, streams = self.recipe.seed, self.state.layout.streams
         self.schedule = Schedule.build(

@@ -72,9 +72,12 @@ def draw_batches(steps: int, size: int, images: int, generator: torch.Generator)
 
 
 def regulariser_exponent(recipe: Recipe, number: int) -> float | None:
-    """Return β of the rounding regulariser at step ``number`` (from 0); None while it is off."""
+    """Return β of the rounding regulariser at step ``number`` (from 0); None while it is off.
+
+    It acts from the first step if a closed form chose the start.
+    """
     count, steps = number + 1, recipe.steps
-    warmup = recipe.round_warmup * steps
+    warmup = recipe.round_warmup * steps if recipe.start == "nearest" else 0.0
     if count < warmup or recipe.round_weight == 0:
         return None
     left = 1 - (count - warmup) / (steps - warmup)

@@ -56,10 +56,17 @@ class BlockState:
     """Variables of one block's optimisation.
 
     With ``straight_through`` the weights themselves are learned, instead of their rounding.
+    ``starts`` are the compensated weights of a closed form, whose codes the layers have; None to
+    start the roundings at the float weights.
     """
 
     def __init__(
-        self, segment: Segment, learn_scales: bool, *, straight_through: bool = False
+        self,
+        segment: Segment,
+        learn_scales: bool,
+        *,
+        straight_through: bool = False,
+        starts: list[Tensor] | None = None,
     ) -> None:
         rounded, activations = list(rounded_layers(segment.block)), active_quantizers(segment)
         self.layers = [layer for _, layer in rounded]  # layers whose weights are learned
@@ -75,12 +82,17 @@ class BlockState:
         self.soft = torch.zeros(0, device=next(segment.block.parameters()).device)
         if self.layers:
             quantizers = [layer.weight_quantizer for layer in self.layers]
-            problem = StraightThrough if straight_through else RoundingProblem
-            self.rounding = problem.build(
-                [layer.weight for layer in self.layers],
+            own: tuple[list[Tensor], list[Tensor], list[Tensor], list[int]] = (
+                [layer.weight for layer in self.layers] if starts is None else starts,
                 [one.scale for one in quantizers],
                 [one.zero_point for one in quantizers],
                 [one.levels for one in quantizers],
+            )
+            codes = None if starts is None else [one.codes for one in quantizers]
+            self.rounding = (
+                StraightThrough.build(*own)  # recipes with a start have learned rounding
+                if straight_through
+                else RoundingProblem.build(*own, codes=codes)
             )
             self.soft = self.rounding.soft()
         scales = [quantizer.scale.detach().flatten() for quantizer in self.quantizers]

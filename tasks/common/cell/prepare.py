@@ -17,6 +17,7 @@ from fimaq_core.chain import Segment
 from fimaq_core.checkpoint import Fingerprint, save_checkpoint
 from fimaq_core.compile_cache import use_own_cache
 from fimaq_core.files import is_there, remove_leftovers
+from fimaq_core.mixed_bits import apply_bits_map
 from fimaq_core.pipeline import load_mlps
 from fimaq_core.progress import OnProgress
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
@@ -173,7 +174,9 @@ def _parts(cell: PreparedCell) -> list[Part]:
     # Chains take over modules of the float model, so its last uses come first.
     divergences = task.divergences(loaded, images, recipe, cell.device, cell.resources.batch_size)
     inputs, parts = task.inputs(loaded, images, recipe, cell.device), []
-    for name, chain in task.chains(loaded, recipe).items():
+    chains = task.chains(loaded, recipe)
+    apply_bits_map(chains, recipe.bits_map)
+    for name, chain in chains.items():
         own = recipe
         if name:  # limit the scope to this part, so that runs of other scopes share its files
             own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
