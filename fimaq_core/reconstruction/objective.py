@@ -109,7 +109,10 @@ class Objective:
 
     @property
     def rest(self) -> Callable[[Tensor, Tensor | None, Kept], Tensor] | None:
-        """The full-precision model behind the block, if the loss needs it."""
+        """The full-precision model behind the block, if the loss needs it.
+
+        It ends at the output, or for ``glf`` at the penultimate feature.
+        """
         if self.kind not in THROUGH_REST:
             return None
         return partial(self.tape.teacher.rest, self.tape.index, feature=self.kind == "glf")
