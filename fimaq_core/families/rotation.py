@@ -9,6 +9,12 @@ Q maps the vector of ones to itself, so Q keeps the mean of a token's channels, 
 without affine part commutes with Q: LN(Q x) = Q LN(x). The norm stays a LayerNorm, and the tokens
 need not be centred. Centring them, to replace the norm by an RMS norm, is not exact in Swin: its
 patch merging normalises four tokens together, whose means differ.
+
+The recipe's ``reparameterize`` stays as the method has it, since no setting is better throughout.
+Measured at 3 and 4 bits as divergence from full precision on images for validation, with `fimaq`:
+without steps, reparameterisation of rotated models makes it larger by 6 to 21 % on the demo ViT (4
+of 4 runs), and by -14 to 16 % on the demo Swin (2 of 4 runs). After 80 steps on the demo ViT at 3
+bits, it makes it larger by 5 % with one seed, and smaller by 10 % with another.
 """
 
 import hashlib
