@@ -19,6 +19,8 @@ LOSSES += ["prediction_pdquant", "glf"]
 #: Losses that compare predictions of the whole model; losses not divided by their first values.
 PREDICTION = ("prediction", "prediction_pdquant")
 UNDIVIDED = ("mse_adalog", "prediction_pdquant")
+#: Losses through the full-precision model behind the block.
+THROUGH_REST = (*PREDICTION, "glf")
 
 #: Kinds of activation quantizers.
 Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 #: Zero points of a grid, at most one per level.
 ZERO_POINTS = 16
+#: Pairs of bounds among the extended candidates.
+_BOUNDS = 32
 #: Elements of a temporary on a CPU and on other devices. On a CPU a few temporaries must fit into
 #: the last cache (2**18 took 1.3 times as long, 2**23 as long). GPUs need larger ones.
 _CPU, _OTHER = 2**21, 2**25
@@ -102,6 +104,24 @@ def grid_candidates(
         zero.repeat_interleave(scales)[:, None].expand(-1, spans.shape[1]).contiguous(),
         period=scales,
     )
+
+
+def with_bounds(
+    grid: Candidates, sorted_rows: Tensor, levels: int, min_scale: float = MIN_WEIGHT_SCALE
+) -> Candidates:
+    """Append ranges with any zero point to a grid; the last one is that of :func:`minmax`.
+
+    With many levels the zero points of :func:`grid_candidates` lie close to the middle, so the grid
+    covers only half of an input of one sign. The further bounds run evenly from the 0.1 and 0.9
+    quantiles to the extremes of ``sorted_rows`` (groups, n); each range contains zero.
+    """
+    upper_in, upper, lower_in, lower = quantiles(sorted_rows, [0.9, 1.0, 0.1, 0.0])
+    share = (torch.arange(1, _BOUNDS + 1, device=upper.device) / _BOUNDS)[:, None]
+    lowers = torch.lerp(lower_in.clamp(max=0), lower.clamp(max=0), share)
+    uppers = torch.lerp(upper_in.clamp(min=0), upper.clamp(min=0), share)
+    more = from_bounds(lowers, uppers, levels, min_scale)
+    pairs = (grid.scale, more.scale), (grid.zero_point, more.zero_point)
+    return Candidates(*(torch.cat(pair) for pair in pairs))
 
 
 def from_bounds(

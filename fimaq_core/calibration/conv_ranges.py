@@ -14,6 +14,7 @@ from fimaq_core.calibration import candidates as grids
 from fimaq_core.calibration.candidates import Candidates, ascending, quantiles
 from fimaq_core.calibration.linear_ranges import set_minmax, set_rows, start_rows
 from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.progressive import candidates_of
 from fimaq_core.calibration.thinning import conv_values
 from fimaq_core.calibration.weight_error import Moments, Rows, best_rows, input_moments
 from fimaq_core.layers import QuantConv2d, WeightLayer
@@ -43,6 +44,9 @@ def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     points = [0.99 + 0.0099 * (i / (count - 1)) ** 0.5 for i in range(count)] + [1.0]
     ordered = ascending(matrix)
     uppers, lowers = quantiles(ordered, points), quantiles(ordered, [1 - point for point in points])
+    if recipe.range_grid == "extended":
+        uppers = torch.cat([uppers, uppers[-1:].clamp(min=0)])
+        lowers = torch.cat([lowers, lowers[-1:].clamp(max=0)])
     problems = []
     for group, part in enumerate(matrix.chunk(layer.groups)):
         problems.append(Rows(part, weights.levels, *_conv_moments(layer, x, group, part)))
@@ -120,12 +124,12 @@ def calibrate_conv_by_own_error(layer: WeightLayer, x: Inputs, recipe: Recipe) -
         set_minmax(weights, matrix)
         _set_input_minmax(inputs, x)
         return
-    count = recipe.range_candidates
+    recipe = recipe.model_copy(update={"range_search": "output-error"})  # the grid's zero points
     if not weights.off:
-        start_rows(weights, matrix, count)
+        start_rows(weights, matrix, recipe)
     if not inputs.off:
         ordered = ascending(conv_values([x] if isinstance(x, Tensor) else x))
-        grid = grids.grid_candidates(ordered, inputs.levels, count)
+        grid = candidates_of(ordered, inputs.levels, recipe=recipe)
         scale, zero = grids.minmax(ordered, inputs.levels)
         pairs = (grid.scale, scale), (grid.zero_point, zero)
         scales, zeros = (torch.cat([many, one[None]]) for many, one in pairs)

@@ -29,18 +29,18 @@ def calibrate_layer(
 
     Returns the inputs, which reparameterisation changes.
     """
-    percentile = recipe.range_search == "percentile"
+    percentile, extended = recipe.range_search == "percentile", recipe.range_grid == "extended"
     if isinstance(layer, QuantLinear):
         x, known = _reparameterized(segment, name, layer, seen[0], recipe)
         if not percentile:
             calibrate_linear(layer, x, recipe)
         elif known is None:
-            linear_percentiles(layer, x)
+            linear_percentiles(layer, x, extended=extended)
         else:
-            set_known(layer, known)
+            set_known(layer, known, extended=extended)
         return (x,)
     if percentile:
-        layer_percentiles(layer, seen)
+        layer_percentiles(layer, seen, extended=extended)
     elif isinstance(layer, QuantMatMul):
         calibrate_matmul(layer, seen[0], seen[1], recipe)
     elif isinstance(layer, QuantConv2d) and segment.kind == "patch_embed":

@@ -3,18 +3,12 @@
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.candidates import (
-    MIN_WEIGHT_SCALE,
-    Candidates,
-    ascending,
-    grid_candidates,
-    minmax,
-)
+from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, Candidates, ascending, minmax
 from fimaq_core.calibration.output_error import Product, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error
-from fimaq_core.calibration.progressive import progressive_heads, progressive_rows, start_grid
+from fimaq_core.calibration.progressive import candidates_of, progressive_heads, progressive_rows
 from fimaq_core.calibration.special_ranges import search_after_gelu
-from fimaq_core.calibration.weight_error import Rows, best_rows, input_moments
+from fimaq_core.calibration.weight_error import Moments, Rows, best_rows, input_moments
 from fimaq_core.layers import QuantLinear
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer
@@ -39,9 +33,9 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
         return
     candidates, rows = None, torch.zeros(0, dtype=torch.long)
     if not weights.off and recipe.range_search == "progressive":
-        set_rows(weights, *progressive_rows(weight, weights.levels, recipe.range_candidates))
+        _search_rows(layer, recipe)
     elif not weights.off:
-        candidates, rows = start_rows(weights, weight, recipe.range_candidates)
+        candidates, rows = start_rows(weights, weight, recipe)
     if uniform:
         _rounds(layer, x, candidates, rows, recipe)
     else:
@@ -52,26 +46,26 @@ def _rounds(
     layer: QuantLinear, x: Tensor, candidates: Candidates | None, rows: Tensor, recipe: Recipe
 ) -> None:
     """Search weight and input in turns; ``rows`` are the rows' first choices of candidates."""
-    weights, inputs, count = layer.weight_quantizer, layer.input_quantizer, recipe.range_candidates
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
     assert isinstance(inputs, AffineQuantizer)
     flat = x.reshape(-1, x.shape[-1])
     if not inputs.off:
         ordered = ascending(flat.reshape(1, -1))
-        make = start_grid if recipe.range_search == "progressive" else grid_candidates
-        grid = make(ordered, inputs.levels, count)
+        grid = candidates_of(ordered, inputs.levels, recipe=recipe)
         index = int(best_by_own_error(ordered, grid, inputs.levels)[0])
         inputs.set_range(grid.scale[index], grid.zero_point[index])
     # A search depends on the other one's last choice only: a repeated choice ends the rounds.
     for number in range(recipe.range_rounds):
         if not weights.off:
-            last, rows = rows, search_weight(layer, flat, candidates, rows, count)
+            last, rows = rows, search_weight(layer, flat, candidates, rows, recipe)
             if number and candidates is not None and torch.equal(rows, last):
                 break
         if inputs.off:
             break
         before, product = settings(inputs), _input_product(layer, x)
         if recipe.range_search == "progressive":
-            scale, zero = progressive_heads(product, 1, ordered, inputs.levels, count)
+            count = recipe.range_candidates
+            scale, zero = progressive_heads(product, grid, levels=inputs.levels, count=count)
             inputs.set_range(scale[0], zero[0])
         else:
             index = best_operand(product, grid.scale[:, 0], grid.zero_point[:, 0], index)
@@ -91,11 +85,11 @@ def _rounds_after_gelu(
         # With the same input quantizer, the weight's next search would give the same ranges.
         if layer.weight_quantizer.off or (number and unchanged(inputs, before)):
             return
-        rows = search_weight(layer, flat, candidates, rows, count)
+        rows = search_weight(layer, flat, candidates, rows, recipe)
 
 
 def search_weight(
-    layer: QuantLinear, flat: Tensor, candidates: Candidates | None, rows: Tensor, count: int
+    layer: QuantLinear, flat: Tensor, candidates: Candidates | None, rows: Tensor, recipe: Recipe
 ) -> Tensor:
     """Set the weight's ranges by the output's error on inputs (tokens, d); return the choices.
 
@@ -103,8 +97,7 @@ def search_weight(
     """
     weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
     if candidates is None:
-        moments = input_moments(flat, inputs(flat), weight)
-        set_rows(weights, *progressive_rows(weight, weights.levels, count, moments))
+        _search_rows(layer, recipe, input_moments(flat, inputs(flat), weight))
         return rows
     scale = inputs.scale if isinstance(inputs, AffineQuantizer) and not inputs.off else None
     moments = input_moments(flat, inputs(flat), weight, scale, inputs.levels)
@@ -113,10 +106,21 @@ def search_weight(
     return rows
 
 
-def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[Candidates, Tensor]:
+def _search_rows(layer: QuantLinear, recipe: Recipe, moments: Moments | None = None) -> None:
+    """Set the weight's ranges by progressive search, by the output's error if there are moments."""
+    weight, levels = layer.weight.detach(), layer.weight_quantizer.levels
+    start = candidates_of(ascending(weight), levels, recipe=recipe, min_scale=MIN_WEIGHT_SCALE)
+    found = progressive_rows(weight, levels, recipe.range_candidates, moments=moments, start=start)
+    set_rows(layer.weight_quantizer, *found)
+
+
+def start_rows(
+    quantizer: WeightQuantizer, weight: Tensor, recipe: Recipe
+) -> tuple[Candidates, Tensor]:
     """Set a weight's ranges by its own error; return the candidates and each row's choice."""
     ordered = ascending(weight)
-    candidates = grid_candidates(ordered, quantizer.levels, count, MIN_WEIGHT_SCALE)
+    levels = quantizer.levels
+    candidates = candidates_of(ordered, levels, recipe=recipe, min_scale=MIN_WEIGHT_SCALE)
     rows = best_by_own_error(ordered, candidates, quantizer.levels)
     set_rows(quantizer, *candidates.pick(rows))
     return candidates, rows

@@ -7,10 +7,10 @@ operand quantized.
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.candidates import ascending, from_bounds, grid_candidates, quantiles
+from fimaq_core.calibration.candidates import ascending, from_bounds, quantiles
 from fimaq_core.calibration.linear_ranges import set_minmax, settings, unchanged
 from fimaq_core.calibration.output_error import Product, best_of_heads
-from fimaq_core.calibration.progressive import progressive_heads, start_grid
+from fimaq_core.calibration.progressive import candidates_of, progressive_heads
 from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.special_ranges import search_adalog_softmax, search_twin_softmax
 from fimaq_core.layers import QuantMatMul
@@ -27,7 +27,7 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
     rounds a's lower and upper and b's lower and upper bound (the released order). A left quantizer
     made for softmax outputs has one range for all heads.
     """
-    left, right, count = layer.a_quantizer, layer.b_quantizer, recipe.range_candidates
+    left, right = layer.a_quantizer, layer.b_quantizer
     if not isinstance(left, AffineQuantizer):
         _calibrate_after_softmax(layer, a, b, recipe)
     elif recipe.range_search == "minmax":
@@ -44,7 +44,7 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
                 break
     else:
         # The right operand is the left one of the transposed product.
-        first, second = _HeadSearch(left, a, count), _HeadSearch(right, b.transpose(2, 3), count)
+        first, second = _HeadSearch(left, a, recipe), _HeadSearch(right, b.mT, recipe)
         first.search("both", second)
         second.search("both", first)
         for _ in range(recipe.range_rounds):
@@ -80,11 +80,12 @@ def start_heads(quantizer: AffineQuantizer, x: Tensor, recipe: Recipe) -> None:
     """Set the range of each head to the last but one candidate of the grid, as released.
 
     This candidate has the highest zero point and suits only values below zero: rounds must follow.
+    Extended candidates start with the last one, min-max.
     """
     if not quantizer.off:
-        make = start_grid if recipe.range_search == "progressive" else grid_candidates
-        candidates = make(ascending(per_head(x)), quantizer.levels, recipe.range_candidates)
-        set_heads(quantizer, candidates.scale[-2], candidates.zero_point[-2])
+        candidates = candidates_of(ascending(per_head(x)), quantizer.levels, recipe=recipe)
+        which = -1 if recipe.range_grid == "extended" else -2
+        set_heads(quantizer, candidates.scale[which], candidates.zero_point[which])
 
 
 def search_operand(
@@ -96,12 +97,12 @@ def search_operand(
     left, plain, hat = (
         part.transpose(0, 1).flatten(0, 1).contiguous() for part in (x, other, other_hat)
     )  # all samples of a head in a row
-    levels, count, ordered = quantizer.levels, recipe.range_candidates, ascending(per_head(x))
+    levels, count = quantizer.levels, recipe.range_candidates
+    grid = candidates_of(ascending(per_head(x)), levels, recipe=recipe)
     product = Product(left, hat, left @ (hat - plain), levels)
     if recipe.range_search == "progressive":
-        scale, zero = progressive_heads(product, x.shape[1], ordered, levels, count)
+        scale, zero = progressive_heads(product, grid, levels=levels, count=count)
     else:
-        grid = grid_candidates(ordered, levels, count)
         scale, zero = grid.pick(best_of_heads(product, grid.scale, grid.zero_point))
     set_heads(quantizer, scale, zero)
 
@@ -122,8 +123,8 @@ class _HeadSearch:
     At the start the upper bound is the widest candidate and the lower bound the narrowest one.
     """
 
-    def __init__(self, quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
-        self.quantizer = quantizer
+    def __init__(self, quantizer: AffineQuantizer, x: Tensor, recipe: Recipe) -> None:
+        self.quantizer, count = quantizer, recipe.range_candidates
         self.x = x.transpose(0, 1).contiguous()  # heads, batch, rows, inner
         self.heads = len(self.x)
         #: index of the lower and of the upper bound of each head
@@ -137,6 +138,10 @@ class _HeadSearch:
         share = torch.linspace(0, 1, count + 1, device=x.device)[:count, None]
         self.uppers = upper_in + share * (upper - upper_in)
         self.lowers = lower + share * (lower_in - lower)
+        if recipe.range_grid == "extended":
+            ends = quantiles(ordered, [0.0, 1.0])
+            self.lowers = torch.cat([self.lowers, ends[:1].clamp(max=0)])
+            self.uppers = torch.cat([self.uppers, ends[1:].clamp(min=0)])
         self._set()
 
     def _set(self) -> None:

@@ -18,11 +18,13 @@ from fimaq_core.calibration.candidates import (
     Range,
     ascending,
     grid_candidates,
+    with_bounds,
 )
 from fimaq_core.calibration.output_error import Product
 from fimaq_core.calibration.own_error import errors_of_groups
 from fimaq_core.calibration.similar_ranges import RangeErrors, uniform_points
 from fimaq_core.calibration.weight_error import Moments, Rows, best_weight_errors
+from fimaq_core.recipe import Recipe
 
 #: Candidates kept after each step, and number of steps, as released.
 _WIDTH, _STEPS = 16, 6
@@ -90,14 +92,38 @@ def start_grid(
     return grid_candidates(sorted_rows, levels, count, min_scale, zero_points)
 
 
+def candidates_of(
+    sorted_rows: Tensor,
+    levels: int,
+    *,
+    recipe: Recipe,
+    min_scale: float = MIN_SCALE,
+    least_scale: float = MIN_WEIGHT_SCALE,
+) -> Candidates:
+    """Return the candidates with which the recipe's search of ascending rows (groups, n) starts.
+
+    ``min_scale`` is the lower bound of the grid's scales; ``least_scale`` is that of the ranges
+    which ``range_grid`` extended appends.
+    """
+    make = start_grid if recipe.range_search == "progressive" else grid_candidates
+    grid = make(sorted_rows, levels, recipe.range_candidates, min_scale)
+    if recipe.range_grid == "released":
+        return grid
+    return with_bounds(grid, sorted_rows, levels, least_scale)
+
+
 def progressive_rows(
     weight: Tensor,
     levels: int,
     count: int,
+    *,
     moments: Moments | None = None,
+    start: Candidates | None = None,
     min_scale: float = MIN_WEIGHT_SCALE,
 ) -> Range:
     """Return scale and zero point (rows,) of each row of a weight, by the output's squared error.
+
+    ``start`` are the candidates of the first step, by default :func:`start_grid`.
 
     ``moments`` are those of :func:`.weight_error.input_moments`; without, the weight's own squared
     error counts.
@@ -109,16 +135,17 @@ def progressive_rows(
             return errors_of_groups(ordered, candidates, levels)
         return best_weight_errors(Rows(weight, levels, *moments), candidates, width)
 
-    return _search(errors, start_grid(ordered, levels, count, min_scale), count, min_scale)
+    if start is None:
+        start = start_grid(ordered, levels, count, min_scale)
+    return _search(errors, start, count, min_scale)
 
 
-def progressive_heads(
-    product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int
-) -> Range:
-    """Return scale and zero point (heads,), from ascending values (heads, n).
+def progressive_heads(product: Product, start: Candidates, *, levels: int, count: int) -> Range:
+    """Return scale and zero point (heads,), with the candidates ``start`` of the first step.
 
     The product is as in :func:`.output_error.best_of_heads`. A whole operand is one head.
     """
+    heads = start.scale.shape[1]
     parts = (part.chunk(heads) for part in (product.x, product.other, product.residual))
     points, operands = uniform_points(levels), zip(*parts, strict=True)
     found = [RangeErrors(x, other, residual, points) for x, other, residual in operands]
@@ -127,7 +154,7 @@ def progressive_heads(
         ranges = zip(found, candidates.scale.t(), candidates.zero_point.t(), strict=True)
         return torch.stack([own.best(scale, zero, width) for own, scale, zero in ranges], 1)
 
-    return _search(errors, start_grid(sorted_rows, levels, count), count, MIN_SCALE)
+    return _search(errors, start, count, MIN_SCALE)
 
 
 def _search(errors: Errors, start: Candidates, count: int, min_scale: float) -> Range:

@@ -228,7 +228,7 @@ def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     moments, ridge = refit_moments(flat, layer.input_quantizer(flat)), recipe.refit_ridge
     first_ridge = ridge if x.ndim > 2 else min(_CLASSIFIER_RIDGE, ridge)
     fit = ridge_refit(layer.weight.detach(), own, moments, first_ridge)
-    weight_percentiles(layer, fit[0])
+    weight_percentiles(layer, fit[0], extended=recipe.range_grid == "extended")
     _decide(layer, fit, moments, ridge, recipe)
 
 

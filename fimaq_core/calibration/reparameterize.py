@@ -8,10 +8,10 @@ next linear layer undoes that.
 import torch
 from torch import Tensor, nn
 
-from fimaq_core.calibration.candidates import MIN_SCALE, Range, ascending, grid_candidates
+from fimaq_core.calibration.candidates import MIN_SCALE, Range, ascending
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.percentile_ranges import percentile_range
-from fimaq_core.calibration.progressive import progressive_rows
+from fimaq_core.calibration.progressive import candidates_of, progressive_rows
 from fimaq_core.chain import NormPair, Segment
 from fimaq_core.layers import QuantLayer, QuantLinear
 from fimaq_core.recipe import Recipe
@@ -41,10 +41,10 @@ def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> Range:
     rows, count = x.t().contiguous(), recipe.range_candidates
     ordered = ascending(rows)
     if recipe.range_search == "percentile":
-        return percentile_range(ordered, levels)
+        return percentile_range(ordered, levels, extended=recipe.range_grid == "extended")
+    candidates = candidates_of(ordered, levels, recipe=recipe, least_scale=MIN_SCALE)
     if recipe.range_search == "progressive":
-        return progressive_rows(rows, levels, count, min_scale=MIN_SCALE)
-    candidates = grid_candidates(ordered, levels, count)
+        return progressive_rows(rows, levels, count, start=candidates, min_scale=MIN_SCALE)
     return candidates.pick(best_by_own_error(ordered, candidates, levels))
 
 

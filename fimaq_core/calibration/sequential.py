@@ -40,7 +40,7 @@ def calibrate_behind(walk: Walk, recipe: Recipe) -> None:
     Raises:
         NumericsError: a weight or activation is not finite, or a layer gets no input.
     """
-    percentile = recipe.range_search == "percentile"
+    percentile, extended = recipe.range_search == "percentile", recipe.range_grid == "extended"
     segment, samples = walk.segment, len(walk.x) if walk.x.varying else None
     waiting = {name: layer for name, layer in quant_layers(segment.block) if quantizes(layer)}
     moved: list[tuple[NormPair, QuantLinear, Range]] = []
@@ -55,7 +55,7 @@ def calibrate_behind(walk: Walk, recipe: Recipe) -> None:
         if isinstance(layer, QuantLinear) and pair is not None and percentile:
             tokens, levels = seen[0].flatten(0, -2), layer.input_quantizer.levels
             ranges = channel_ranges(tokens, levels, recipe)
-            set_known(layer, ranges)
+            set_known(layer, ranges, extended=extended)
             moved.append((pair, layer, ranges))
         else:
             calibrate_layer(segment, name, layer, seen, recipe)
@@ -64,4 +64,4 @@ def calibrate_behind(walk: Walk, recipe: Recipe) -> None:
     set_quantized(segment.block, False)
     for pair, layer, ranges in moved:
         move_pair(segment, pair, layer, ranges)
-        set_known(layer, common_range(ranges))
+        set_known(layer, common_range(ranges), extended=extended)

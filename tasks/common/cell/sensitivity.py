@@ -190,7 +190,7 @@ def _measured(
     rows = sensitivities(
         part.chain,
         part.inputs,
-        part.divergence.comparable(),
+        part.divergence.sharp(),
         images=images,
         directions=directions,
         batch_size=cell.resources.batch_size,

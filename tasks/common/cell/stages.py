@@ -68,8 +68,8 @@ def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[
     recipe = make_recipe(request.recipe.method, given, {"reconstruct_mlp": True})
     made = out if is_there(out) else None
     cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=made), on_progress)
-    _run_stage(MLPS, cell, out)
-    _join_parts(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
+    run_stage(MLPS, cell, out)
+    join_parts(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
     return cell.notes
 
 
@@ -79,13 +79,13 @@ def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) ->
     An ``out`` of an equal run is kept. Reconstructed MLPs are kept in a file beside ``out``.
     """
     cell = prepare(request, on_progress)
-    _run_stage(MLPS, cell, beside(out, "mlp"))
+    run_stage(MLPS, cell, beside(out, "mlp"))
     if is_there(out):
         holds = {"stage": CALIBRATE.mark}
         load_checkpoint(out, whole_module(cell.chains), cell.fingerprint, CALIBRATE.fields, holds)
         return cell.notes
-    _run_stage(CALIBRATE, cell, out)
-    _join_parts(cell, out, whole_module(cell.chains), CALIBRATE.mark)
+    run_stage(CALIBRATE, cell, out)
+    join_parts(cell, out, whole_module(cell.chains), CALIBRATE.mark)
     return cell.notes
 
 
@@ -104,7 +104,7 @@ def reconstruct_stage(
             f"The checkpoint {source} is of stage '{origin.stage}': reconstruct needs a calibrated "
             "one."
         )
-    recipe = _changed_recipe(fingerprint.recipe, given, request.task)
+    recipe = changed_recipe(fingerprint.recipe, given, request.task)
     cell = prepare(with_origin(request, origin, recipe), on_progress)
     if recipe.reconstruct_mlp:
         cell.keep_teachers()
@@ -130,7 +130,8 @@ def evaluate_stage(request: CellRequest, checkpoint: Path, on_progress: OnProgre
     cell = prepare(with_origin(request, origin), on_progress)
     evaluation = cell.evaluate(restored(cell, checkpoint, fingerprint, origin))
     replaced = replaced_fields(origin.preprocessing.fields(), request.model.preprocessing)
-    return replace(evaluation, notes=[*cell.notes, *replaced, *evaluation.notes])
+    finished = [] if origin.finishing is None else [origin.finishing.sentence()]
+    return replace(evaluation, notes=[*cell.notes, *finished, *replaced, *evaluation.notes])
 
 
 def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
@@ -149,12 +150,12 @@ def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
     return Inspection(checkpoint, request.task, *found, loaded.entry, loaded.preprocessing)
 
 
-def _run_stage(stage: Stage, cell: PreparedCell, out: Path) -> None:
+def run_stage(stage: Stage, cell: PreparedCell, out: Path) -> None:
     """Run a stage. A model of one chain is kept in ``out``, several parts in files beside it."""
     cell.run([stage], lambda stage, part: Address.beside(beside(out, part.name), stage))
 
 
-def _join_parts(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
+def join_parts(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
     """Write ``module``, with all parts, to ``out`` if it is absent; remove the parts' files."""
     if not is_there(out):
         cell.save(out, module, mark)
@@ -210,7 +211,7 @@ def check_shapes(cell: PreparedCell, chains: Chains, checkpoint: Path) -> None:
             ) from error
 
 
-def _changed_recipe(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:
+def changed_recipe(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:
     """Return a checkpoint's recipe with the ``given`` fields.
 
     A given method replaces all fields except those of the ranges. Raises CheckpointError for

@@ -88,6 +88,26 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         _echo(f"note: {note}" for note in notes)
         click.echo(f"reconstructed checkpoint: {out}")
 
+    @group.command(cls=options.GroupedCommand)
+    @_checkpoint
+    @options.run(own)
+    @options.weights()
+    @options.finishing()
+    @options.out
+    def finish(checkpoint: Path, out: Path, **given: Any) -> None:
+        """Train norms, biases and scales of the quantized CHECKPOINT through the whole model.
+
+        The codes of the weights stay. Without options, the recipe in CHECKPOINT decides.
+        """
+        from tasks.common.cell.finishing import finish_stage
+
+        changes = options.given_fields(given)
+        request = options.cell_request(task, given)
+        with progress_bars() as on_progress:
+            notes = finish_stage(request, checkpoint, out, changes, on_progress)
+        _echo(f"note: {note}" for note in notes)
+        click.echo(f"finished checkpoint: {out}")
+
     @group.command()
     @_checkpoint
     @options.data(own)

@@ -10,6 +10,7 @@ import click
 from fimaq_core.bits_map import read_bits_map
 from fimaq_core.documents import parse_json, shown
 from fimaq_core.errors import RecipeError, suggest
+from fimaq_core.methods import BUDGETS
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
 from fimaq_core.resources import EngineChoice, Placement
 from tasks.common.cli import numbers
@@ -69,15 +70,23 @@ def _joined(*options: Option) -> Option:
 
 
 def recipe(own: TaskOptions) -> Option:
-    """Add ``--method``, ``--recipe`` and one option per other field of a recipe."""
+    """Add ``--method``, ``--recipe``, ``--budget`` and one option per other field of a recipe."""
     methods = f"Method: {', '.join(['fp', *METHODS])}."
     file = "YAML file with recipe fields ('field: value' lines). Options have priority."
+    budget = "Steps and rates: 500 or 2,000 steps per block, or the method's own; options win."
     return _joined(
         click.option("--method", default="fimaq", help=methods),
         click.option("--recipe", "recipe_file", type=PATH, help=file),
+        click.option("--budget", type=click.Choice(list(BUDGETS)), help=budget),
         *_choice(own.scope, "scope", own.scopes, "Quantized part; the rest keeps full precision."),
         *(_recipe_option(name) for name in Recipe.model_fields if name not in ("method", "scope")),
     )
+
+
+def finishing() -> Option:
+    """Add the options for the recipe's fields of joint finishing."""
+    names = (name for name in Recipe.model_fields if name.startswith("finish_"))
+    return _joined(*map(_recipe_option, names))
 
 
 def _recipe_option(name: str) -> Option:
@@ -257,12 +266,19 @@ def take_recipe(task: str, options: dict[str, Any]) -> Recipe | None:
 def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
     """Remove the recipe options and return the given fields; options override the recipe file."""
     method, file = options.pop("method"), options.pop("recipe_file")
-    given = {name: options.pop(name) for name in list(Recipe.model_fields) if name in options}
+    given = given_fields(options)
     source = click.get_current_context().get_parameter_source("method")
     if source is not None and source.name != "DEFAULT":
         given["method"] = method
     content = read_recipe_file(file) if file is not None and method != "fp" else {}
-    return content | {name: value for name, value in given.items() if value is not None}
+    return content | given
+
+
+def given_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the options of recipe fields, and the budget; return those that are given."""
+    names = [name for name in ("budget", *Recipe.model_fields) if name in options]
+    found = {name: options.pop(name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def cell_request(task: str, options: dict[str, Any], recipe: Recipe | None = None) -> CellRequest:

@@ -160,7 +160,7 @@ def test_rows_equal_the_loop(levels: int, own: bool) -> None:
     x_hat = fake_quantize(x, torch.tensor(0.7), torch.tensor(8.0), 16)
     weight = heavy(5, 12)
     moments = None if own else input_moments(x, x_hat, weight)
-    scale, zero = progressive_rows(weight, levels, 128, moments)
+    scale, zero = progressive_rows(weight, levels, 128, moments=moments)
     assert scale.shape == zero.shape == (5,)
     for row in range(5):
         w = weight[row].double()
@@ -222,7 +222,9 @@ def test_input_equals_the_loop(columns: int) -> None:
     other = plain + 0.1 * torch.randn_like(plain)
     product = Product(x, other, x @ (other - plain), levels)
     ordered = x.flatten().sort().values
-    scale, zero = progressive_heads(product, 1, ordered[None], levels, 128)
+    scale, zero = progressive_heads(
+        product, start_grid(ordered[None], levels, 128), levels=levels, count=128
+    )
     assert scale.shape == zero.shape == (1,)
 
     def direct(scale: float, zero: float) -> float:
@@ -246,7 +248,9 @@ def test_heads_equal_the_loop() -> None:
         x.flatten(0, 1), other.flatten(0, 1), (x @ (other - plain)).flatten(0, 1), levels
     )
     ordered = x.flatten(1).sort(dim=1).values
-    scale, zero = progressive_heads(product, heads, ordered, levels, 128)
+    scale, zero = progressive_heads(
+        product, start_grid(ordered, levels, 128), levels=levels, count=128
+    )
     assert scale.shape == zero.shape == (heads,)
     for head in range(heads):
 

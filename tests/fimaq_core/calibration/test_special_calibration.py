@@ -596,7 +596,7 @@ def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) 
             least += min(
                 error(x_hat, affine(row.double(), pair, levels), flat, row) for pair in pairs
             )
-        search_weight(layer, flat, None, torch.zeros(0), 64)
+        search_weight(layer, flat, None, torch.zeros(0), fine)
         assert linear_error(layer, x) <= least * (1 + 1e-9)
         better += linear_error(layer, x) < least * 0.999
         calibrate_linear(layer, x, grid)

@@ -78,6 +78,11 @@ def _swin(x: Tensor) -> QuantizedModel:
     return _quantized(swin(), images(12, 40), w_bits=3, a_bits=3)
 
 
+def _rotated(x: Tensor) -> QuantizedModel:
+    model = vit(1, pre_norm=True, init_values=0.1)
+    return _quantized(model, x, w_bits=4, a_bits=4, rotate="hadamard")
+
+
 #: Model and options of an export: each form of weights, inputs and operands occurs.
 CASES: dict[str, tuple[Callable[[Tensor], QuantizedModel], dict[str, Any]]] = {
     "2 bits in planes": (_rtn(2), {"packed": True}),
@@ -97,6 +102,7 @@ CASES: dict[str, tuple[Callable[[Tensor], QuantizedModel], dict[str, Any]]] = {
     ),
     "own model": (_own_model, {}),
     "Swin": (_swin, {}),
+    "rotated behind a norm": (_rotated, {}),
 }
 
 
