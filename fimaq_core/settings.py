@@ -96,7 +96,7 @@ class Settings(Strict, allow_inf_nan=False):
     reparameterize: bool = _range(
         True,
         "Reparameterise LayerNorm and the linear layer behind it (if weight and activation bits "
-        "agree; with percentile ranges always).",
+        "agree; with percentile ranges always). Rotated models are never reparameterised.",
     )
     reparameterize_merges: bool = _range(
         True, "Reparameterise also the norm before the reduction of a patch merging."
