@@ -24,7 +24,7 @@ FEW = {
     **{"seed": 5, "w_bits": 3, "a_bits": 3, "steps": 2, "batch_size": 8, "fisher_k": 1},
     **{"divergence_batch": 8},
 }
-FINISH = {"finish_steps": 6, "finish_batch": 8, "finish_held_out": 8, "finish_lr": 2e-3}
+FINISH = {"finish_steps": 6, "finish_batch": 8, "finish_held_out": 8, "finish_lr": 3e-3}
 PLACE = ["--limit", "64", "--threads", "1"]
 
 
@@ -84,7 +84,7 @@ def test_a_finished_cell_starts_from_the_cell_without(
     results, base, record = finished
     folders = {path.parent.name for path in results.rglob("result.json")}
     assert len(folders) == 3
-    assert record.variant == base.variant + ",finish_steps=6,finish_lr=0.002,finish_batch=8," + (
+    assert record.variant == base.variant + ",finish_steps=6,finish_lr=0.003,finish_batch=8," + (
         "finish_held_out=8"
     )
     (note,) = [one for one in record.notes if one.startswith("finishing: ")]
