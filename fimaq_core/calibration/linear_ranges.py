@@ -24,12 +24,13 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     """
     weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
     flat, uniform = x.reshape(-1, x.shape[-1]), isinstance(inputs, AffineQuantizer)
+    extended = recipe.range_grid == "extended"
     if recipe.range_search == "minmax":
         set_minmax(weights, weight)
         if isinstance(inputs, AffineQuantizer):
             set_minmax(inputs, flat.reshape(1, -1), shape=(1,))
         else:
-            search_after_gelu(layer, flat, recipe.range_candidates)
+            search_after_gelu(layer, flat, recipe.range_candidates, extended=extended)
         return
     candidates, rows = None, torch.zeros(0, dtype=torch.long)
     if not weights.off and recipe.range_search == "progressive":
@@ -79,9 +80,10 @@ def _rounds_after_gelu(
 ) -> None:
     """Search a special input quantizer and the weight in turns, on inputs (tokens, d)."""
     inputs, count = layer.input_quantizer, recipe.range_candidates
+    extended = recipe.range_grid == "extended"
     for number in range(max(recipe.range_rounds, 1)):
         before = settings(inputs)
-        search_after_gelu(layer, flat, count, again=number > 0)
+        search_after_gelu(layer, flat, count, again=number > 0, extended=extended)
         # With the same input quantizer, the weight's next search would give the same ranges.
         if layer.weight_quantizer.off or (number and unchanged(inputs, before)):
             return

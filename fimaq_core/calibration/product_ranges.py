@@ -68,7 +68,8 @@ def _calibrate_after_softmax(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: R
     for number in range(max(recipe.range_rounds, 1)):
         hat, before = right(b), settings(left)
         if isinstance(left, AdaLogQuantizer) and not left.off:
-            left.set_base(search_adalog_softmax(a, hat, b, left.levels, count))
+            extended = recipe.range_grid == "extended"
+            left.set_base(search_adalog_softmax(a, hat, b, left.levels, count, extended=extended))
         elif isinstance(left, TwinQuantizer) and not left.off:
             left.set_scale(search_twin_softmax(a, b, left.levels).view(1, 1, 1, 1))
         if right.off or recipe.range_search == "minmax" or (number and unchanged(left, before)):

@@ -30,10 +30,12 @@ from fimaq_core.quantizers.logarithm import ADALOG_R, GELU_SHIFT, log_fake_quant
 from fimaq_core.quantizers.special import AdaLogQuantizer, LogQuantizer, TwinQuantizer
 from fimaq_core.quantizers.twin import twin_gelu, twin_softmax
 
-#: AdaLog's smallest numerator q.
+#: AdaLog's smallest numerator q; with many levels, smaller ones give finer steps.
 _FIRST_Q = 10
 #: AdaLog behind a GELU: numerators kept after the first step, and candidates kept after the others.
 _FEW, _WIDTH = 8, 32
+#: AdaLog behind a GELU: number of times that the scales are refined.
+_ROUNDS = 5
 #: Number of PTQ4ViT's splits, which are 2**-i.
 _SPLITS = 20
 
@@ -72,10 +74,18 @@ def product_errors(
     return errors
 
 
-def search_adalog_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int, count: int) -> int:
-    """Search AdaLog's numerator q behind a softmax, with scale 1, among 10 to ``count + 9``."""
+def _numerators(x: Tensor, count: int, extended: bool) -> Tensor:
+    """Return AdaLog's numerators 10 to ``count + 9``, from 1 on with ``extended`` candidates."""
+    first = 1 if extended else _FIRST_Q
+    return torch.arange(first, _FIRST_Q + count, device=x.device, dtype=x.dtype)
+
+
+def search_adalog_softmax(
+    a: Tensor, b_hat: Tensor, b: Tensor, levels: int, count: int, *, extended: bool = False
+) -> int:
+    """Search AdaLog's numerator q behind a softmax, with scale 1, among :func:`_numerators`."""
     a, b_hat, b = (part.flatten(0, 1) for part in (a, b_hat, b))
-    numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=a.device, dtype=a.dtype)
+    numerators = _numerators(a, count, extended)
     found = RangeErrors(a, b_hat, a @ (b_hat - b), _adalog_points(levels), _logarithm(a))
     return int(numerators[found.best(torch.ones_like(numerators), numerators, 1).argmin()])
 
@@ -91,7 +101,9 @@ def search_twin_softmax(a: Tensor, b: Tensor, levels: int) -> Tensor:
     return splits[errors.argmin()]
 
 
-def search_after_gelu(layer: QuantLinear, x: Tensor, count: int, again: bool = False) -> None:
+def search_after_gelu(
+    layer: QuantLinear, x: Tensor, count: int, *, again: bool = False, extended: bool = False
+) -> None:
     """Set the special input quantizer of a linear layer for inputs (tokens, d).
 
     The weight is quantized as the layer is set up now. ``again`` is True from the second round on;
@@ -103,7 +115,7 @@ def search_after_gelu(layer: QuantLinear, x: Tensor, count: int, again: bool = F
     hat, levels = layer.weight_quantizer.quantized(weight), quantizer.levels
     if isinstance(quantizer, AdaLogQuantizer):
         present = quantizer.scale if again else None
-        scale, q = search_adalog_gelu(x, hat, weight, levels, count, present)
+        scale, q = search_adalog_gelu(x, hat, weight, levels, count, present, extended=extended)
         quantizer.set_base(q)
     elif isinstance(quantizer, LogQuantizer):
         scale = search_log_gelu(x, hat, weight, float(quantizer.step), levels, count)
@@ -120,14 +132,15 @@ def search_adalog_gelu(
     levels: int,
     count: int,
     present: Tensor | None = None,
-    rounds: int = 5,
+    *,
+    extended: bool = False,
 ) -> tuple[Tensor, int]:
     """Search AdaLog's scale (scalar) and numerator q behind a GELU, by the output's error.
 
-    The quantizer sees ``x`` (tokens, d) plus the shift. The first step tries ``count`` numerators
-    (at least 16) with the scale ``present`` (one value), by default the second largest of ``count``
-    scales. The best eight numerators times ``count / 8`` scales start a search that refines scales
-    ``rounds`` times. The best candidate of all steps is returned, including the first one (see
+    The quantizer sees ``x`` (tokens, d) plus the shift. The first step tries all numerators with
+    the scale ``present`` (one value), by default the second largest of ``count`` scales (at least
+    16). The best eight numerators times ``count / 8`` scales start a search that refines scales
+    five times. The best candidate of all steps is returned, including the first one (see
     :func:`~.progressive.progressive`).
     """
     other = w_hat.t()[None]
@@ -138,15 +151,15 @@ def search_adalog_gelu(
         # The numerators take the place of zero points.
         return found.best(candidates.scale[:, 0], candidates.zero_point[:, 0], width)[:, None]
 
-    numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=x.device, dtype=x.dtype)[:, None]
+    numerators = _numerators(x, count, extended)[:, None]
     first = _gelu_scales(x, count)[-2] if present is None else present
-    look = Candidates(first.expand(count, 1), numerators)
+    look = Candidates(first.expand(len(numerators), 1), numerators)
     looked = errors(look, _FEW)
     order = looked[:, 0].argsort(stable=True)[:_FEW]
     scales = _gelu_scales(x, count // _FEW)
     few = numerators[order].repeat_interleave(len(scales), 0)
     start, spacing = Candidates(scales.repeat(_FEW)[:, None], few), (scales[1] - scales[0])[None]
-    scale, q = progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), rounds + 1, spacing)
+    scale, q = progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), _ROUNDS + 1, spacing)
     if looked[order[0], 0] <= errors(Candidates(scale[None], q[None]), 1)[0, 0]:
         scale, q = look.pick(order[:1])
     return scale[0], int(q)

@@ -5,7 +5,8 @@ and what costs nothing at inference is trained on one objective at the end of th
 ``D(q, f) + mean((h_q - h_f)²)``, each part over its start value. D is the divergence of the
 quantized model's outputs q from the full-precision outputs f, and h is the penultimate feature.
 Labels are not used. Some calibration images are held out of training. The state that is best on
-them is kept, and the state before the first step is one of the candidates.
+them is kept, and the state before the first step is one of the candidates. Block reconstruction
+has already seen the images, so the start looks somewhat better than on new ones.
 
 Training norms after quantization is known from Norm Tweaking (Li et al., AAAI 2024,
 arXiv:2309.02784).

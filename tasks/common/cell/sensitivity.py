@@ -16,6 +16,7 @@ from fimaq_core.calibration.reparameterize import norm_before
 from fimaq_core.checkpoint import Pieces, load_checkpoint
 from fimaq_core.errors import CheckpointError, RecipeError
 from fimaq_core.files import replaced_whole
+from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.mixed_bits import places, quantizers_of, set_bits
 from fimaq_core.pipeline import CALIBRATE, MLPS
 from fimaq_core.progress import OnProgress
@@ -32,11 +33,15 @@ from tasks.common.request import CellRequest
 
 @dataclass(frozen=True)
 class Budget:
-    """Limit of the bits of a model; one of the two is given."""
+    """Limit of the bits of a model. Raises RecipeError unless exactly one limit is given."""
 
     mean_bits: float | None = None  # of weights, and of all other operands
     bops: float | None = None  # share of the bit operations with the recipe's own bits
     widths: tuple[int, ...] = (3, 4, 5, 6)  # bits that an operand may have
+
+    def __post_init__(self) -> None:
+        if (self.mean_bits is None) == (self.bops is None):
+            raise RecipeError("A bits map needs one budget: give --mean-bits or --bops.")
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,14 @@ class SensitivityReport:
     rows: list[Sensitivity]
     correlation: float  # Spearman's, of exact and gradient form
     suggestion: Suggestion | None = None
+    left_out: tuple[str, ...] = ()  # parts without a divergence; they keep the recipe's bits
 
     def content(self) -> dict[str, Any]:
         """Return all facts as JSON values."""
         own = self.suggestion
         return {
             "rank_correlation": self.correlation,
+            "left_out": list(self.left_out),
             "operands": [asdict(row) for row in self.rows],
             "suggestion": None if own is None else own.content(),
         }
@@ -109,6 +116,7 @@ class SensitivityReport:
                 "divergence: with only this operand quantized; operands: w weight, a input or left "
                 "operand, b right operand",
                 f"rank correlation of both forms (Spearman): {self.correlation:.3f}",
+                *(f"not measured, since it has no divergence: {name}" for name in self.left_out),
                 *([] if self.suggestion is None else self.suggestion.lines()),
             ]
         )
@@ -141,10 +149,16 @@ def sensitivity_stage(
         RecipeError: no choice of bits meets the budget.
     """
     cell = _calibrated(request, checkpoint, on_progress)
-    rows = [row for part in cell.parts for row in _measured(part, cell, images)]
+    rows = [row for part in _with_divergence(cell) for row in _measured(part, cell, images)]
     ranked = sorted(rows, key=lambda row: -row.exact)
     suggestion = None if budget is None else _suggestion(cell, rows, budget, images)
-    return SensitivityReport(ranked, agreement(ranked), suggestion)
+    left_out = tuple(part.name for part in cell.parts if part not in _with_divergence(cell))
+    return SensitivityReport(ranked, agreement(ranked), suggestion, left_out)
+
+
+def _with_divergence(cell: PreparedCell) -> list[Part]:
+    """Return the parts whose outputs have a divergence; heads of detectors have none."""
+    return [part for part in cell.parts if type(part.divergence) is not Divergence]
 
 
 def _calibrated(
@@ -152,7 +166,7 @@ def _calibrated(
 ) -> PreparedCell:
     """Return a cell with ranges, from ``checkpoint`` or calibrated now, without files."""
     if checkpoint is None:
-        cell = prepare(request, on_progress)
+        cell = prepare(request, on_progress, measured=True)
         cell.run([MLPS, CALIBRATE], lambda stage, part: Address())
         return cell
     fingerprint, origin = read_origin(checkpoint, request.task)
@@ -161,7 +175,7 @@ def _calibrated(
             f"The checkpoint {checkpoint} holds reconstructed MLPs without ranges: calibrate it "
             "with the command calibrate first."
         )
-    cell = prepare(with_origin(request, origin, fingerprint.recipe), on_progress)
+    cell = prepare(with_origin(request, origin, fingerprint.recipe), on_progress, measured=True)
     if fingerprint.recipe.reconstruct_mlp:
         use_relu(all_segments(cell.chains))
     load_checkpoint(checkpoint, whole_module(cell.chains), cell.fingerprint)
@@ -202,7 +216,8 @@ def _suggestion(
     """Choose the bits of each part within the budget, which then holds for the model too."""
     found: dict[str, Bits] = {}
     losses: dict[tuple[str, str, int], float] = {}
-    for part in cell.parts:
+    macs = _macs(cell)
+    for part in _with_divergence(cell):
         own: list[Sensitivity] = []
         for width in sorted(set(budget.widths)):
             twin = _at_width(part, width, cell)
@@ -210,28 +225,43 @@ def _suggestion(
         losses |= {(row.layer, row.operand, row.bits): row.exact for row in own}
         names = {row.layer for row in own}
         present = [row for row in rows if row.layer in names]
-        cost, limits = _mean(present), (budget.mean_bits, budget.mean_bits)
         if budget.bops is not None:
-            cost, limits = _bops(cell, present), (budget.bops,)
+            cost, limits = bops_cost(macs, _bits_of(present)), [budget.bops]
+        else:
+            assert budget.mean_bits is not None
+            cost, limits = mean_bits_cost(present), 2 * [budget.mean_bits]
         found |= suggest_bits(own, cost, limits, tied=_tied(twin))
-    return _described(cell, rows, found, losses)
+
+    def total(cost: Cost) -> list[float]:
+        return [sum(one) for one in zip(*(cost(*item) for item in found.items()), strict=True)]
+
+    weight_bits, input_bits = total(mean_bits_cost(rows))
+    (bops,) = total(bops_cost(macs, _bits_of(rows)))
+    return Suggestion(
+        bits=BitsMap.of(found),
+        weight_bits=weight_bits,
+        input_bits=input_bits,
+        bops=bops,
+        divergence=sum(
+            losses[name, operand, bits]
+            for name, chosen in found.items()
+            for operand, bits in chosen.items()
+        ),
+        uniform={
+            width: sum(loss for (_, _, bits), loss in losses.items() if bits == width)
+            for width in sorted(set(budget.widths))
+        },
+    )
 
 
-def _mean(rows: Iterable[Sensitivity]) -> Cost:
-    return mean_bits_cost(rows)
-
-
-def _bops(cell: PreparedCell, rows: Iterable[Sensitivity]) -> Cost:
-    """Return the cost in bit operations, relative to the bits of ``rows``."""
-    macs: dict[str, int] = {}
+def _macs(cell: PreparedCell) -> dict[str, int]:
+    """Return the multiply-adds of each layer per input, by its name in the module map."""
     examples = cell.task.examples(cell.loaded, cell.chains)
-    for name, chain in cell.chains.items():
-        counted = count_macs(chain, examples[name].to(cell.device))
-        macs |= {part_name(name, layer): count for layer, count in counted.items()}
-    uniform: dict[str, Bits] = {}
-    for row in rows:
-        uniform.setdefault(row.layer, {})[row.operand] = row.bits
-    return bops_cost(macs, uniform)
+    return {
+        part_name(part.name, layer): count
+        for part in _with_divergence(cell)
+        for layer, count in count_macs(part.chain, examples[part.name].to(cell.device)).items()
+    }
 
 
 def _tied(part: Part) -> set[str]:
@@ -249,34 +279,8 @@ def _tied(part: Part) -> set[str]:
     }
 
 
-def _described(
-    cell: PreparedCell,
-    rows: Sequence[Sensitivity],
-    found: dict[str, Bits],
-    losses: dict[tuple[str, str, int], float],
-) -> Suggestion:
-    """Return the suggestion with its means and sums over the whole model."""
-
-    def total(cost: Cost) -> list[float]:
-        return [sum(one) for one in zip(*(cost(*item) for item in found.items()), strict=True)]
-
-    weight_bits, input_bits = total(mean_bits_cost(rows))
-    (bops,) = total(_bops(cell, rows))
-    chosen = {(name, operand, bits) for name, own in found.items() for operand, bits in own.items()}
-    return Suggestion(
-        bits=BitsMap.of(found),
-        weight_bits=weight_bits,
-        input_bits=input_bits,
-        bops=bops,
-        divergence=sum(losses[key] for key in chosen),
-        uniform={
-            width: sum(loss for (_, _, bits), loss in losses.items() if bits == width)
-            for width in sorted({bits for _, _, bits in losses})
-        },
-    )
-
-
-def check_budget(budget: Budget) -> None:
-    """Refuse a budget with both limits, or with none. Raises RecipeError."""
-    if (budget.mean_bits is None) == (budget.bops is None):
-        raise RecipeError("A bits map needs one budget: give --mean-bits or --bops.")
+def _bits_of(rows: Iterable[Sensitivity]) -> dict[str, Bits]:
+    found: dict[str, Bits] = {}
+    for row in rows:
+        found.setdefault(row.layer, {})[row.operand] = row.bits
+    return found

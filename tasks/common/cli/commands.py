@@ -183,14 +183,12 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         A CHECKPOINT has its own recipe and ranges. A MODEL, given by its name, is calibrated first.
         The float model's own outputs are the reference, on calibration images.
         """
-        from tasks.common.cell.sensitivity import Budget, check_budget, sensitivity_stage
+        from tasks.common.cell.sensitivity import Budget, sensitivity_stage
 
-        names, bits_file = ("mean_bits", "bops", "widths"), given.pop("write_bits_map")
-        budget: Budget | None = Budget(**{name: given.pop(name) for name in names})
-        if budget.mean_bits or budget.bops or bits_file:
-            check_budget(budget)
-        else:
-            budget = None
+        bits_file = given.pop("write_bits_map")
+        limits = {name: given.pop(name) for name in ("mean_bits", "bops", "widths")}
+        wanted = bits_file or limits["mean_bits"] or limits["bops"]
+        budget = Budget(**limits) if wanted else None
         images, checkpoint = given.pop("images"), _checkpoint_of(target)
         if checkpoint is None:
             recipe = _quantizing(task, given)

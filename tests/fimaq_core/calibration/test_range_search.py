@@ -11,6 +11,7 @@ from fimaq_core.calibration.candidates import (
     grid_candidates,
     minmax,
     quantiles,
+    with_bounds,
 )
 from fimaq_core.calibration.conv_ranges import calibrate_conv
 from fimaq_core.calibration.linear_ranges import calibrate_linear
@@ -283,18 +284,24 @@ def test_best_operand_looks_at_every_image() -> None:
         assert best_operand(Product(x, other, torch.zeros(32, 8, 3), 16), scale, zero, guess) == 3
 
 
-@pytest.mark.parametrize("bits", [3, 8])
-def test_linear_search_equals_a_slow_one(bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "grid"), [(3, "released"), (3, "extended"), (8, "released"), (8, "extended")]
+)
+def test_linear_search_equals_a_slow_one(bits: int, grid: str) -> None:
     """The whole alternation, with every candidate's error computed directly."""
     torch.manual_seed(1)
     layer = QuantLinear.from_float(nn.Linear(20, 8), bits, bits)
     x = heavy(6, 10, 20) * torch.linspace(0.3, 3, 20)
-    settings, levels = recipe(bits), 2**bits
+    settings, levels = recipe(bits, range_grid=grid), 2**bits
     calibrate_linear(layer, x, settings)
 
     weight, flat = layer.weight.detach(), x.reshape(-1, 20)
     rows = grid_candidates(weight.sort(dim=1).values, levels, 64, 1e-12)
-    inputs = grid_candidates(flat.reshape(1, -1).sort(dim=1).values, levels, 64)
+    values = flat.reshape(1, -1).sort(dim=1).values
+    inputs = grid_candidates(values, levels, 64)
+    if grid == "extended":
+        rows = with_bounds(rows, weight.sort(dim=1).values, levels)
+        inputs = with_bounds(inputs, values, levels)
     row_index = own(weight, rows, levels).argmin(0)
     input_index = int(own(flat.reshape(1, -1), inputs, levels).argmin())
     for _ in range(settings.range_rounds):

@@ -10,10 +10,13 @@ from small_models import chain_of, deit, images, quick, swin, vit
 from torch import Tensor, nn
 
 from fimaq_core import load, quantize
+from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
 from fimaq_core.families.rotation import Stream, hadamard, randomised, rotation
 from fimaq_core.layers import quant_layers
+from fimaq_core.recipe import Recipe
+from fimaq_core.samples import Samples
 
 ROTATED, ROTATED_NOT = quick(rotate="hadamard"), quick()
 
@@ -164,3 +167,13 @@ def test_a_saved_rotated_model_gives_the_same_outputs_again(
     quantized.save(path)
     with torch.no_grad():
         assert torch.equal(load(path, original)(x), quantized(x))
+
+
+@pytest.mark.parametrize("recipe", [ROTATED, ROTATED_NOT])
+def test_norms_of_rotated_models_are_not_reparameterised(recipe: Recipe) -> None:
+    chain = chain_of(vit(1), recipe)
+    before = [pair.norm.weight.clone() for pair in chain.segment(1).pairs]
+    calibrate(chain, Samples(images(8)), recipe)
+    found = [pair.norm.weight for pair in chain.segment(1).pairs]
+    same = [torch.equal(a, b) for a, b in zip(before, found, strict=True)]
+    assert same == [recipe is ROTATED] * 2
