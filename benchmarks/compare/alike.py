@@ -111,6 +111,11 @@ def has_effect(recipe: Recipe, name: str) -> bool:
         return True
     parts = {"mlp_": recipe.reconstruct_mlp, "finish_": recipe.finish_steps > 0}
     parts["start_"] = recipe.start != "nearest"
+    straight = recipe.weight_learning == "straight-through"
+    parts |= {
+        "lr_weight": recipe.reconstruct and straight,
+        "lr_alpha": recipe.reconstruct and not straight,
+    }
     for prefix, wanted in parts.items():
         if name.startswith(prefix):
             return wanted

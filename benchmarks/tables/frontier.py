@@ -58,6 +58,9 @@ def frontier_markdown(
     for bits in unique(cell.bits for cell in cells if cell.bits != FULL):
         mine = [item for item in measured if item.cell.bits in (bits, FULL)]
         planned = [cell for cell in cells if cell.bits in (bits, FULL)]
+        if all(item.cell.bits == FULL for item in mine):
+            parts += [f"## {bits}", "Nothing is measured yet."]
+            continue
         table, best = frontier_table(mine, planned)
         parts += [f"## {bits}", *markdown(table, width)]
         parts += [] if best is None else [f"Best published method at {bits}: {best}."]

@@ -312,3 +312,13 @@ def test_a_seed_with_several_results_is_named_and_the_latest_counts():
     assert set(table["verdict"]) == {"reproduced"}
     assert all("seed 1 has several results, of which the" in why for why in table["reason"])
     assert not any("several results" in why for why in beside_fimaq(first, first)["reason"])
+
+
+@pytest.mark.parametrize(
+    ("method", "names"), [("rtn", set()), ("fimaq", {"lr_alpha"}), ("glfq", {"lr_weight"})]
+)
+def test_the_rate_of_the_weights_depends_on_how_they_are_learned(
+    method: str, names: set[str]
+) -> None:
+    recipe = make_recipe(method)
+    assert {name for name in ("lr_alpha", "lr_weight") if alike.has_effect(recipe, name)} == names

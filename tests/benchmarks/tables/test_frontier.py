@@ -79,6 +79,12 @@ def test_rows_have_means_and_differences(measured, cells):
     assert (table.loc["fimaq", "- base"], table.loc["qdrop", "- base"]) == ("-", "-")
 
 
+def test_bits_without_a_quantized_cell_have_no_table(measured, cells):
+    full = [item for item in measured if item.cell.method == "fp"]
+    text = frontier.frontier_markdown("Profile p", full, cells)
+    assert "## w3a3\n\nNothing is measured yet.\n\nScores" in text
+
+
 def test_errors_are_those_of_paired_samples_and_of_seeds(measured, cells):
     table, _ = frontier.frontier_table(measured, cells)
     means, squares = [], []
