@@ -52,7 +52,7 @@ NAMES = (
 )
 #: Greatest difference of the features, in standard deviations, that rounding explains.
 TOLERANCE = 1e-3
-IMAGES_PER_CLASS = {"train": 100, "val": 80}
+IMAGES_PER_CLASS = {"train": 100, "val": 50}
 #: Photographs in the package scikit-image.
 PHOTOS = (
     "astronaut",
