@@ -241,7 +241,7 @@ def write_images(
     for part, name, image in samples:
         target = folder / part / name
         target.mkdir(parents=True, exist_ok=True)
-        image.save(target / f"{len(images.setdefault(part, [])):04}.png")
+        image.save(target / f"{len(images.setdefault(part, [])):03}.png")
         images[part].append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
         names.setdefault(part, []).append(name)
     classes = sorted(set(names["train"]))
