@@ -241,9 +241,10 @@ def write_images(
     for part, name, image in samples:
         target = folder / part / name
         target.mkdir(parents=True, exist_ok=True)
-        image.save(target / f"{len(images.setdefault(part, [])):03}.png")
-        images[part].append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
-        names.setdefault(part, []).append(name)
+        image.save(target / f"{names.setdefault(part, []).count(name):03}.png")
+        names[part].append(name)
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        images.setdefault(part, []).append(pixels.permute(2, 0, 1))
     classes = sorted(set(names["train"]))
     return {
         part: (torch.stack(found), torch.tensor([classes.index(name) for name in names[part]]))
