@@ -107,7 +107,7 @@ def grid_candidates(
 
 
 def with_bounds(
-    grid: Candidates, sorted_rows: Tensor, levels: int, min_scale: float = MIN_WEIGHT_SCALE
+    grid: Candidates, sorted_rows: Tensor, *, levels: int, min_scale: float = MIN_WEIGHT_SCALE
 ) -> Candidates:
     """Append ranges with any zero point to a grid; the last one is that of :func:`minmax`.
 

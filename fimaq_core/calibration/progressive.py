@@ -109,7 +109,7 @@ def candidates_of(
     grid = make(sorted_rows, levels, recipe.range_candidates, min_scale)
     if recipe.range_grid == "released":
         return grid
-    return with_bounds(grid, sorted_rows, levels, least_scale)
+    return with_bounds(grid, sorted_rows, levels=levels, min_scale=least_scale)
 
 
 def progressive_rows(

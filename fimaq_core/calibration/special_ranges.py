@@ -74,7 +74,7 @@ def product_errors(
     return errors
 
 
-def _numerators(x: Tensor, count: int, extended: bool) -> Tensor:
+def _numerators(x: Tensor, count: int, *, extended: bool) -> Tensor:
     """Return AdaLog's numerators 10 to ``count + 9``, from 1 on with ``extended`` candidates."""
     first = 1 if extended else _FIRST_Q
     return torch.arange(first, _FIRST_Q + count, device=x.device, dtype=x.dtype)
@@ -85,7 +85,7 @@ def search_adalog_softmax(
 ) -> int:
     """Search AdaLog's numerator q behind a softmax, with scale 1, among :func:`_numerators`."""
     a, b_hat, b = (part.flatten(0, 1) for part in (a, b_hat, b))
-    numerators = _numerators(a, count, extended)
+    numerators = _numerators(a, count, extended=extended)
     found = RangeErrors(a, b_hat, a @ (b_hat - b), _adalog_points(levels), _logarithm(a))
     return int(numerators[found.best(torch.ones_like(numerators), numerators, 1).argmin()])
 
@@ -151,7 +151,7 @@ def search_adalog_gelu(
         # The numerators take the place of zero points.
         return found.best(candidates.scale[:, 0], candidates.zero_point[:, 0], width)[:, None]
 
-    numerators = _numerators(x, count, extended)[:, None]
+    numerators = _numerators(x, count, extended=extended)[:, None]
     first = _gelu_scales(x, count)[-2] if present is None else present
     look = Candidates(first.expand(len(numerators), 1), numerators)
     looked = errors(look, _FEW)

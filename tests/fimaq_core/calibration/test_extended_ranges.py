@@ -86,7 +86,7 @@ def test_the_last_candidate_is_min_max_and_all_contain_zero(name: str, bits: int
     torch.manual_seed(0)
     rows, levels = ascending(DATA[name]().flatten(0, 1).t().contiguous()), 2**bits
     grid = grid_candidates(rows, levels, 64)
-    found = with_bounds(grid, rows, levels)
+    found = with_bounds(grid, rows, levels=levels)
     assert torch.equal(found.scale[:64], grid.scale)
     assert torch.equal(found.zero_point[:64], grid.zero_point)
     assert found.period is None

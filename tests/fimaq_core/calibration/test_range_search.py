@@ -300,8 +300,8 @@ def test_linear_search_equals_a_slow_one(bits: int, grid: str) -> None:
     values = flat.reshape(1, -1).sort(dim=1).values
     inputs = grid_candidates(values, levels, 64)
     if grid == "extended":
-        rows = with_bounds(rows, weight.sort(dim=1).values, levels)
-        inputs = with_bounds(inputs, values, levels)
+        rows = with_bounds(rows, weight.sort(dim=1).values, levels=levels)
+        inputs = with_bounds(inputs, values, levels=levels)
     row_index = own(weight, rows, levels).argmin(0)
     input_index = int(own(flat.reshape(1, -1), inputs, levels).argmin())
     for _ in range(settings.range_rounds):

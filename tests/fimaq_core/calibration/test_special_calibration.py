@@ -130,6 +130,7 @@ def pairs_of(chain: BlockChain) -> set[str]:
 def test_percentile_ranges_of_a_chain_are_repq_vits(name: str, bits: tuple[int, int]) -> None:
     build, size = {"vit": (lambda: vit(1), 32), "swin": (lambda: swin(40), 40)}[name]
     settings: dict[str, object] = {"w_bits": bits[0], "a_bits": bits[1], "range_inputs": "float"}
+    settings["range_grid"] = "released"
     recipe, x = quick("repq", range_images=4, **settings), images(4, size)
     inputs, weights, expected = float_inputs(build(), recipe, x)
     chain = chain_of(build(), recipe)
