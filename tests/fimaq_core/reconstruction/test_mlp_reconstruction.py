@@ -724,6 +724,8 @@ def test_quantize_does_all_stages(tmp_path: Path) -> None:
         staged = chain_of(vit(), recipe)
         part = Part(staged, x, recipe, KL, mark)
         for stage in STAGES:
+            if not stage.wanted(part):
+                continue
             done = run_stage(
                 stage, part, tmp_path / f"{stage.kind}.safetensors" if stage.kind else None
             )
