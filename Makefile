@@ -38,10 +38,12 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  reproduce-table takes one of"
-	@echo "    TABLE=fimaq|fimaq-ablation|aphq|aphq-coco|adalog|repq|erq|lsvit|clip-retrieval"
-	@echo "    PROFILE=quickstart|demo|paper|ablation|paper-ablation|quantizers"
+	@echo "    TABLE=fimaq|fimaq-ablation|aphq|aphq-coco|adalog|repq|erq|lsvit|glfq|"
+	@echo "      glfq-ablation|clip-retrieval"
+	@echo "    PROFILE=quickstart|demo|frontier|paper|ablation|paper-ablation|paper-parts|quantizers"
 	@echo "  with data IMAGENET=/path COCO=/path FLICKR=/path WEIGHTS=/path,"
-	@echo "  filters TASKS= MODELS= METHODS= BITS=w3a3,w4a4 SEEDS= AXES=k,loss, and settings"
+	@echo "  filters TASKS= MODELS= METHODS= BITS=w3a3,w4a4 SEEDS= AXES=loss,k=15|none, and"
+	@echo "  settings"
 	@echo "    DEVICE=cpu|cuda|cuda:N JOBS=N PLAN=1 REHEARSE=1 FORCE=1 PLACEMENT=device|host|disk"
 	@echo "    RETRIES=N"
 	@echo "    ENGINE=ray RAY_ADDRESS=host:port GPUS_PER_CELL=0.5 (on a Ray cluster)"

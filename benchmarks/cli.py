@@ -63,7 +63,7 @@ _FILTERS = {
     "methods": "Only these methods; fp is full precision.",
     "bits": "Only these bits, such as w3a3,w4a4; they may be outside the profile.",
     "seeds": "Only these seeds; they may be outside the profile.",
-    "axes": "Only these axes of an ablation, such as k,loss.",
+    "axes": "Only these axes, or points, of an ablation, such as loss,k=15; none: without axes.",
 }
 _TABLE = "A published table, such as fimaq, or a .yaml file, instead of a profile."
 _FORCE = "Remove earlier results of these cells, then measure them. Without it, a run continues."

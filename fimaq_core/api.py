@@ -22,6 +22,7 @@ from fimaq_core.families import find_family
 from fimaq_core.families.own import described, names_of, own_chain
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.layers import set_quantized
+from fimaq_core.mixed_bits import apply_bits_map
 from fimaq_core.pipeline import quantize_chain
 from fimaq_core.progress import progress_bars, silent
 from fimaq_core.recipe import Recipe, make_recipe
@@ -182,7 +183,8 @@ def quantize(
         device: device of the computation; by default that of the model.
         placement: place of the cached block inputs: "device", "host" or "disk".
         settings: recipe fields that replace the method's, such as ``w_bits``, ``a_bits`` and
-            ``steps``. Numbers of images are lowered to the number of given images, with a note.
+            ``steps``; or ``budget="fast"``, short for few steps and their rates. Numbers of images
+            are lowered to the number of given images, with a note.
 
     Raises:
         RecipeError: an unknown method or setting, or a value that does not fit.
@@ -284,6 +286,7 @@ def _chain_of(
         ) from error
     with torch.random.fork_rng(devices=[]):  # new layers draw initial weights
         chain = own_chain(twin, labels, probe, recipe) if labels else family.build(twin, recipe)
+    apply_bits_map({"": chain}, recipe.bits_map)
     return chain.to(place)
 
 
@@ -322,6 +325,9 @@ def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
 def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:
     """Return the recipe with counts of at most ``count`` images, and a note on lowered counts."""
     possible = {name: max(count, least) for name, least in _COUNTS.items()}
+    if recipe.finish_steps:
+        held_out = min(recipe.finish_held_out, max(count // 2, 1))
+        possible |= {"finish_held_out": held_out, "finish_batch": max(count - held_out, 1)}
     lowered = {name: value for name, value in possible.items() if getattr(recipe, name) > value}
     unused = {"divergence_batch"}
     unused |= set() if recipe.reconstruct else {"batch_size"}

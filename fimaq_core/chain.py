@@ -104,6 +104,17 @@ class Segment(nn.Module):
         out: Tensor = self.before(x, *extra, *([kept] if self.takes_kept else []))
         return out
 
+    def feature(self, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
+        """Return the input (B, ...) of a classifier or projection, for the previous output ``x``.
+
+        A head that pools first is a Sequential whose last part is the classifier. Before a
+        predictor the feature is ``x`` itself.
+        """
+        if self.kind == "predictor":
+            return x
+        x = self.enter(x, side, kept)
+        return self.block[:-1](x) if isinstance(self.block, nn.Sequential) else x
+
     def kept_with(self, output: Tensor, kept: Kept) -> Kept:
         """Return ``kept``, with the tensor that this segment keeps for its ``output`` (B, ...)."""
         return kept if self.keep is None else (*kept, self.keep(output))
@@ -142,20 +153,53 @@ class BlockChain(nn.Module):
         """Return the side of the chain's inputs ``x`` (B, ...); None for a chain without one."""
         return None if self.side is None else self.side(x)
 
-    def tail(self, start: int, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        """Run the segments from ``start`` to the end on the output ``x`` of segment start - 1."""
-        for index in range(start, len(self)):
+    @property
+    def feature_end(self) -> int:
+        """Number of the segment behind the penultimate feature: the last head or projection.
+
+        A chain without one has its first predictor there, or its end.
+        """
+        kinds = [segment.kind for segment in self]
+        heads = [index for index, kind in enumerate(kinds) if kind in ("head", "projection")]
+        if heads:
+            return heads[-1]
+        return kinds.index("predictor") if "predictor" in kinds else len(kinds)
+
+    def tail(
+        self,
+        start: int,
+        x: Tensor,
+        side: Tensor | None = None,
+        kept: Kept = (),
+        *,
+        feature: bool = False,
+    ) -> Tensor:
+        """Run the segments from ``start`` to the end on the output ``x`` of segment start - 1.
+
+        With ``feature`` the result is the penultimate feature (B, ...) instead of the output.
+        """
+        end = self.feature_end if feature else len(self)
+        for index in range(start, end):
             segment = self.segment(index)
             x = segment(x, side, kept)
             kept = segment.kept_with(x, kept)
-        return x
+        return x if end == len(self) else self.segment(end).feature(x, side, kept)
 
-    def rest(self, index: int, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        """Return the model's output for output ``x`` of block ``index``.
+    def rest(
+        self,
+        index: int,
+        x: Tensor,
+        side: Tensor | None = None,
+        kept: Kept = (),
+        *,
+        feature: bool = False,
+    ) -> Tensor:
+        """Return the model's output, or its feature, for output ``x`` of block ``index``.
 
         ``kept`` are the tensors that segments before the block keep.
         """
-        return self.tail(index + 1, x, side, self.segment(index).kept_with(x, kept))
+        kept = self.segment(index).kept_with(x, kept)
+        return self.tail(index + 1, x, side, kept, feature=feature)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tail(0, x, self.side_of(x))

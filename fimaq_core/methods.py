@@ -10,6 +10,7 @@ Changes = dict[str, Any]
 _PER_TENSOR: Changes = {"per_token": False}
 _NO_RECONSTRUCTION: Changes = {"reconstruct": False, "per_token": False}
 _FEW_IMAGES: Changes = {**_NO_RECONSTRUCTION, "calibration_images": 32, "range_images": 32}
+_CLOSED_FORM: Changes = {**_NO_RECONSTRUCTION, "calibration_images": 128}
 _TWIN: Changes = {"softmax_quantizer": "twin", "gelu_quantizer": "twin"}
 _ADALOG: Changes = {"softmax_quantizer": "adalog", "gelu_quantizer": "adalog"}
 _ADALOG["range_search"] = "progressive"
@@ -18,7 +19,8 @@ _REPQ |= {"calibration_transform": "eval", "range_inputs": "quantized", "patch_i
 _ERQ: Changes = {**_REPQ, "refit": True, "refit_rule": "gradient", "reparameterize_merges": False}
 #: Squared error, full-precision inputs, no dropping.
 _BRECQ: Changes = {**_PER_TENSOR, "loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0}
-#: Weights learned by straight-through gradients, with GLF-Q's rates and steps.
+#: Weights learned by straight-through gradients, with GLF-Q's rates and steps. Its paper does not
+#: say how inputs are mixed and activations dropped: both are left at one half, as in QDrop.
 _GLFQ: Changes = {**_PER_TENSOR, "weight_learning": "straight-through", "lr_weight": 2e-5}
 _GLFQ |= {"lr_scale": 2e-4, "steps": 3000, "loss": "glf"}
 #: APHQ-ViT's code divides all losses by half of their starts.
@@ -40,8 +42,8 @@ METHODS: dict[str, Changes] = {
     # Zhong et al., ICML 2024 (arXiv:2407.06794).
     "erq": _ERQ,
     # Frantar et al., ICLR 2023 (arXiv:2210.17323); Li et al., ICML 2025 (arXiv:2504.02692).
-    "gptq": {**_NO_RECONSTRUCTION, "start": "gptq"},
-    "gptaq": {**_NO_RECONSTRUCTION, "start": "gptaq"},
+    "gptq": {**_CLOSED_FORM, "start": "gptq"},
+    "gptaq": {**_CLOSED_FORM, "start": "gptaq"},
     # Li et al., ICLR 2021 (arXiv:2102.05426), as released with these codes.
     "brecq": _BRECQ,
     # Wei et al., ICLR 2022 (arXiv:2203.05740): squared error, mixed inputs, dropping.
@@ -68,6 +70,21 @@ AT_BITS: dict[str, dict[int, Changes]] = {
 
 #: Changes to all methods where weights or activations have 7 or 8 bits.
 FROM_7_BITS: Changes = {"range_grid": "extended"}
+
+#: Recipe fields of each budget. ``released`` keeps the method's own. Each method has the fields of
+#: the stages that it runs, and its rates follow the steps, see :data:`RATES`.
+BUDGETS: dict[str, Changes] = {
+    "fast": {"steps": 500, "mlp_steps": 500},
+    "standard": {"steps": 2_000, "mlp_steps": 2_000},
+    "released": {},
+}
+#: Learning rates by their steps, and the power of (own steps / steps of the budget) that multiplies
+#: them. Adam moves a variable by at most steps x rate. The powers lead from the released rates at
+#: 20,000 steps to those of the demo at 250 steps (0.024, 0.0006, 0.003).
+RATES: dict[str, dict[str, float]] = {
+    "steps": {"lr_alpha": 0.7, "lr_scale": 0.6, "lr_weight": 0.7},
+    "mlp_steps": {"mlp_lr": 1.0},
+}
 
 #: Settings whose algorithm has changed, and the revision that changed it.
 REVISED: dict[tuple[str, Any], int] = {

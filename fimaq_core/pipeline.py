@@ -15,9 +15,11 @@ from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.layers import QuantLinear, decide_roundings, fold_shift, quant_layers, set_quantized
 from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.finish import Finishing, finish, finishable, read_finishing
 from fimaq_core.reconstruction.log import ReconstructionLog, read_log
 from fimaq_core.reconstruction.mlp import mlps, reconstruct_mlps, use_relu
 from fimaq_core.reconstruction.reconstruct import reconstruct
+from fimaq_core.reconstruction.starts import round_closed_form
 from fimaq_core.resources import Resources
 from fimaq_core.samples import Samples
 from fimaq_core.store import CheckpointStore, Part, Stage
@@ -52,13 +54,16 @@ class ReconstructMlps(Stage):
 
 
 class Calibrate(Stage):
-    """Find the ranges."""
+    """Find the ranges; without reconstruction, also round the weights by the recipe's start."""
 
     name, kind, mark = "calibrate", "calibration", "calibrated"
     fields = "ranges"
 
     def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
         calibrate(part.chain, part.inputs, part.recipe, resources.on_progress, resources.batch_size)
+        if part.recipe.start != "nearest" and not part.recipe.reconstruct:
+            run = part.chain, part.inputs, part.recipe
+            round_closed_form(*run, resources=resources, notes=part.log.notes)
 
     def load(self, part: Part, path: Path) -> str:
         holds = {"stage": self.mark}
@@ -98,10 +103,40 @@ class Freeze(Stage):
         freeze(part.chain)
 
 
-MLPS, CALIBRATE, RECONSTRUCT, FREEZE = ReconstructMlps(), Calibrate(), Reconstruct(), Freeze()
+class Finish(Stage):
+    """Train norms, biases and scales of a frozen chain through the whole model."""
+
+    name, kind, mark = "finish", "finish", "finished"
+
+    def wanted(self, part: Part) -> bool:
+        return part.recipe.finish_steps > 0 and finishable(part.chain)
+
+    def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
+        run = part.chain, part.inputs, part.recipe, part.divergence
+        self._keep(part, finish(*run, resources=resources, teacher=part.teacher))
+
+    def load(self, part: Part, path: Path) -> str:
+        holds = {"stage": self.mark}
+        found = load_checkpoint(path, part.chain, part.fingerprint, self.fields, holds)
+        set_quantized(part.chain, True)
+        self._keep(part, read_finishing(found.facts.get("finishing"), path))
+        return found.sha256
+
+    def facts(self, part: Part) -> dict[str, Any]:
+        assert part.finishing is not None
+        return {**super().facts(part), "finishing": part.finishing.model_dump()}
+
+    @staticmethod
+    def _keep(part: Part, finishing: Finishing) -> None:
+        part.finishing = finishing
+        part.log.notes.append(finishing.sentence())
+
+
+MLPS, CALIBRATE, RECONSTRUCT = ReconstructMlps(), Calibrate(), Reconstruct()
+FREEZE, FINISH = Freeze(), Finish()
 
 #: All stages in order.
-STAGES: list[Stage] = [MLPS, CALIBRATE, RECONSTRUCT, FREEZE]
+STAGES: list[Stage] = [MLPS, CALIBRATE, RECONSTRUCT, FREEZE, FINISH]
 
 
 def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint | None) -> str:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, field_validator, model_validator
 
+from fimaq_core.bits_map import BitsMap
 from fimaq_core.documents import problems, read_yaml, shown
 from fimaq_core.errors import RecipeError, suggest
-from fimaq_core.methods import AT_BITS, FROM_7_BITS, REVISED
+from fimaq_core.methods import AT_BITS, BUDGETS, FROM_7_BITS, RATES, REVISED
 from fimaq_core.methods import METHODS as METHODS
 from fimaq_core.methods import OFF as OFF
 from fimaq_core.settings import LOSSES as LOSSES
@@ -33,6 +34,7 @@ _LATER = ["revision", "range_inputs", "reparameterize_merges", "refit_rule"]
 _LATER += ["loss_start", "prediction_lambda", "rotate", "range_grid", "start", "start_damp"]
 _LATER += ["weight_learning", "lr_weight", "glf_weight", "finish_steps", "finish_lr"]
 _LATER += ["finish_lr_scale", "finish_batch", "finish_held_out", "finish_weight_scales"]
+_LATER += ["bits_map"]
 
 
 class Recipe(Settings):
@@ -50,6 +52,11 @@ class Recipe(Settings):
         if value is not None and value != OFF and not 2 <= value <= 8:
             raise ValueError(f"{value} bits is outside 2 to 8 (or {OFF} for off)")
         return value
+
+    @field_validator("bits_map")
+    @classmethod
+    def _check_bits_map(cls, value: BitsMap | None) -> BitsMap | None:
+        return value or None
 
     @field_validator("loss")
     @classmethod
@@ -105,6 +112,11 @@ class Recipe(Settings):
         own = {k: v for k, v in own.items() if k not in _LATER or v != defaults[k].default}
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
+    def unfinished(self) -> "Recipe":
+        """Return the recipe without joint finishing."""
+        finish = {name: Recipe.model_fields[name].default for name in _names("finish")}
+        return self.model_copy(update=finish)
+
     def names_of(self, fields: Fields) -> list[str]:
         """Return the names of ``fields``. Ranges depend on the MLPs if these are reconstructed."""
         if fields == "all":
@@ -159,25 +171,35 @@ def register_method(name: str, changes: Mapping[str, Any]) -> None:
 def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
     """Merge defaults, the method's settings and ``overrides`` into a recipe; later ones win.
 
-    The recipe gets the revision that this version runs.
+    The recipe gets the revision that this version runs. A mapping may also have the key ``budget``,
+    a name of :data:`fimaq_core.methods.BUDGETS`: short for the steps and learning rates of this
+    budget, over which the other fields of the same mapping win.
 
     Raises:
         RecipeError: unknown method or key (with a suggestion), a value that does not fit, or
             another revision.
+
+    Example:
+        >>> recipe = make_recipe("fimaq", {"budget": "fast"})
+        >>> recipe.steps, recipe.lr_alpha
+        (500, 0.0132)
     """
     if method not in METHODS:
         raise RecipeError(f"Unknown method {shown(method)}.{suggest(method, METHODS)}")
     given: dict[str, Any] = {"method": method}
     for override in overrides:
-        _check_keys(override, "the recipe")
-        given.update(override)
+        _check_keys(override, "the recipe", "budget")
+        fields = {name: value for name, value in override.items() if name != "budget"}
+        if "budget" in override:
+            given.update(_of_budget(override["budget"], given, fields))
+        given.update(fields)
     if given["method"] != method:  # the other method's settings were not merged
         raise RecipeError(
             f"The recipe names method '{given['method']}', but method '{method}' is asked for: "
             "choose one."
         )
     bits = given.get("w_bits", Recipe.model_fields["w_bits"].default)
-    many = any(6 < given.get(name, 4) < OFF for name in ("w_bits", "a_bits"))
+    many = any(given.get(name) in (7, 8) for name in ("w_bits", "a_bits"))
     usual = {**METHODS[method], **(FROM_7_BITS if many else {})}
     merged = {**usual, **AT_BITS.get(method, {}).get(bits, {}), **given}
     try:
@@ -193,6 +215,31 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
     return recipe.model_copy(update={"revision": revision})
 
 
+def _of_budget(
+    budget: object, given: Mapping[str, Any], beside: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the recipe fields of a budget, for the method in the fields ``given`` so far.
+
+    Stages that the recipe does not run keep their fields. Rates follow the steps: those of the
+    fields ``beside`` the budget, or its own. It never has more steps than the method itself.
+    """
+    if not isinstance(budget, str) or budget not in BUDGETS:
+        raise RecipeError(f"Unknown budget {shown(budget)}: choose {', '.join(BUDGETS)}.")
+    defaults = {name: field.default for name, field in Recipe.model_fields.items()}
+    own = {**defaults, **METHODS[given["method"]]}
+    now, found = {**own, **given, **beside}, dict(BUDGETS[budget])
+    learned = "lr_weight" if now["weight_learning"] == "straight-through" else "lr_alpha"
+    for stage, name in (("reconstruct", "steps"), ("reconstruct_mlp", "mlp_steps")):
+        wanted = found.pop(name, own[name])
+        if not now[stage] or wanted >= own[name]:
+            continue
+        steps = found[name] = beside.get(name, wanted)
+        for rate, power in RATES[name].items():
+            if rate in (learned, "lr_scale", "mlp_lr"):
+                found[rate] = float(f"{own[rate] * (own[name] / steps) ** power:.3g}")
+    return found
+
+
 def read_recipe_file(path: Path) -> dict[str, Any]:
     """Read recipe fields from a YAML file: a flat mapping of field names to values.
 
@@ -200,12 +247,12 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
         RecipeError: the file is missing, is not a YAML mapping, or names an unknown field.
     """
     content = read_yaml(path, "recipe file", RecipeError)
-    _check_keys(content, str(path))
+    _check_keys(content, str(path), "budget")
     return content
 
 
-def _check_keys(content: Mapping[str, Any], where: str) -> None:
+def _check_keys(content: Mapping[str, Any], where: str, *more: str) -> None:
     for key in content:
-        if key not in Recipe.model_fields:
-            known = suggest(str(key), Recipe.model_fields)
+        if key not in Recipe.model_fields and key not in more:
+            known = suggest(str(key), [*Recipe.model_fields, *more])
             raise RecipeError(f"Unknown key {shown(str(key))} in {where}.{known}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from fimaq_core.bits_map import BitsMap
 from fimaq_core.documents import Strict
 from fimaq_core.methods import OFF
 
@@ -18,6 +19,8 @@ LOSSES += ["prediction_pdquant", "glf"]
 #: Losses that compare predictions of the whole model; losses not divided by their first values.
 PREDICTION = ("prediction", "prediction_pdquant")
 UNDIVIDED = ("mse_adalog", "prediction_pdquant")
+#: Losses through the full-precision model behind the block.
+THROUGH_REST = (*PREDICTION, "glf")
 
 #: Kinds of activation quantizers.
 Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
@@ -55,6 +58,11 @@ class Settings(Strict, allow_inf_nan=False):
     patch_input_bits: int = _bits(
         OFF, "Bits of the patch embedding's input; 32 (off) as in the released code."
     )
+    bits_map: BitsMap | None = _bits(
+        None,
+        "Bits of single layers in place of those above: 'layer: {w: 3, a: 4}' lines, for products "
+        "'{a: 4, b: 4}'.",
+    )
 
     calibration_images: int = _range(1024, "Images drawn for calibration and reconstruction.", ge=1)
     calibration_transform: Literal["eval", "train"] = _range(
@@ -88,7 +96,7 @@ class Settings(Strict, allow_inf_nan=False):
     reparameterize: bool = _range(
         True,
         "Reparameterise LayerNorm and the linear layer behind it (if weight and activation bits "
-        "agree; with percentile ranges always).",
+        "agree; with percentile ranges always). Rotated models are never reparameterised.",
     )
     reparameterize_merges: bool = _range(
         True, "Reparameterise also the norm before the reduction of a patch merging."
@@ -195,14 +203,16 @@ class Settings(Strict, allow_inf_nan=False):
     finish_steps: int = _finish(
         0,
         "Steps of joint finishing: after reconstruction, norms, biases and scales are trained "
-        "through the whole quantized model.",
+        "through the whole quantized model (200 or more).",
         ge=0,
     )
-    finish_lr: float = _finish(5e-4, "Learning rate of norms and biases (Adam, cosine to 0).", gt=0)
+    finish_lr: float = _finish(2e-3, "Learning rate of norms and biases (Adam, cosine to 0).", gt=0)
     finish_lr_scale: float = _finish(
-        4e-5, "Learning rate of scales in finishing (Adam, cosine to 0).", gt=0
+        4e-4, "Learning rate of scales in finishing (Adam, cosine to 0).", gt=0
     )
-    finish_batch: int = _finish(32, "Images per step of finishing.", ge=1)
+    finish_batch: int = _finish(
+        32, "Images per step of finishing; images of varying sizes are taken one by one.", ge=1
+    )
     finish_held_out: int = _finish(
         64, "Calibration images held out of finishing; the best step on them is kept.", ge=1
     )

@@ -13,6 +13,7 @@ from fimaq_core.checkpoint import Fingerprint, Pieces, save_checkpoint
 from fimaq_core.files import is_there
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.recipe import Fields, Recipe
+from fimaq_core.reconstruction.finish import Finishing
 from fimaq_core.reconstruction.log import ReconstructionLog
 from fimaq_core.resources import Resources
 from fimaq_core.samples import Samples
@@ -34,6 +35,7 @@ class Part:
     facts: dict[str, Any] = field(default_factory=dict)  # JSON values for checkpoints' headers
     teacher: BlockChain | None = None  # copy of the chain with GELU, if its MLPs have ReLU now
     log: ReconstructionLog = field(default_factory=ReconstructionLog)
+    finishing: Finishing | None = None  # result of joint finishing; None without it
     #: sha256 (hex) of the content of each file that stages wrote or loaded, by name of the file
     artefacts: dict[str, str] = field(default_factory=dict)
 

@@ -42,7 +42,7 @@ def assert_same_steps(expected: BlockTrainer, others: Sequence[BlockTrainer], st
     within rounding, and all of them within the effect of a flip.
 
     Returns:
-        How far each α of ``expected`` moved in all.
+        How far each variable of the weights of ``expected`` moved in all.
     """
     first = before = _variables(expected)
     flipped = [0] * len(others)
@@ -70,14 +70,14 @@ def assert_same_steps(expected: BlockTrainer, others: Sequence[BlockTrainer], st
 
 
 def _variables(made: BlockTrainer) -> list[Tensor]:
-    """Copies of α, scales, and Adam's two moments of α and of the scales."""
+    """Copies of the weights' variables, scales, and Adam's two moments of each."""
     step, state = made._step, made.state
     step.finish()
-    alpha = state.soft[:0] if state.rounding is None else state.rounding.alpha
+    learned = state.soft[:0] if state.rounding is None else state.rounding.vectors[0]
     moments = state.moments
     if isinstance(step, TextbookStep):
-        moments = [*_moments(step, step.alphas), *_moments(step, step.scales)]
-    return [tensor.clone() for tensor in (alpha, state.scales, *moments)]
+        moments = [*_moments(step, step.variables), *_moments(step, step.scales)]
+    return [tensor.clone() for tensor in (learned, state.scales, *moments)]
 
 
 def _moments(step: TextbookStep, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -92,7 +92,7 @@ def _set(made: BlockTrainer, values: Sequence[Tensor], starts: Tensor) -> None:
     """Continue from the variables and the loss's starts of another trainer."""
     state = made.state
     if state.rounding is not None:
-        state.rounding.alpha.copy_(values[0])
+        state.rounding.vectors[0].copy_(values[0])
         state.soft.copy_(state.rounding.soft())
     for own, value in zip((state.scales, *state.moments), values[1:], strict=True):
         own.copy_(value)
@@ -102,7 +102,7 @@ def _set(made: BlockTrainer, values: Sequence[Tensor], starts: Tensor) -> None:
 def _apart(before: list[Tensor], found: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
     """Distances of the gradients and of the moves of a step from ``before``."""
     apart = {}
-    for name, variable, moment in (("alpha", 0, 2), ("scales", 1, 4)):
+    for name, variable, moment in (("weights", 0, 2), ("scales", 1, 4)):
         gradients = (after[moment] - BETA1 * before[moment] for after in (found, expected))
         moves = (after[variable] - before[variable] for after in (found, expected))
         apart[f"gradient of {name}"] = distance(*gradients, 1e-12)

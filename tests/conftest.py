@@ -68,3 +68,11 @@ def _temporary_files(request: pytest.FixtureRequest) -> Iterator[None]:
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)
         yield
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """New tensors are float64, so that only mistakes make a difference."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import pandas as pd
@@ -107,10 +107,13 @@ def _short(value: str) -> str:
 
 def has_effect(recipe: Recipe, name: str) -> bool:
     """Return True if the setting ``name`` influences the results of a recipe."""
-    if name in ("reconstruct", "reconstruct_mlp", "refit"):
+    if name in ("reconstruct", "reconstruct_mlp", "refit", "start", "finish_steps"):
         return True
-    if name.startswith("mlp_"):
-        return recipe.reconstruct_mlp
+    parts = {"mlp_": recipe.reconstruct_mlp, "finish_": recipe.finish_steps > 0}
+    parts["start_"] = recipe.start != "nearest"
+    for prefix, wanted in parts.items():
+        if name.startswith(prefix):
+            return wanted
     extra = Recipe.model_fields[name].json_schema_extra
     group = extra.get("group") if isinstance(extra, dict) else None
     if group == "reconstruction":
@@ -124,23 +127,46 @@ def changed_settings(recipe: Recipe, task: str) -> dict[str, object]:
     return {name: value for name, value in changes.items() if has_effect(recipe, name)}
 
 
+def changes_of(record: ResultRecord) -> dict[str, object]:
+    """Return the changed settings of a record; none if its recipe is not of this version."""
+    try:
+        recipe = recipe_of(record)
+        return {} if recipe is None else changed_settings(recipe, record.task)
+    except FimaqError:
+        return {}
+
+
 @cache
 def published_rows() -> pd.DataFrame:
-    """Return the published accuracies. Bits are 0 where the source does not state them."""
-    table = pd.DataFrame(csv_rows("accuracy"))
+    """Return the published accuracies, with those of the ablations that ``names.yaml`` lists.
+
+    Bits are 0 where the source does not state them.
+    """
+    found = [
+        {**row, "task": task, "dataset": dataset}
+        for study, (task, dataset) in load_names().ablations.items()
+        for row in csv_rows("ablation")
+        if row["study"] == study
+    ]
+    table = pd.DataFrame(csv_rows("accuracy") + found).fillna("")
     for column in ("w_bit", "a_bit"):
         table[column] = pd.to_numeric(table[column]).fillna(0).astype(int)
     return table.assign(value=table["value"].astype(float))
 
 
-def mismatch(record: ResultRecord, metric: str, names: Names) -> str | None:
-    """Return the reason why a record compares with no published number; None if it may."""
+def mismatch(
+    record: ResultRecord, metric: str, *, names: Names, changes: Mapping[str, object]
+) -> str | None:
+    """Return the reason why a record compares with no published number; None if it may.
+
+    ``changes`` are the recipe fields that the published method changes in the record's method.
+    """
     why = _other_data(record, names) or _other_model(record, names) or contradiction(record)
     if not why and record.method != "fp":
         why = (
             _export(record)
             or _other_full_precision(record, metric)
-            or _other_recipe(record)
+            or _other_recipe(record, changes)
             or _other_calibration(record, names)
         )
     # Records of other people may have texts of any length.
@@ -200,13 +226,13 @@ def _export(record: ResultRecord) -> str | None:
     return "measured on an export to ONNX; published numbers are of simulated quantization"
 
 
-def _other_recipe(record: ResultRecord) -> str | None:
+def _other_recipe(record: ResultRecord, published: Mapping[str, object]) -> str | None:
     if record.method not in METHODS:
         return f"the method '{record.method}' and its released settings are not known here"
-    recipe = recipe_of(record)
-    changes = {} if recipe is None else changed_settings(recipe, record.task)
-    listed = ", ".join(f"{name} {value}" for name, value in changes.items())
-    return f"settings changed from the released ones: {listed}" if changes else None
+    changes = changes_of(record)
+    listed = ", ".join(f"{name} {value}" for name, value in changes.items()) or "none"
+    same = changes == published
+    return None if same else f"settings changed from the released ones: {listed}"
 
 
 def _other_calibration(record: ResultRecord, names: Names) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from benchmarks.compare import alike
-from benchmarks.compare.alike import STRONG, differing, facts, mismatch, published_rows
+from benchmarks.compare.alike import STRONG, changes_of, differing, facts, mismatch, published_rows
 from benchmarks.compare.statistics import half_width
 from benchmarks.grid.cell import EXPORT
 from benchmarks.grid.names import UNSTATED, Names, load_names
@@ -155,10 +155,12 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
     record, sets = item.record, names.published_on(item.record.task, item.record.dataset.name)
     if not sets:
         return rows.iloc[:0]
+    changes = changes_of(record)  # a row of an ablation fits only records with its changes
     methods = [
         name
         for name, entry in names.methods.items()
         if record.method in {entry.id, *entry.comparable.values()}
+        and entry.changes in ({}, changes)
     ]
     own, scopes = names.models_for(record.model), (scores.scope_of(record) or None, UNSTATED)
     models = [
@@ -238,7 +240,10 @@ def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> list[
 
 def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Judgement:
     """Compare a measurement with a published row of the same cell (None: there is no row)."""
-    reasons = (mismatch(record, item.metric, names) for record in item.records)
+    changes = {} if row is None else names.methods[row["method"]].changes
+    reasons = (
+        mismatch(record, item.metric, names=names, changes=changes) for record in item.records
+    )
     why = next(filter(None, reasons), item.conflict or None)
     if row is None:
         why = why or "no published number for this model, method and bits"

@@ -51,6 +51,7 @@ def expected_cost(cell: Cell) -> float:
         images += passes(recipe) * recipe.calibration_images
     if recipe.reconstruct_mlp:
         images += _MLP_SHARE * recipe.mlp_steps * recipe.mlp_batch
+    images += recipe.finish_steps * recipe.finish_batch
     return 3.0 + (3.0 if recipe.refit else 0.0) + images / 640
 
 

@@ -91,6 +91,7 @@ class Cell:
     point: str = ""
     #: (axis, point) pairs of ablation tables; the grid's own settings may be on several axes.
     axis_points: tuple[tuple[str, str], ...] = ()
+    made_by: str = ""  #: command that makes the cell's data and weights; empty: there is none
 
     @cached_property
     def key(self) -> Key:

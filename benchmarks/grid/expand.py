@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 from benchmarks.grid.cell import EXPORT, Cell, Key, RunOptions
 from benchmarks.grid.schema import FP, Axes, Extra, Grid, GridError, known_method, parse_bits
 from fimaq_core.documents import shown
-from fimaq_core.errors import suggest
+from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.recipe import METHODS, OFF, Recipe, make_recipe
 from tasks.common.cell import identity
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
 T = TypeVar("T")
+#: Filter of axes that keeps none of them: the cells of the grid's own settings.
+NO_AXIS = "none"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def parse_filters(grid: Grid, **texts: str) -> Filters:
     for what, wanted, names in (
         ("task", chosen.tasks, tasks),
         ("model", chosen.models, models),
-        ("axis", chosen.axes, grid.axes),
+        ("axis", chosen.axes, _axis_names(grid)),
     ):
         for name in sorted(set(wanted or ()).difference(names)):
             hint = suggest(name, names)
@@ -75,10 +77,20 @@ def _split(text: str) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(filter(None, parts))) or None
 
 
+def _axis_names(grid: Grid) -> list[str]:
+    """Return the names that a filter of axes may have: ``k``, ``k=15``, :data:`NO_AXIS`."""
+    points = [f"{axis}={point}" for axis, own in grid.axes.items() for point in own]
+    return [*grid.axes, *points, NO_AXIS]
+
+
 def chosen_axes(grid: Grid, filters: Filters) -> Axes:
-    """Return the axes of a grid that a filter keeps."""
-    wanted = grid.axes if filters.axes is None else filters.axes
-    return {name: points for name, points in grid.axes.items() if name in wanted}
+    """Return the axes of a grid that a filter keeps, whole or with some of their points."""
+    wanted = set(grid.axes if filters.axes is None else filters.axes)
+    found = {
+        axis: {k: v for k, v in points.items() if wanted & {axis, f"{axis}={k}"}}
+        for axis, points in grid.axes.items()
+    }
+    return {axis: points for axis, points in found.items() if points}
 
 
 def expand(grid: Grid, filters: Filters, options: RunOptions) -> list[Cell]:
@@ -160,21 +172,30 @@ def _with_points(
 ) -> list[Cell]:
     """Return ``base`` and one cell per point of ``axes`` whose recipe differs from it.
 
-    A point with the recipe of ``base`` adds no cell: the tables show ``base`` in its place.
+    A point with the recipe of another cell adds no cell: the tables show that cell in its place. A
+    point that the method's recipe does not allow adds none either.
     """
-    own_points, cells = [], []
+    cells = [base]
     for axis, points in axes.items():
         for point, changes in points.items():
-            recipe, name = make_recipe(base.method, overrides, changes, own), f"{axis}={point}"
-            if recipe == base.request.recipe:
-                own_points.append((axis, point))
+            try:
+                recipe = make_recipe(base.method, overrides, changes, own)
+            except RecipeError:
+                continue
+            name, same = f"{axis}={point}", (cell.request.recipe == recipe for cell in cells)
+            if (place := next(itertools.compress(itertools.count(), same), None)) is not None:
+                on = (*cells[place].axis_points, (axis, point))
+                cells[place] = replace(cells[place], axis_points=on)
                 continue
             # The name of a variant ends with the scope, which must not be repeated before it.
             whole = make_recipe(base.method, overrides, own).model_copy(update={"scope": None})
             variant = f"{identity.variant_name(replace(base.request, recipe=whole))} {name}"
             request = replace(base.request, recipe=recipe, variant=variant)
+            for cell in cells:  # a finished cell starts from the cell without finishing
+                if recipe.finish_steps and cell.request.recipe == recipe.unfinished():
+                    request = replace(request, base_variant=cell.request.variant)
             cells.append(replace(base, request=request, point=name, axis_points=((axis, point),)))
-    return [replace(base, axis_points=tuple(own_points)), *cells]
+    return cells
 
 
 def _make_cell(
@@ -182,10 +203,14 @@ def _make_cell(
 ) -> Cell:
     """Return the cell of a model and recipe (None: full precision) in a section of a grid."""
     part, task = grid.tasks[section], grid.task_of(section)
+    data, weights, made_by = options.data.of(part.data), options.weights, ""
+    if part.prepared is not None:
+        data = weights = options.results / "prepared" / part.prepared.name
+        made_by = part.prepared.command.replace("{folder}", str(data))
     request = CellRequest(
         task=task,
-        model=ModelRequest(name=model, weights_folder=options.weights),
-        data=DataRequest(path=options.data.of(part.data), evaluation=part.evaluation),
+        model=ModelRequest(name=model, model_args=part.model_args, weights_folder=weights),
+        data=DataRequest(path=data, evaluation=part.evaluation),
         recipe=recipe,
         variant=None if recipe is None else grid.variant,
         results=options.results / "runs",
@@ -194,6 +219,7 @@ def _make_cell(
         placement=options.placement or part.placement,
     )
     if recipe is None:
-        return Cell(section, task, model, "fp", OFF, OFF, None, request)
+        return Cell(section, task, model, "fp", OFF, OFF, None, request, made_by=made_by)
     bits, scope = (recipe.w_bits, recipe.a_bits), recipe.scope or ""
-    return Cell(section, task, model, recipe.method, *bits, recipe.seed, request, scope)
+    own = (recipe.method, *bits, recipe.seed)
+    return Cell(section, task, model, *own, request, scope, made_by=made_by)

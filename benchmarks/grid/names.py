@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import model_validator
 
@@ -51,6 +52,8 @@ class MethodName(Strict):
     id: str
     #: Published variant to the method here with the same settings; other variants are context only.
     comparable: dict[str, str] = {}
+    #: Recipe fields that the published method changes in the method here (ablations).
+    changes: dict[str, Any] = {}
 
 
 class Names(Strict):
@@ -66,6 +69,8 @@ class Names(Strict):
     models: dict[str, ModelName]
     methods: dict[str, MethodName]
     studies: dict[str, str] = {}  #: GPU of each study of run times
+    #: Published task and data set of each study of ``ablation.csv`` that is compared with records.
+    ablations: dict[str, tuple[str, str]] = {}
     unmapped_models: dict[str, str] = {}  #: reason why a published name has no id here
     unmapped_methods: dict[str, str] = {}
 

@@ -20,7 +20,10 @@ _FOLDERS = {
 _RESULTS: dict[str, Any] = {"default": "results", "show_default": True}
 _RESULTS |= {"type": click.Path(path_type=Path), "help": "Folder of runs and tables."}
 PROFILE: dict[str, Any] = {"default": "quickstart", "show_default": True}
-PROFILE["help"] = "quickstart, demo, paper, ablation, paper-ablation, quantizers, or a .yaml file."
+PROFILE["help"] = (
+    "quickstart, demo, frontier, paper, ablation, paper-ablation, paper-parts, quantizers, or a "
+    ".yaml file."
+)
 profile_option = click.option("--profile", **PROFILE)
 results_option = click.option("--results", **_RESULTS)
 

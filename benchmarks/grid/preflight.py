@@ -11,6 +11,14 @@ from tasks.common import registry
 from tasks.common.request import Missing, describe_missing
 
 
+def not_made(cell: Cell) -> str | None:
+    """Return the command that makes the data and weights of a cell, if its folder is missing."""
+    folder = cell.request.data.path
+    if not cell.made_by or folder is None or (folder / "val").is_dir():
+        return None
+    return f"Missing: the folder {folder} of {cell.section}. Make it: {cell.made_by}"
+
+
 def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
     """Return one message per missing data set, weights file and extra, and impossible request."""
     found: list[Missing] = []
@@ -21,6 +29,9 @@ def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
         except FimaqError as error:
             errors[str(error)] = None
     for cell in {(cell.section, cell.model): cell for cell in cells}.values():
+        if (message := not_made(cell)) is not None:
+            errors[message] = None
+            continue
         try:
             found += adapter.preflight(cell.request)
         except FimaqError as error:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from benchmarks.grid.cell import CellName
 from fimaq_core.documents import Strict, read_yaml, shown, validate
-from fimaq_core.errors import FimaqError, suggest
+from fimaq_core.errors import FimaqError, RecipeError, suggest
 from fimaq_core.export.recipes import check_exportable
 from fimaq_core.recipe import METHODS, OFF, make_recipe
 from tasks.common import registry
@@ -74,6 +74,13 @@ Points = Annotated[dict[Point, Overrides], Field(min_length=1)]
 Axes = dict[Point, Points]
 
 
+class Prepared(Strict):
+    """Folder that a command makes before a run: ``train/``, ``val/``, <model.tag>.safetensors."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")  #: of the folder in ``<results>/prepared``
+    command: str  #: makes the folder; ``{folder}`` stands for its path
+
+
 class TaskGrid(Strict):
     """Section of a grid: one task on one data set. A task may have several sections."""
 
@@ -81,7 +88,9 @@ class TaskGrid(Strict):
     dataset: str  #: name of the data set in records
     #: Data folder that the user must give; ``own``: the models have their own data.
     data: Literal["own", "imagenet", "coco", "flickr"] = "own"
+    prepared: Prepared | None = None  #: data and weights that a command makes, in place of ``data``
     evaluation: str | None = None  #: one of the task's evaluations; None: its default
+    model_args: dict[str, Any] = {}  #: arguments of the models' constructors
     models: tuple[str, ...] = Field(min_length=1)
     available: tuple[str, ...] = ()  #: models that run when a filter asks for them
     #: These lists replace those of the grid.
@@ -125,7 +134,12 @@ class Grid(Strict):
     threads: int | None = Field(None, ge=1, le=4096)  #: of a cell on CPUs; None: PyTorch's
     jobs: int | None = Field(None, ge=1, le=4096)  #: cells at a time; None: by cores and threads
     extra: tuple[Extra, ...] = ()  #: further cells, without axis points
-    axes: Axes = {}  #: ablations: each point changes the settings above on one axis
+    #: Ablations: each point changes the settings above on one axis. A method whose recipe does not
+    #: allow a point has no cell there.
+    axes: Axes = {}
+    #: Layout of the tables. ``frontier``: one table of all sections with means over models and
+    #: differences, also of a part of the cells.
+    table: Literal["sections", "frontier"] = "sections"
     next: tuple[str, ...] = ()  #: advice that a run prints at its end
     only: frozenset[CellName] | None = None  #: cells of a published table; None: all cells
 
@@ -140,9 +154,14 @@ class Grid(Strict):
             raise GridError(f"{count:,} cells are more than {_MOST_CELLS:,}: make several grids")
         points = [changes for axis in self.axes.values() for changes in axis.values()]
         for section in self.tasks:
-            for method in self.methods_of(section):
-                for changes in ({}, *points) if method != FP else ():
-                    make_recipe(method, self.overrides_of(section), changes)
+            methods = [method for method in self.methods_of(section) if method != FP]
+            own = self.overrides_of(section)
+            for method in methods:
+                make_recipe(method, own)
+            for changes in points if methods else ():
+                errors = [error for name in methods if (error := _refusal(name, own, changes))]
+                if len(errors) == len(methods):
+                    raise errors[0]
             self._check_exports(section)
         return self
 
@@ -185,6 +204,15 @@ class Grid(Strict):
         """Return the recipe fields that the task, the grid and the section itself change."""
         usual = registry.defaults(self.task_of(section))
         return {**usual, **self.overrides, **self.tasks[section].overrides}
+
+
+def _refusal(method: str, *changes: Overrides) -> RecipeError | None:
+    """Return the error of a recipe with these changes; None if there is none."""
+    try:
+        make_recipe(method, *changes)
+    except RecipeError as error:
+        return error
+    return None
 
 
 def load_grid(profile: str) -> Grid:

@@ -227,7 +227,7 @@ def _published(
         source = found[0]["source"]
         raise TableError(f"is said to be unpublished ({reason}), but {source} has a number.")
     if reason or len(found) == 1:
-        return None if reason else found[0]
+        return None if reason else {"task": str(c.task), "dataset": str(c.dataset), **found[0]}
     fields = ("study", "method", "variant", "metric", "source")
     given = {name: getattr(c, name) for name in fields if getattr(c, name) is not None}
     asked = ", ".join(f"{name} '{value}'" for name, value in given.items())
@@ -249,17 +249,15 @@ def _measured(
 
     Raises TableError if the grid has no such cell, or its settings are not those of the protocol.
     """
-    name = _cell_name(c, bits, model, grid)
+    name = _cell_name(c, bits, model, grid, not reason)
     entry = load_names().datasets.get(str(c.task), {}).get(str(c.dataset))
     metric = None if entry is None else entry.metrics.get(str(c.metric))
     if metric is None:
         raise TableError(f"names.yaml does not map the {c.metric} of {c.dataset} ({c.task}).")
-    if name.point and not reason:
-        raise TableError(f"its published number is not of {name.point}: add 'unpublished'.")
     return name, metric
 
 
-def _cell_name(c: Coordinates, bits: str, model: str, grid: Grid) -> CellName:
+def _cell_name(c: Coordinates, bits: str, model: str, grid: Grid, published: bool) -> CellName:
     names, section, method = load_names(), str(c.section), str(c.measure)
     entry, lacks = names.models[model], f"profile '{grid.name}' has no"
     _among(f"{lacks} section", section, grid.tasks)
@@ -268,7 +266,7 @@ def _cell_name(c: Coordinates, bits: str, model: str, grid: Grid) -> CellName:
     known_method(method)
     theirs, variant = names.methods.get(str(c.method)), c.variant or ""
     allowed = None if theirs is None else theirs.comparable.get(variant)
-    if allowed != method:
+    if theirs is None or allowed != method:
         raise TableError(
             f"'{method}' cannot be measured for {c.method} (variant '{variant}'). "
             f"names.yaml lets it compare with {allowed or 'no method here'}: correct "
@@ -288,6 +286,9 @@ def _cell_name(c: Coordinates, bits: str, model: str, grid: Grid) -> CellName:
     own = {"w_bits": w_bits, "a_bits": a_bits, "seed": grid.seeds[0], "scope": scope or None}
     overrides = grid.overrides_of(section)
     recipe = make_recipe(method, overrides, changes, own)
+    if published and recipe != make_recipe(method, overrides, theirs.changes, own):
+        where = c.point or "the released settings"
+        raise TableError(f"its published number is not of {where}: add 'unpublished'.")
     if not c.protocol:
         raise TableError("no 'protocol': state the source's calibration as recipe fields.")
     for field, value in c.protocol.items():

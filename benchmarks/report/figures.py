@@ -163,7 +163,7 @@ def _block_means(group: Group, what: str) -> dict[str, float]:
 def kind_of(stage: str) -> str:
     """Return the kind of a stage: ``reconstruct`` for ``reconstruct text (reused)``."""
     plain = stage.removesuffix(" (reused)")
-    found = re.match(r"reconstruct MLPs|(load|calibrate|reconstruct|evaluate)\b", plain)
+    found = re.match(r"reconstruct MLPs|(load|calibrate|reconstruct|finish|evaluate)\b", plain)
     return found[0] if found else plain
 
 

@@ -6,12 +6,13 @@ import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks.grid.cell import Adapter, Cell, Key, finished
-from benchmarks.grid.preflight import missing
+from benchmarks.grid.preflight import missing, not_made
 from benchmarks.run.options import RunRequest, make_executor, settled
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import PrintableConsole
@@ -35,6 +36,8 @@ def run_grid(request: RunRequest) -> int:
     measured, unreadable = _records(cells, adapter)
     known = {} if request.options.force else measured | unreadable
     todo = [cell for cell in cells if cell.key not in known]
+    absent = {cell.key: message for cell in todo if (message := not_made(cell)) is not None}
+    todo = [cell for cell in todo if cell.key not in absent]
     failures: list[Failure] = []
     try:
         if todo:
@@ -44,9 +47,11 @@ def run_grid(request: RunRequest) -> int:
                 raise FimaqError("\n".join(lines))
             request = settled(request)
             _measure(request, {cell.key for cell in todo}, measured, failures)
-        elif not unreadable:
+        elif not unreadable and not absent:
             print(f"All {len(cells)} cells are done already.")
         code, complete = _write(request, cells)
+        for message, count in Counter(absent.values()).items():
+            print(f"{count} of {len(cells)} cells were left out. {message}", file=sys.stderr)
     finally:  # also if tables cannot be written, or the run is stopped
         _print_failures(failures, len(cells))
     if unreadable and not request.options.force:

@@ -29,7 +29,9 @@ def recipe_marks(recipe: Recipe | None) -> tuple[str, str]:
     if recipe is None:
         return "-", "-"
     places = {"softmax": recipe.softmax_quantizer, "GELU": recipe.gelu_quantizer}
-    parts = {"blocks": recipe.reconstruct, "MLPs": recipe.reconstruct_mlp, "weights": recipe.refit}
+    closed_form = recipe.start != "nearest" and not recipe.reconstruct
+    parts = {"blocks": recipe.reconstruct, "MLPs": recipe.reconstruct_mlp}
+    parts |= {"weights": recipe.refit or closed_form, "whole model": recipe.finish_steps > 0}
     special = ", ".join(name for name, kind in places.items() if kind != "uniform")
     return special or "-", " + ".join(name for name, wanted in parts.items() if wanted) or "-"
 

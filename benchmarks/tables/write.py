@@ -9,7 +9,7 @@ from benchmarks.compare import reference
 from benchmarks.console import terminal_width
 from benchmarks.grid.cell import Adapter, RunOptions
 from benchmarks.grid.expand import Filters, chosen_axes, expand
-from benchmarks.grid.schema import Grid
+from benchmarks.grid.schema import Axes, Grid
 from benchmarks.published.table import PublishedTable
 from benchmarks.results.scores import (
     Cells,
@@ -21,6 +21,7 @@ from benchmarks.results.scores import (
     scores,
     write_text,
 )
+from benchmarks.tables.frontier import frontier_markdown
 from benchmarks.tables.reproduction import Reproduction
 from benchmarks.tables.summary import grid_latex, grid_markdown
 from fimaq_core.errors import FimaqError
@@ -32,12 +33,23 @@ def title(grid: Grid) -> str:
     return f"Profile {grid.name}" + (f": {grid.description}" if grid.description else "")
 
 
+def _markdown(
+    grid: Grid, found: Collected, cells: Cells, width: int | None = None, axes: Axes | None = None
+) -> str:
+    """Return the tables of a grid as Markdown, see :func:`grid_markdown`."""
+    measured, damaged = found
+    if grid.table == "frontier":
+        return frontier_markdown(title(grid), measured, cells, width, damaged)
+    own = grid.axes if axes is None else axes
+    return grid_markdown(title(grid), measured, cells, width, own, damaged)
+
+
 def texts(grid: Grid, found: Collected, cells: Cells) -> dict[str, str]:
     """Return the texts of the tables of ``cells`` by file ending."""
     measured, damaged = found
     table = scores(measured)
     return {
-        "md": grid_markdown(title(grid), measured, cells, axes=grid.axes, damaged=damaged),
+        "md": _markdown(grid, found, cells),
         "csv": csv_text(table[csv_columns(table)]),
         "tex": grid_latex(grid.name, measured, cells, grid.axes, damaged),
     }
@@ -120,10 +132,9 @@ def write_tables(
     found = collect(everything, adapter)
     words = texts(grid, found, everything)
     markdown, table, _ = _write(options.results / "tables", grid.name, words, found.damaged)
-    (mine, damaged), axes = found.only(cells), chosen_axes(grid, filters)
-    text = grid_markdown(title(grid), mine, cells, terminal_width(), axes, damaged)
-    print("", text, sep="\n")
-    for line in reference.compare(grid, mine):
+    mine, axes = found.only(cells), chosen_axes(grid, filters)
+    print("", _markdown(grid, mine, cells, terminal_width(), axes), sep="\n")
+    for line in reference.compare(grid, mine.measured):
         print(line)
     print(f"Table: {table} and {markdown}")
     return warn(found.damaged)
@@ -151,13 +162,15 @@ def write_published(
 def make_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool) -> None:
     """Write the reference of a finished grid, or ``add`` the cells of another processor to it.
 
-    Raises FimaqError if cells are missing, or if added cells have other settings or data.
+    Raises FimaqError if cells are missing (in the layout ``frontier``: all cells), or if added
+    cells have other settings or data.
     """
     cells = expand(grid, Filters(), options)
     found = collect(cells, adapter)
     measured = found.measured
     warn(found.damaged)
-    if not measured if add else len(measured) < len(cells):
+    partial = add or grid.table == "frontier"
+    if not measured if partial else len(measured) < len(cells):
         raise FimaqError(
             f"Only {len(measured)} of {len(cells)} cells of '{grid.name}' are measured, and a "
             f"reference needs all: run `make reproduce-table PROFILE={grid.name}` first."
@@ -165,7 +178,7 @@ def make_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool)
     if add:
         paths = [reference.add_processor(grid, measured)]
     else:
-        words = grid_markdown(title(grid), measured, cells, axes=grid.axes)
+        words = _markdown(grid, found, cells)
         paths = reference.write_reference(grid, measured, words)
     for path in paths:
         print(f"wrote {path}")

@@ -120,8 +120,8 @@ def with_bounds(
     lowers = torch.lerp(lower_in.clamp(max=0), lower.clamp(max=0), share)
     uppers = torch.lerp(upper_in.clamp(min=0), upper.clamp(min=0), share)
     more = from_bounds(lowers, uppers, levels, min_scale)
-    pairs = (grid.scale, more.scale), (grid.zero_point, more.zero_point)
-    return Candidates(*(torch.cat(pair) for pair in pairs))
+    scale = torch.cat([grid.scale, more.scale])
+    return Candidates(scale, torch.cat([grid.zero_point, more.zero_point]))
 
 
 def from_bounds(

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 from fimaq_core.chain import BlockChain, NormPair, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.families.products import Recorder, RoutedMultiheadAttention, RoutedProducts
+from fimaq_core.families.rotation import not_rotated
 from fimaq_core.layers import QuantConv2d, QuantLinear, quant_layers
 from fimaq_core.quantizers.special import make_quantizer
 from fimaq_core.recipe import Recipe
@@ -180,9 +181,11 @@ def own_chain(
         images: images (3, C, H, W) to run the forward on; only their shape matters.
 
     Raises:
-        ModelError: the forward is not stem, blocks in a row, rest and head; or a part cannot be
-            replaced.
+        ModelError: the forward is not stem, blocks in a row, rest and head; a part cannot be
+            replaced; or the recipe asks for a rotation.
     """
+    if recipe.rotate != "none":
+        raise not_rotated("blocks= and head=, whose residual stream is not known,")
     calls, expected = _watched(model, labels, images[:2])
     others, _ = _watched(model, labels, images[2:3])
     _check_order(calls, len(images[:2]))

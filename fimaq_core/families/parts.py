@@ -49,10 +49,11 @@ def mlp_parts(mlp: nn.Module) -> tuple[MlpPart, ...]:
     return (MlpPart("mlp", gelu=(nn.GELU, GELUTanh)),) if isinstance(mlp.norm, nn.Identity) else ()
 
 
-def swap_patch_embed(module: nn.Module, recipe: Recipe) -> None:
-    """Replace the projection of timm's ``PatchEmbed`` by a quantizable convolution, in place."""
+def swap_patch_embed(module: nn.Module, recipe: Recipe) -> PatchEmbed:
+    """Replace the projection of timm's ``PatchEmbed`` by a quantizable convolution; return it."""
     embed = expect(module, "A patch embedding", PatchEmbed)
     embed.proj = QuantConv2d.from_float(embed.proj, recipe.w_bits, recipe.patch_input_bits)
+    return embed
 
 
 def classifier(linear: nn.Module, recipe: Recipe) -> QuantLinear:

@@ -20,6 +20,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.families import expect
 from fimaq_core.families.attention import ExplicitWindowAttention
 from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
+from fimaq_core.families.rotation import Stream, not_rotated
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
 
@@ -86,23 +87,35 @@ class SwinFamily:
             ModelError: a part is of a kind that is not supported.
         """
         assert isinstance(model, SwinTransformer)
-        swap_patch_embed(model.patch_embed, recipe)
-        segments = [Segment("patch_embed", "patch_embed", model.patch_embed)]
+        embed = swap_patch_embed(model.patch_embed, recipe)
+        segments = [Segment("patch_embed", "patch_embed", embed)]
+        stream = Stream(model.embed_dim, recipe)
+        if isinstance(embed.norm, nn.Identity):
+            stream.write(embed.proj)
+        start: nn.Module | None = stream.start(nn.Identity(), embed.norm)
         for stage_number, stage in enumerate(model.layers):
             label, stage = f"layers.{stage_number}", expect(stage, "A stage", SwinTransformerStage)
             merging = expect(stage.downsample, "Downsampling", nn.Identity, PatchMerging)
             if isinstance(merging, PatchMerging):
                 linear = merging.reduction
                 merging.reduction = QuantLinear.from_float(linear, recipe.w_bits, recipe.a_bits)
+                stream.read(merging.norm, merging.reduction, copies=4)
+                stream = Stream(merging.out_dim, recipe)
+                stream.write(merging.reduction)
                 pairs = norm_pair(merging.norm, "reduction")
                 segments.append(Segment(f"{label}.downsample", "merge", merging, pairs=pairs))
             for number, original in enumerate(stage.blocks):
                 block = ExplicitSwinBlock(original, recipe)
+                stream.block(block, pad=block.pad)
                 pairs = norm_pair(block.norm1, "attn.qkv", "pad")
                 pairs += norm_pair(block.norm2, "mlp.fc1")
                 mlps, name = mlp_parts(block.mlp), f"{label}.blocks.{number}"
-                segments.append(Segment(name, "block", block, pairs=pairs, mlps=mlps))
+                segments.append(Segment(name, "block", block, start, pairs=pairs, mlps=mlps))
+                start = None
         fc = classifier(model.head.fc, recipe)
+        if stream.on and model.head.global_pool.pool_type not in ("", "avg"):
+            raise not_rotated(f"pooling of kind {model.head.global_pool.pool_type}")
+        stream.read(model.norm, fc)
         head = nn.Sequential(OrderedDict(global_pool=model.head.global_pool, fc=fc))
         segments.append(Segment("head", "head", head, before=model.norm))
         return BlockChain(segments)

@@ -15,6 +15,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.families import expect
 from fimaq_core.families.attention import attend, join_heads, products, split_heads
 from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
+from fimaq_core.families.rotation import Stream, not_rotated
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
 
@@ -194,19 +195,22 @@ def vit_body(
         ModelError: blocks, attention, MLP or pooling are of a kind that is not supported.
     """
     swap_patch_embed(model.patch_embed, recipe)
+    stream = Stream(model.embed_dim, recipe)
+    embedding = _start(model, stream)
     segments = [Segment(f"{prefix}patch_embed", "patch_embed", model.patch_embed)]
     rest: nn.Module = _Pooling(model) if model.attn_pool is None else model.fc_norm
     for number, block in enumerate(model.blocks):
         block = expect(block, "A transformer block", Block)
         block.attn = ExplicitAttention(block.attn, recipe)
         swap_mlp(block.mlp, recipe)
+        stream.block(block)
         last = ends and model.attn_pool is None and number == len(model.blocks) - 1
         segments.append(
             Segment(
                 f"{prefix}blocks.{number}",
                 "block",
                 _LastBlock(block, rest) if last else block,
-                before=_Embedding(model) if number == 0 else None,
+                before=embedding if number == 0 else None,
                 pairs=norm_pair(block.norm1, "attn.qkv") + norm_pair(block.norm2, "mlp.fc1"),
                 mlps=mlp_parts(block.mlp),
             )
@@ -215,9 +219,44 @@ def vit_body(
         skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
         after = rest if ends else None
         pool = ExplicitAttentionPool(model.attn_pool, model.norm, skipped, recipe, after)
+        if stream.on and pool.pos_embed is not None:
+            raise not_rotated("attention pooling with position embeddings")
+        stream.read(model.norm, pool.kv)
         mlps = mlp_parts(pool.mlp)
         segments.append(Segment(f"{prefix}attn_pool", "block", pool, pairs=pool.pairs, mlps=mlps))
+    elif stream.on and ends:
+        raise not_rotated("a norm at its end that no layer follows")
     return segments, nn.Identity() if ends else rest
+
+
+def _start(model: VisionTransformer, stream: Stream) -> nn.Module:
+    """Return the part between patch embedding and first block, where the stream starts."""
+    embedding, norm = _Embedding(model), model.norm_pre
+    if isinstance(norm, nn.Identity):
+        norm = model.patch_embed.norm
+    if isinstance(norm, nn.Identity):
+        stream.write(model.patch_embed.proj)
+        stream.write_tokens(*embedding.parameters())
+    return stream.start(embedding, norm)
+
+
+def read_pooled(model: VisionTransformer, recipe: Recipe, *layers: nn.Module) -> None:
+    """Fold the rotation of a ViT's stream into the linear layers behind norm and pooling.
+
+    Attention pooling has its own layers for that. Raises ModelError for pooling by the maximum, and
+    for a norm before and after the pooling.
+    """
+    stream = Stream(model.embed_dim, recipe)
+    if not stream.on or model.attn_pool is not None:
+        return
+    if model.global_pool not in ("", "token", "avg"):
+        raise not_rotated(f"pooling of kind {model.global_pool}")
+    two = isinstance(model, VisionTransformerDistilled)
+    norms = [model.norm] if two else [model.norm, model.fc_norm]
+    kept = [norm for norm in norms if not isinstance(norm, nn.Identity)]
+    if len(kept) > 1:
+        raise not_rotated("two norms at its end")
+    stream.read(kept[0] if kept else nn.Identity(), *layers)
 
 
 class ViTFamily:
@@ -233,7 +272,9 @@ class ViTFamily:
         """Cut ``model`` into :func:`vit_body` and head. Raises ModelError."""
         assert isinstance(model, VisionTransformer)
         segments, rest = vit_body(model, recipe)
-        head: nn.Module = classifier(model.head, recipe)
+        heads = [classifier(model.head, recipe)]
         if isinstance(model, VisionTransformerDistilled):
-            head = _TwoHeads(head, classifier(model.head_dist, recipe))
+            heads.append(classifier(model.head_dist, recipe))
+        read_pooled(model, recipe, *heads)
+        head = _TwoHeads(*heads) if len(heads) == 2 else heads[0]
         return BlockChain([*segments, Segment("head", "head", head, before=rest)])

@@ -34,6 +34,14 @@ class Divergence:
         """Return the mean divergence over a batch of outputs (B, ...) and reference rows."""
         raise NotImplementedError
 
+    def sharp(self) -> "Divergence":
+        """Return a form whose values can be compared: no softening temperature, no division."""
+        return self
+
+    def terms(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """Return the parts (k,) of the divergence that finishing divides by their starts."""
+        return self(outputs, reference)[None]
+
 
 def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
     """Return ``KL(softmax(reference / T) || softmax(logits / T))`` in nats, batch mean."""
@@ -51,6 +59,9 @@ class ClassifierDivergence(Divergence):
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
         outputs, reference = at_least_float32(outputs), at_least_float32(reference)
         return kl_divergence(outputs, reference, self.temperature)
+
+    def sharp(self) -> Divergence:
+        return ClassifierDivergence(1.0)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fimaq_core.errors import RecipeError
-from fimaq_core.recipe import LOSSES, PREDICTION, UNDIVIDED
+from fimaq_core.recipe import LOSSES, UNDIVIDED
+from fimaq_core.settings import THROUGH_REST
 
 #: Least eigenvalue of D Dᵀ, as share of the largest; smaller ones are raised to it. So the
 #: condition of D Dᵀ is at most 1e8.
@@ -104,4 +105,4 @@ def register_loss(name: str, loss: Callable[[Tensor], Tensor]) -> None:
 
 def takes_passes(name: str) -> bool:
     """Return True if the loss ``name`` needs passes of the divergence over the samples."""
-    return name not in (*PLAIN, *PREDICTION, *UNDIVIDED)
+    return name not in (*PLAIN, *THROUGH_REST, *UNDIVIDED)

@@ -8,11 +8,14 @@ a whole block, and the cost of a step does not depend on the number of layers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _STRETCH, _SHIFT = 1.2, 0.1
+#: Start of ``h(α)`` where a closed form chose the upper of two codes.
+DECIDED = 0.9
 
 
 def split_as(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -48,6 +51,22 @@ def alpha_gradient(
     return grad * (sigmoid * (1 - sigmoid) * _STRETCH) * free
 
 
+class RoundingVectors(NamedTuple):
+    """Vectors (n,) of a :class:`RoundingProblem` that a step reads; the first one is learned."""
+
+    alpha: Tensor
+    offset: Tensor
+    gain: Tensor
+
+    def soft(self) -> Tensor:
+        """Compute the flat soft weights ``offset + gain * h(α)``."""
+        return torch.addcmul(self.offset, self.gain, soft_rounding(self.alpha))
+
+    def gradient(self, grad_weight: Tensor, penalty_weight: Tensor, beta: Tensor) -> Tensor:
+        """Compute :func:`alpha_gradient`."""
+        return alpha_gradient(self.alpha, self.gain, grad_weight, penalty_weight, beta)
+
+
 @dataclass
 class RoundingProblem:
     """Rounding variables of several weights as one flat vector: ``ŵ = offset + gain * h(α)``.
@@ -64,25 +83,46 @@ class RoundingProblem:
 
     @classmethod
     def build(
-        cls, weights: list[Tensor], scales: list[Tensor], zeros: list[Tensor], levels: list[int]
+        cls,
+        weights: list[Tensor],
+        scales: list[Tensor],
+        zeros: list[Tensor],
+        levels: list[int],
+        *,
+        codes: list[Tensor] | None = None,
     ) -> "RoundingProblem":
-        """Start from weights (rows, ...), scales and zero points (rows, 1), and levels."""
+        """Start from weights (rows, ...), scales and zero points (rows, 1), and levels.
+
+        ``h(α)`` starts at the fractional part of ``w / s``. If ``codes`` (rows, columns) of the
+        weights are given, it starts at :data:`DECIDED` or its mirror image, on the codes' side.
+        """
         parts: dict[str, list[Tensor]] = {"alpha": [], "offset": [], "gain": [], "base": []}
-        for weight, scale, zero, count in zip(weights, scales, zeros, levels, strict=True):
+        given = [None] * len(weights) if codes is None else codes
+        for weight, scale, zero, count, code in zip(
+            weights, scales, zeros, levels, given, strict=True
+        ):
             ratio = weight.detach().flatten(1) / scale
             floor = torch.floor(ratio)
             base = floor + zero
             free = (base >= 0) & (base <= count - 2)
-            parts["alpha"].append(initial_alpha(ratio - floor).flatten())
+            start = ratio - floor
+            if code is not None:
+                start = torch.where(code > base, DECIDED, 1 - DECIDED)
+            parts["alpha"].append(initial_alpha(start).flatten())
             parts["offset"].append(((base.clamp(0, count - 1) - zero) * scale).flatten())
             parts["gain"].append((free * scale).flatten())
             parts["base"].append(base.flatten())
         flat = {name: torch.cat(tensors) for name, tensors in parts.items()}
         return cls(**flat, shapes=[weight.shape for weight in weights], levels=list(levels))
 
+    @property
+    def vectors(self) -> RoundingVectors:
+        """The vectors that a step reads; they share memory with these."""
+        return RoundingVectors(self.alpha, self.offset, self.gain)
+
     def soft(self) -> Tensor:
-        """Compute the flat soft weights ``offset + gain * h(α)``."""
-        return torch.addcmul(self.offset, self.gain, soft_rounding(self.alpha))
+        """Compute the flat soft weights."""
+        return self.vectors.soft()
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Split a flat vector into views with the shapes of the weights."""

@@ -1,4 +1,4 @@
-"""Optimisation of one block: weight roundings, activation scales (AdaRound, BRECQ, QDrop)."""
+"""Optimisation of one block: weights and activation scales (AdaRound, BRECQ, QDrop, GLF-Q)."""
 
 from collections.abc import Callable
 
@@ -15,6 +15,7 @@ from fimaq_core.quantizers.dropping import draw_keys
 from fimaq_core.reconstruction.engines import STEPS
 from fimaq_core.reconstruction.objective import Objective
 from fimaq_core.reconstruction.schedule import Schedule, block_generator
+from fimaq_core.reconstruction.starts import round_block
 from fimaq_core.reconstruction.state import BlockState
 from fimaq_core.resources import Engine
 
@@ -45,7 +46,15 @@ class BlockTrainer:
         self.segment, self.objective, self.engine = segment, objective, engine
         self.recipe, self._on_pass = objective.recipe, on_pass
         set_quantized(segment.block, True)
-        self.state = BlockState(segment, self.recipe.learn_scales)  # the variables
+        learning, starts = self.recipe.weight_learning, None
+        if self.recipe.start != "nearest":
+            starts = round_block(objective.tape, self.recipe, notes=objective.notes)
+        self.state = BlockState(  # the variables
+            segment,
+            self.recipe.learn_scales,
+            straight_through=learning == "straight-through",
+            starts=starts,
+        )
         seed, streams = self.recipe.seed, self.state.layout.streams
         self.schedule = Schedule.build(
             self.recipe, objective.tape.full, streams, block_generator(seed, segment.label)

@@ -61,11 +61,9 @@ class FlatStep(StepEngine):
         state, r = self.state, self.state.rounding
         grad_soft = None if r is None else next(grads)
         grad_scales = next(grads) if state.learn_scales else None
-        vectors: tuple[Tensor | None, Tensor | None, Tensor | None] = None, None, None
-        if r is not None:
-            vectors = r.alpha, r.offset, r.gain
         now = self.counter, self.schedule.rates, self.objective.state.starts
-        own = Variables(*now, *vectors, state.soft, state.scales, state.floor, state.moments)
+        vectors = None if r is None else r.vectors
+        own = Variables(*now, vectors, state.soft, state.scales, state.floor, state.moments)
         with torch.no_grad():
             self._call(update, own, new_starts, grad_soft, grad_scales)
         return loss.detach()

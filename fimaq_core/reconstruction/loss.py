@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     prefix: Tensor | None
     target: Tensor  # the block's full-precision outputs
     weights: Tensor | None = None  # (n, N) weights of each sample's errors, if the loss has some
-    #: rows with which the divergence compares predictions; the rest only for the same losses
+    #: rows with which predictions or features are compared; the rest only for the same losses
     reference: Tensor | None = None
     side: Tensor | None = None  # the chain's side
     kept: Kept = ()  # tensors that earlier segments keep
@@ -79,15 +79,18 @@ def prediction_loss(
     rest: Callable[[Tensor, Tensor | None, Kept], Tensor],
     divergence: Measure,
 ) -> Loss:
-    """Return the block's squared error plus the divergence of the prediction, and the start values.
+    """Return the block's squared error plus an error at the model's end, and the start values.
 
-    Source: PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). ``rest`` runs the model behind the
+    Sources: PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048) for the prediction's divergence,
+    GLF-Q (2026) for the penultimate feature's squared error. ``rest`` runs the model behind the
     block in full precision. ``kind`` is one of these losses:
 
     * ``prediction_pdquant``: as released. ``output`` (2B, ...) has the outputs for mixed inputs,
       which the squared error compares, and then those for unmixed inputs, which give the
       prediction. The start values are 1, so nothing is divided.
     * ``prediction``: a variant. ``output`` (B, ...) is used for both, and each part is divided by
+      its start value.
+    * ``glf``: the squared error of the feature instead of the divergence; each part is divided by
       its start value.
     """
     assert batch.reference is not None
@@ -98,6 +101,9 @@ def prediction_loss(
         unmixed = output
         error = losses.squared_error((output - batch.target).flatten(1))
     prediction = rest(unmixed, batch.side, batch.kept)
+    if kind == "glf":
+        far = losses.squared_error((prediction - batch.reference).flatten(1))
+        return _over_starts([error, far], weights, starts)
     # At 8 bits the divergence is about 1e-8; in float32 it could be negative.
     far = divergence(prediction.double(), batch.reference.double()).float()
     return _over_starts([error, far], weights, starts)

@@ -13,10 +13,11 @@ from fimaq_core.fisher import losses
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import Sweep, least_squares_hessian, mean_gradient_and_error
 from fimaq_core.layers import set_quantized
-from fimaq_core.recipe import PREDICTION, UNDIVIDED, Recipe
+from fimaq_core.recipe import UNDIVIDED, Recipe
 from fimaq_core.reconstruction.loss import Batch, LossState
 from fimaq_core.reconstruction.tape import Collected, Tape, mean_of
 from fimaq_core.samples import Samples
+from fimaq_core.settings import THROUGH_REST
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +34,16 @@ class Objective:
 
     The head's loss is ``KL(softmax(fp) || softmax(q))``, not divided; for losses with a
     perturbation Hessian it is twice the KL over its start value, as in APHQ-ViT's code. PD-Quant's
-    loss has no other one for the head. A neck's loss is the squared error. Each part of every other
-    loss, except :data:`fimaq_core.recipe.UNDIVIDED`, is divided by its start value, from the first
-    step or from the first one after the last Fisher pass. Fisher losses have the weight 2.
-    ``loss_start`` of the recipe gives all losses, the head's too, another start value.
+    loss has no other one for the head. A neck's loss is the squared error. GLF-Q's loss ends at the
+    penultimate feature, so the loss of a projection behind it is the squared error too. Each part
+    of every other loss, except :data:`fimaq_core.recipe.UNDIVIDED`, is divided by its start value,
+    from the first step or from the first one after the last Fisher pass. Fisher losses have the
+    weight 2. ``loss_start`` of the recipe gives all losses, the head's too, another start value.
 
     Args:
         tape: the chain's tape at the block, the target computed.
-        reference: (n, ...) rows with which the divergence compares the model's outputs.
+        reference: (n, ...) rows with which the divergence compares the model's outputs; for
+            ``glf`` the full-precision model's penultimate features.
         notes: list that receives a sentence about each deviation from the recipe.
 
     Raises:
@@ -63,7 +66,7 @@ class Objective:
         if segment.kind == "head" and recipe.loss != "prediction_pdquant":
             relative = recipe.loss in PERTURB or recipe.loss_start is not None
             self.kind = "head_relative" if relative else "head"
-        elif segment.kind == "neck":
+        elif segment.kind == "neck" or (recipe.loss == "glf" and tape.index >= chain.feature_end):
             self.kind = "mse"
         #: (n, N) weights of each sample's errors, where the tape lies; None if the loss has none
         self.weights: Samples | None = None
@@ -96,6 +99,8 @@ class Objective:
             weights = recipe.fisher_p1, recipe.fisher_p2
         elif self.kind == "prediction":
             weights = 1 - recipe.prediction_share, recipe.prediction_share
+        elif self.kind == "glf":
+            weights = recipe.glf_weight, 1.0
         elif self.kind in (*UPDATED, *PERTURB, "head_relative"):
             weights = (2.0,)
         if recipe.loss_start is None:
@@ -104,10 +109,13 @@ class Objective:
 
     @property
     def rest(self) -> Callable[[Tensor, Tensor | None, Kept], Tensor] | None:
-        """The full-precision model behind the block, if the loss needs it."""
-        if self.kind not in PREDICTION:
+        """The full-precision model behind the block, if the loss needs it.
+
+        It ends at the output, or for ``glf`` at the penultimate feature.
+        """
+        if self.kind not in THROUGH_REST:
             return None
-        return partial(self.tape.teacher.rest, self.tape.index)
+        return partial(self.tape.teacher.rest, self.tape.index, feature=self.kind == "glf")
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """Take a Fisher pass. ``forward`` runs the block on a batch with its current variables."""
@@ -227,7 +235,7 @@ class BlockObjective(Objective):
         prefix = tape.prefix.whole if mixed and tape.prefix is not None else None
         weights = None if self.weights is None else self.weights.whole
         batch = Batch(tape.full.whole, prefix, self.target.whole, weights)
-        if self.kind not in PREDICTION:
+        if self.rest is None:
             return batch
         side, kept = tape.beside.rows(slice(None))
         return batch._replace(reference=self.reference.whole, side=side, kept=kept)

@@ -17,6 +17,7 @@ from fimaq_core.reconstruction.engines import choose_engine
 from fimaq_core.reconstruction.log import ReconstructionLog, add_block, block_facts
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.sample_objective import SampleObjective
+from fimaq_core.reconstruction.starts import round_block
 from fimaq_core.reconstruction.state import active_quantizers, rounded_layers
 from fimaq_core.reconstruction.tape import start_walk
 from fimaq_core.resources import Resources
@@ -65,7 +66,11 @@ def reconstruct(
     # The output error needs the prefix, also if inputs are not mixed.
     run = recipe, divergence, resources
     tape, reference = start_walk(chain, samples, *run, with_prefix=True, teacher=teacher)
+    if recipe.loss == "glf":
+        reference = tape.features(samples)  # once, since all blocks compare with the same ones
     objective_of = SampleObjective if samples.varying else BlockObjective
+    # A closed form also rounds the segments that learn nothing.
+    last = learning[-1] if recipe.start == "nearest" else chain.segment(len(chain) - 1)
     log, on_progress = ReconstructionLog(engine=engine), resources.on_progress
     begin = Progress("reconstruct", 0, len(learning) * recipe.steps)
     earlier: list[str] = []  # notes of finished blocks
@@ -74,6 +79,8 @@ def reconstruct(
         label = segment.label
         begin = replace(begin, block=label)
         if segment not in learning:
+            if recipe.start != "nearest":
+                round_block(tape, recipe, notes=log.notes)
             decide_roundings(segment.block)
         elif (found := pieces.load(index, segment.block)) is not None:
             notes, own = add_block(log, label, *found)
@@ -98,15 +105,15 @@ def reconstruct(
             log.fisher_passes[label] = objective.passes
             fisher = objective.mean_weight()
             del objective  # frees its Fisher information before the next block's is made
-            log.keep(label, tape.measure(keep=segment is not learning[-1]), fisher)
+            log.keep(label, tape.measure(keep=segment is not last), fisher)
             pieces.save(index, segment.block, block_facts(log, label))
             on_progress(replace(begin, done=begin.done + recipe.steps, tape_bytes=tape.nbytes))
         if segment in learning:
             begin = replace(begin, done=begin.done + recipe.steps)
-        if segment is learning[-1]:
+        if segment is last:
             break
         tape.advance()
-    decide_roundings(chain)  # the segments behind the last learning one
+    decide_roundings(chain)  # the segments behind the last one
     set_quantized(chain, True)
     log.notes[:0] = earlier + others
     on_progress(Progress("reconstruct", begin.total, begin.total))

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fimaq_core.fisher import losses
-from fimaq_core.recipe import PREDICTION
 from fimaq_core.reconstruction.loss import Batch, LossState
 from fimaq_core.reconstruction.objective import DIAGONAL, UPDATED, Objective
 from fimaq_core.samples import Samples
@@ -69,7 +68,7 @@ class SampleObjective(Objective):
         prefix = there(tape.prefix) if mixed and tape.prefix is not None else None
         weights = None if self.weights is None else there(self.weights)
         batch = Batch(there(tape.full), prefix, there(self.target), weights)
-        if self.kind in PREDICTION:
+        if self.rest is not None:
             side, kept = tape.beside.rows(slice(index, index + 1), device)
             batch = batch._replace(reference=there(self.reference), side=side, kept=kept)
         if not self._own:

@@ -31,9 +31,9 @@ def block_generator(seed: int, label: str) -> torch.Generator:
 class Schedule:
     """Tables with one row per step."""
 
-    #: (steps, 5) float32: weight and exponent β of the rounding regulariser; Adam's step sizes of α
-    #: and of the scales (learning rate over the first bias correction); the inverse root of Adam's
-    #: second bias correction
+    #: (steps, 5) float32: weight and exponent β of the rounding regulariser; Adam's step sizes of
+    #: the weights' variables and of the scales (learning rate over the first bias correction); the
+    #: inverse root of Adam's second bias correction
     rates: Tensor
     samples: Tensor  # (steps, B) int64, numbers of the batch's samples
     keys: Tensor  # (steps, streams, 2) int32, keys of the random masks
@@ -72,9 +72,12 @@ def draw_batches(steps: int, size: int, images: int, generator: torch.Generator)
 
 
 def regulariser_exponent(recipe: Recipe, number: int) -> float | None:
-    """Return β of the rounding regulariser at step ``number`` (from 0); None while it is off."""
+    """Return β of the rounding regulariser at step ``number`` (from 0); None while it is off.
+
+    It acts from the first step if a closed form chose the start.
+    """
     count, steps = number + 1, recipe.steps
-    warmup = recipe.round_warmup * steps
+    warmup = recipe.round_warmup * steps if recipe.start == "nearest" else 0.0
     if count < warmup or recipe.round_weight == 0:
         return None
     left = 1 - (count - warmup) / (steps - warmup)
@@ -96,10 +99,12 @@ def cosine_rates(start: float, steps: int) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _rates(recipe: Recipe) -> Tensor:
-    rows = []
-    for number, lr_scale in enumerate(cosine_rates(recipe.lr_scale, recipe.steps)):
+    rows, steps, rounding = [], recipe.steps, recipe.weight_learning == "rounding"
+    own = (recipe.lr_alpha,) * steps if rounding else cosine_rates(recipe.lr_weight, steps)
+    pairs = zip(own, cosine_rates(recipe.lr_scale, steps), strict=True)
+    for number, (lr, lr_scale) in enumerate(pairs):
         beta = regulariser_exponent(recipe, number)
         first, second = 1 - BETA1 ** (number + 1), 1 - BETA2 ** (number + 1)
         weight = 0.0 if beta is None else recipe.round_weight
-        rows.append((weight, beta or 2.0, recipe.lr_alpha / first, lr_scale / first, second**-0.5))
+        rows.append((weight, beta or 2.0, lr / first, lr_scale / first, second**-0.5))
     return torch.tensor(rows, dtype=torch.float64).float()

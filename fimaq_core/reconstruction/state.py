@@ -11,6 +11,7 @@ from fimaq_core.layers import WeightLayer, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer, Form
 from fimaq_core.quantizers.affine import WeightQuantizer
 from fimaq_core.quantizers.rounding import RoundingProblem, split_as
+from fimaq_core.quantizers.straight_through import StraightThrough
 
 #: Lower bound of a learned activation scale, as a share of its calibrated value.
 SCALE_FLOOR = 0.01
@@ -52,28 +53,46 @@ class Layout:
 
 
 class BlockState:
-    """Variables of one block's optimisation."""
+    """Variables of one block's optimisation.
 
-    def __init__(self, segment: Segment, learn_scales: bool) -> None:
+    With ``straight_through`` the weights themselves are learned, instead of their rounding.
+    ``starts`` are the compensated weights of a closed form, whose codes the layers have; None to
+    start the roundings at the float weights.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        learn_scales: bool,
+        *,
+        straight_through: bool = False,
+        starts: list[Tensor] | None = None,
+    ) -> None:
         rounded, activations = list(rounded_layers(segment.block)), active_quantizers(segment)
-        self.layers = [layer for _, layer in rounded]  # layers whose rounding is learned
+        self.layers = [layer for _, layer in rounded]  # layers whose weights are learned
         self.quantizers = [quantizer for _, quantizer in activations]  # the activation quantizers
         self.layout = Layout(
             tuple((_join(name, "weight"), tuple(one.weight.shape)) for name, one in rounded),
             tuple((_join(name, "scale"), tuple(one.scale.shape)) for name, one in activations),
             tuple(_join(name, "key") for name, _ in activations),
         )
-        #: the rounding problem, or None if no weight is quantized
-        self.rounding: RoundingProblem | None = None
-        #: (n,) current soft weights, those of ``rounding.alpha``
+        #: the problem of the weights, or None if no weight is quantized
+        self.rounding: RoundingProblem | StraightThrough | None = None
+        #: (n,) current soft weights, those of ``rounding.vectors``
         self.soft = torch.zeros(0, device=next(segment.block.parameters()).device)
         if self.layers:
             quantizers = [layer.weight_quantizer for layer in self.layers]
-            self.rounding = RoundingProblem.build(
-                [layer.weight for layer in self.layers],
+            own: tuple[list[Tensor], list[Tensor], list[Tensor], list[int]] = (
+                [layer.weight for layer in self.layers] if starts is None else starts,
                 [one.scale for one in quantizers],
                 [one.zero_point for one in quantizers],
                 [one.levels for one in quantizers],
+            )
+            codes = None if starts is None else [one.codes for one in quantizers]
+            self.rounding = (
+                StraightThrough.build(*own)  # recipes with a start have learned rounding
+                if straight_through
+                else RoundingProblem.build(*own, codes=codes)
             )
             self.soft = self.rounding.soft()
         scales = [quantizer.scale.detach().flatten() for quantizer in self.quantizers]
@@ -82,7 +101,7 @@ class BlockState:
         self.floor = SCALE_FLOOR * self.scales
         self.learn_scales = learn_scales and self.scales.numel() > 0
         variables = self.soft, self.soft, self.scales, self.scales
-        #: Adam's first and second moments, of α and of the scales
+        #: Adam's first and second moments, of the weights' variables and of the scales
         self.moments = [torch.zeros_like(variable) for variable in variables]
 
     def scales_near_floor(self) -> int:

@@ -15,7 +15,8 @@ from fimaq_core.chain import Segment
 from fimaq_core.numerics import Arithmetic, autocast
 from fimaq_core.quantizers.activation import Form
 from fimaq_core.quantizers.dropping import eager_mask, threshold_of, traced_mask
-from fimaq_core.quantizers.rounding import alpha_gradient, soft_rounding
+from fimaq_core.quantizers.rounding import RoundingVectors
+from fimaq_core.quantizers.straight_through import LatentWeights
 from fimaq_core.reconstruction.loss import Batch, Loss, LossState, block_loss
 from fimaq_core.reconstruction.objective import Objective
 from fimaq_core.reconstruction.schedule import BETA1, BETA2, EPSILON, Schedule
@@ -76,14 +77,13 @@ class Variables(NamedTuple):
     counter: Tensor  # (1,) int64, number of the step
     rates: Tensor  # (steps, 5), see :class:`fimaq_core.reconstruction.schedule.Schedule`
     starts: Tensor  # (parts,) start values of the loss
-    #: (n,) vectors of the rounding problem; None if no rounding is learned
-    alpha: Tensor | None
-    offset: Tensor | None
-    gain: Tensor | None
+    #: (n,) vectors of the weights, the first one learned; None if no weight is quantized
+    vectors: RoundingVectors | LatentWeights | None
     soft: Tensor  # (n,) soft weights
     scales: Tensor  # (m,) activation scales
     floor: Tensor  # (m,) their lower bounds, from SCALE_FLOOR in state.py
-    moments: list[Tensor]  # Adam's first and second moments of α, then of the scales
+    #: Adam's first and second moments of the learned vector, then of the scales
+    moments: list[Tensor]
 
 
 def batch_output(block: nn.Module, plan: StepPlan, inputs: StepInputs) -> tuple[Tensor, Batch]:
@@ -129,7 +129,7 @@ def mixed(full: Tensor, prefix: Tensor, key: Tensor, threshold: int, traced: boo
 def update(
     own: Variables, new_starts: Tensor, grad_soft: Tensor | None, grad_scales: Tensor | None
 ) -> None:
-    """Do Adam's step of α and of the scales in place, then set soft weights and counter.
+    """Do Adam's step of weights' variables and scales in place, then set soft weights and counter.
 
     Scales are clamped to their lower bounds, so they stay positive. All layers are updated
     together, and every vector passes through memory once.
@@ -137,18 +137,16 @@ def update(
     Args:
         own: the variables.
         new_starts: (parts,) start values of the loss from now on.
-        grad_soft: (n,) gradient of the loss; None if no rounding is learned.
+        grad_soft: (n,) gradient of the loss; None if no weight is quantized.
         grad_scales: (m,) gradient of the loss; None if no scale is learned.
     """
     row = own.rates.index_select(0, own.counter)[0]
-    weight, beta, size_alpha, size_scale, inverse = row.unbind()
+    weight, beta, size_weight, size_scale, inverse = row.unbind()
     if grad_soft is not None:
-        assert own.alpha is not None
-        assert own.offset is not None
-        assert own.gain is not None
-        grad = alpha_gradient(own.alpha, own.gain, grad_soft, weight, beta)
-        _adam(own.alpha, grad, own.moments[:2], size_alpha, inverse)
-        own.soft.copy_(torch.addcmul(own.offset, own.gain, soft_rounding(own.alpha)))
+        assert own.vectors is not None
+        grad = own.vectors.gradient(grad_soft, weight, beta)
+        _adam(own.vectors[0], grad, own.moments[:2], size_weight, inverse)
+        own.soft.copy_(own.vectors.soft())
     if grad_scales is not None:
         _adam(own.scales, grad_scales, own.moments[2:], size_scale, inverse)
         own.scales.clamp_(min=own.floor)

@@ -4,6 +4,7 @@ Block i's output is block i + 1's input, so the walk costs two forward passes pe
 precision and quantized), whatever the depth. Memory, on the device, in host memory or in files: at
 most five tensors of samples x block output (input and output in full precision, the input behind
 the quantized prefix, and the next two while advancing), and twice the tensors that segments keep.
+GLF-Q's loss also keeps the model's penultimate features there.
 """
 
 import os
@@ -164,6 +165,16 @@ class Tape:
         parts += [*self.beside.kept, *self.beside_prefix.kept]
         tensors = [tensor for part in parts if part is not None for tensor in part.tensors]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    def features(self, images: Samples) -> Samples:
+        """Return the teacher's penultimate features (n, ...) of ``images``, in the storage.
+
+        They are computed in float32, as the rest behind a block is in the steps.
+        """
+        model = self.teacher
+        return self._map(
+            lambda x, _: model.tail(0, x, model.side_of(x), feature=True), images, "float32"
+        )
 
     def compute_target(self) -> Samples:
         """Run the current block in full precision, once, and leave it in full precision."""

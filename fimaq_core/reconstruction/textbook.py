@@ -26,25 +26,33 @@ class TextbookStep(StepEngine):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        state, recipe, rounding = self.state, self.recipe, self.state.rounding
-        alphas = [] if rounding is None else rounding.split(rounding.alpha)
-        self.alphas = [alpha.clone().requires_grad_(True) for alpha in alphas]
+        state, recipe, problem = self.state, self.recipe, self.state.rounding
+        found = [] if problem is None else problem.split(problem.vectors[0])
+        #: variables of the weights: α of the rounding, or the weights
+        self.variables = [variable.clone().requires_grad_(True) for variable in found]
+        self.straight_through = recipe.weight_learning == "straight-through"
         shapes = [quantizer.scale.shape for quantizer in state.quantizers]
         scales, self.floors = split_as(state.scales, shapes), split_as(state.floor, shapes)
         self.scales = [scale.clone().requires_grad_(state.learn_scales) for scale in scales]
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-        if self.alphas:
-            self.optimizers.append(torch.optim.Adam(self.alphas, lr=recipe.lr_alpha))
+        falling = []  # optimizers whose rate falls by a cosine to 0
+        if self.variables:
+            lr = recipe.lr_weight if self.straight_through else recipe.lr_alpha
+            self.optimizers.append(torch.optim.Adam(self.variables, lr=lr))
+            falling += self.optimizers if self.straight_through else []
         if state.learn_scales:
             self.optimizers.append(torch.optim.Adam(self.scales, lr=recipe.lr_scale))
-            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-                self.optimizers[-1], T_max=recipe.steps
-            )
+            falling.append(self.optimizers[-1])
+        self.schedulers = [
+            torch.optim.lr_scheduler.CosineAnnealingLR(one, T_max=recipe.steps) for one in falling
+        ]
 
     def run(self, number: int) -> Tensor:
         objective, recipe, weights = self.objective, self.recipe, self.objective.part_weights()
-        roundings = [(1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1) for alpha in self.alphas]
+        roundings: list[Tensor] = []
+        if not self.straight_through:
+            alphas = self.variables
+            roundings = [(1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1) for alpha in alphas]
         keys = self.schedule.keys[number]
         batch, state = self._batch(self.schedule.samples[number])
         tensors, x = self._tensors(roundings, keys), self._input(batch, keys)
@@ -67,8 +75,8 @@ class TextbookStep(StepEngine):
             total.backward()  # type: ignore[no-untyped-call]
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
         with torch.no_grad():
             for scale, floor in zip(self.scales, self.floors, strict=True):
                 scale.clamp_(min=floor)
@@ -78,11 +86,16 @@ class TextbookStep(StepEngine):
         layout = self.state.layout
         found = {name: keys[number + 1] for number, name in enumerate(layout.keys)}
         found |= {name: scale for (name, _), scale in zip(layout.scales, self.scales, strict=True)}
-        weights = zip(layout.weights, self.state.layers, roundings, strict=True)
-        for (name, shape), layer, h in weights:
+        learned = self.variables if self.straight_through else roundings
+        weights = zip(layout.weights, self.state.layers, learned, strict=True)
+        for (name, shape), layer, variable in weights:
             scale, zero = layer.weight_quantizer.scale, layer.weight_quantizer.zero_point
-            codes = torch.floor(layer.weight.flatten(1) / scale) + h.flatten(1) + zero
-            codes = codes.clamp(0, layer.weight_quantizer.levels - 1)
+            if self.straight_through:
+                ratio = variable.flatten(1) / scale
+                codes = ratio + (torch.round(ratio) - ratio).detach()
+            else:
+                codes = torch.floor(layer.weight.flatten(1) / scale) + variable.flatten(1)
+            codes = (codes + zero).clamp(0, layer.weight_quantizer.levels - 1)
             found[name] = (scale * (codes - zero)).view(shape)
         return found
 
@@ -106,9 +119,10 @@ class TextbookStep(StepEngine):
         return torch.cat([x, unmixed]) if self.objective.kind == "prediction_pdquant" else x
 
     def finish(self) -> None:
-        state, rounding = self.state, self.state.rounding
-        if rounding is not None:
-            rounding.alpha.copy_(torch.cat([alpha.detach().flatten() for alpha in self.alphas]))
-            state.soft = rounding.soft()
+        state, problem = self.state, self.state.rounding
+        if problem is not None:
+            values = [variable.detach().flatten() for variable in self.variables]
+            problem.vectors[0].copy_(torch.cat(values))
+            state.soft = problem.soft()
         if self.scales:
             state.scales = torch.cat([scale.detach().flatten() for scale in self.scales])

@@ -70,6 +70,7 @@ class CellRequest:
     data: DataRequest
     recipe: Recipe | None  # None measures the full-precision model
     variant: str | None = None  # name of the recipe in tables; None: built from changed settings
+    base_variant: str | None = None  # that of the cell without joint finishing, to start from
     results: Path = Path("results/runs")  # root of the records
     device: str = "cpu"  # cpu, cuda or cuda:N
     threads: int | None = None  # of the CPU; None leaves the choice to PyTorch

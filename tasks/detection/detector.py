@@ -14,6 +14,7 @@ from fimaq_core.chain import BlockChain, Kept, MlpPart, Segment
 from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.families import expect
 from fimaq_core.families.parts import norm_pair
+from fimaq_core.families.rotation import Stream
 from fimaq_core.recipe import OFF, Recipe
 from tasks.detection import mm
 from tasks.detection.neck import ExplicitFPN, pack, unpack_pyramid
@@ -56,20 +57,31 @@ def detector_segments(model: mm.TwoStageDetector, recipes: Mapping[str, Recipe])
     mlps = (MlpPart("mlp"),) if quantized or recipe.reconstruct_mlp else ()
     embed = ExplicitPatchEmbed(backbone.patch_embed, recipe)
     segments = [Segment("backbone.patch_embed", "patch_embed", embed)]
+    neck = ExplicitFPN(model.neck, recipes["fpn"])
+    stream = Stream(embed.projection.out_channels, recipe)
+    if isinstance(embed.norm, nn.Identity):
+        stream.write(embed.projection)
+    start: nn.Module | None = stream.start(nn.Identity(), embed.norm)
     for number, stage in enumerate(backbone.stages):
         label = f"backbone.stages.{number}"
         for place, original in enumerate(stage.blocks):
             block = AnySizeSwinBlock(original, recipe)
-            segments.append(Segment(f"{label}.blocks.{place}", "block", block, mlps=mlps))
+            stream.block(block, pad=block.pad)
+            segments.append(Segment(f"{label}.blocks.{place}", "block", block, start, mlps=mlps))
+            start = None
             if quantized:
                 pairs = norm_pair(block.norm1, "attn.qkv", "pad")
                 segments[-1].pairs = pairs + norm_pair(block.norm2, "mlp.fc1")
-        segments[-1].keep = _StageOutput(getattr(backbone, f"norm{number}"))
+        norm = getattr(backbone, f"norm{number}")
+        stream.read(norm, neck.lateral_convs[number].conv)
+        segments[-1].keep = _StageOutput(norm)
         if stage.downsample is not None:
             merging = ExplicitPatchMerging(stage.downsample, recipe)
+            stream.read(merging.norm, merging.reduction, copies=4, by_channel=True)
+            stream = Stream(merging.reduction.out_features, recipe)
+            stream.write(merging.reduction)
             pairs = norm_pair(merging.norm, "reduction") if quantized else ()
             segments.append(Segment(f"{label}.downsample", "merge", merging, pairs=pairs))
-    neck = ExplicitFPN(model.neck, recipes["fpn"])
     return [*segments, Segment("neck", "neck", neck, before=_PackStages(), takes_kept=True)]
 
 

@@ -5,6 +5,7 @@ arXiv:2504.02508). Each term is divided by its own value, so that a small term c
 large one. Fisher passes use only the gradient of the divergence, not its value.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,12 @@ class ProposalDivergence(Divergence):
 
     def __init__(self, levels: Sequence[Sequence[int]], anchors: int, classes: int = 0) -> None:
         self.levels, self.anchors, self.classes = levels, anchors, classes
+        self.divided = True  # False: the plain sum of the terms
+
+    def sharp(self) -> "ProposalDivergence":
+        plain = copy.copy(self)
+        plain.divided = False
+        return plain
 
     def reference(self, outputs: Samples) -> Samples:
         """Append a weight per position to the outputs: 1 / number of its level's positions."""
@@ -47,6 +54,14 @@ class ProposalDivergence(Divergence):
         return Samples(rows)
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        terms = self.terms(outputs, reference)
+        if self.divided:
+            terms = terms / terms.detach().clamp(min=_NOTHING)
+        total = terms.sum()
+        return at_least_float32(total.to(outputs.dtype))
+
+    def terms(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """Return the terms (2 or 3,) before the division, float64."""
         # In float64: close to full precision, the terms are differences of nearly equal numbers.
         found, full = outputs.flatten(1).double(), reference.double()
         positions = full.shape[1] - found.shape[1]
@@ -65,9 +80,7 @@ class ProposalDivergence(Divergence):
                 part[:, end:].reshape(-1, self.classes).log_softmax(1) for part in (found, full)
             )
             terms.append(F.kl_div(logits, full_logits, reduction="batchmean", log_target=True))
-        total = sum(term / term.detach().clamp(min=_NOTHING) for term in terms)
-        assert isinstance(total, Tensor)
-        return at_least_float32(total.to(outputs.dtype))
+        return torch.stack(terms)
 
 
 def binary_kl(logits: Tensor, reference: Tensor) -> Tensor:

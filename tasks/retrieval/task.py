@@ -156,7 +156,7 @@ class RetrievalTask(Task):
         """Return the contrastive divergence of each tower, with the other in full precision."""
         if "temperature" in recipe.changes():
             raise RecipeError("Retrieval uses the model's own scale: leave temperature out.")
-        if not (recipe.reconstruct or recipe.reconstruct_mlp):
+        if not (recipe.reconstruct or recipe.reconstruct_mlp or recipe.finish_steps):
             return dict.fromkeys(TOWERS, Divergence())  # not used
         model = loaded.model.to(device)
         encoders = {"vision": model.encode_image, "text": model.encode_text}

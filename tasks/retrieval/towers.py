@@ -20,7 +20,8 @@ from fimaq_core.chain import BlockChain, MlpPart, Segment
 from fimaq_core.errors import ModelError, suggest
 from fimaq_core.families.attention import ExplicitMultiheadAttention, linear_of
 from fimaq_core.families.parts import norm_pair, swap_linears
-from fimaq_core.families.vit import vit_body
+from fimaq_core.families.rotation import Stream, not_rotated
+from fimaq_core.families.vit import read_pooled, vit_body
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
 
@@ -93,7 +94,13 @@ class ExplicitBlock(nn.Module):
 
 
 def _block_segments(
-    transformer: nn.Module, prefix: str, embedding: nn.Module, mask: Tensor | None, recipe: Recipe
+    transformer: nn.Module,
+    prefix: str,
+    *,
+    embedding: nn.Module,
+    mask: Tensor | None,
+    stream: Stream,
+    recipe: Recipe,
 ) -> list[Segment]:
     """Return one segment per block, with ``embedding`` before the first block."""
     if type(transformer) is not Transformer:
@@ -101,6 +108,9 @@ def _block_segments(
     segments: list[Segment] = []
     for number, original in enumerate(transformer.resblocks):
         block = ExplicitBlock(original, mask, recipe)
+        stream.block(
+            block, norms=("ln_1", "ln_2"), mlp=(_MLP.fc1, _MLP.fc2), scales=("ls_1", "ls_2")
+        )
         pairs = norm_pair(block.ln_1, "attn.qkv") + norm_pair(block.ln_2, "mlp.c_fc")
         before, label = None if segments else embedding, f"{prefix}.resblocks.{number}"
         segments.append(Segment(label, "block", block, before=before, pairs=pairs, mlps=(_MLP,)))
@@ -164,12 +174,26 @@ def _vision_tower(model: nn.Module, recipe: Recipe) -> BlockChain:
         raise _unsupported("VisionTransformer with output_tokens", supported)
     conv = QuantConv2d.from_float(tower.conv1, recipe.w_bits, recipe.patch_input_bits)
     segments, pooling = [Segment("visual.conv1", "patch_embed", conv)], _PooledPatches(tower)
-    label, embedding = "visual.transformer", _Patches(tower)
-    segments += _block_segments(tower.transformer, label, embedding, None, recipe)
+    patches = _Patches(tower)
+    stream = Stream(tower.conv1.out_channels, recipe)
+    if isinstance(tower.ln_pre, nn.Identity):
+        stream.write(conv)
+        stream.write_tokens(*patches.parameters())
+    segments += _block_segments(
+        tower.transformer,
+        "visual.transformer",
+        embedding=stream.start(patches, tower.ln_pre),
+        mask=None,
+        stream=stream,
+        recipe=recipe,
+    )
     if tower.proj is None:
+        if stream.on:
+            raise not_rotated("no projection of the images")
         segments[-1].block.after = pooling
     else:
         layer = _projection(tower.proj, recipe)
+        stream.read(tower.ln_post, layer)
         segments.append(Segment("visual.proj", "projection", layer, before=pooling))
     return BlockChain(segments)
 
@@ -182,6 +206,9 @@ def _timm_tower(tower: TimmModel, recipe: Recipe) -> BlockChain:
         raise _unsupported("TimmModel with a trunk that does not pool", "trunks that pool tokens")
     heads = _timm_heads(tower, recipe)
     segments, rest = vit_body(trunk, recipe, "visual.trunk.", ends=not heads)
+    if heads:
+        first = heads[0][1]
+        read_pooled(trunk, recipe, getattr(first, "fc1", first))
     for label, head in heads:
         segments.append(Segment(label, "projection", head, before=rest))
         rest = nn.Identity()
@@ -273,11 +300,23 @@ def _text_tower(model: nn.Module, recipe: Recipe) -> BlockChain:
         what = f"A text tower without projection and with pool_type '{pool_type}'"
         raise _unsupported(what, "a projection, or pooling at a fixed position")
     pooling = _PooledToken(tower.ln_final, _FIXED.get(pool_type))
-    label, embedding = f"{prefix}transformer", _Tokens(tower)
-    segments = _block_segments(tower.transformer, label, embedding, tower.attn_mask, recipe)
+    embedding = _Tokens(tower)
+    stream = Stream(tower.positional_embedding.shape[-1], recipe)
+    stream.write_tokens(*embedding.parameters())
+    segments = _block_segments(
+        tower.transformer,
+        f"{prefix}transformer",
+        embedding=embedding,
+        mask=tower.attn_mask,
+        stream=stream,
+        recipe=recipe,
+    )
     if matrix is None:
+        if stream.on:
+            raise not_rotated("no projection of the texts")
         segments[-1].block.after = pooling
     else:
         layer, label = _projection(matrix, recipe), f"{prefix}text_projection"
+        stream.read(tower.ln_final, layer)
         segments.append(Segment(label, "projection", layer, before=pooling, takes_side=by_token))
     return BlockChain(segments, side=PooledPosition(pool_type, eos_id) if by_token else None)

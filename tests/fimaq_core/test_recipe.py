@@ -46,8 +46,8 @@ def test_defaults_are_the_released_settings() -> None:
 
 
 def test_methods() -> None:
-    names = "mlp-recon rtn repq ptq4vit adalog erq brecq qdrop pdquant adalog-recon aphq"
-    assert list(METHODS) == [*names.split(), "qdrop-aphq", "fimaq", "fimaq-mlp", "lsvit"]
+    names = "mlp-recon rtn repq ptq4vit adalog erq gptq gptaq brecq qdrop pdquant adalog-recon aphq"
+    assert list(METHODS) == [*names.split(), "qdrop-aphq", "fimaq", "fimaq-mlp", "lsvit", "glfq"]
     assert all(make_recipe(name).changes() == {} for name in METHODS)
     brecq, qdrop, rtn = make_recipe("brecq"), make_recipe("qdrop"), make_recipe("rtn")
     assert (brecq.loss, brecq.prefix_prob, brecq.activation_prob, brecq.per_token) == (
@@ -103,6 +103,58 @@ def test_later_fields_leave_the_digests_of_other_methods_alone() -> None:
         recipe = make_recipe(method)
         dump = {name: value for name, value in recipe.model_dump().items() if name not in _LATER}
         assert recipe.digest() == _sha256(dump)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "expected"),
+    [
+        ("fimaq", {"w_bits": 3, "a_bits": 3}, "8198b354595a d752d759e5b3 64284408cbe1"),
+        ("aphq", {}, "1d3e7386ecc4 ade85e690606 20cc460da3c4"),
+        ("repq", {"w_bits": 6, "a_bits": 6}, "28d72d421cd9 d81c22671b8b fb71e2cebccf"),
+        ("lsvit", {"w_bits": 2}, "f451f1d55bee eca32c45d830 64284408cbe1"),
+        ("mlp-recon", {}, "2c096bd74585 ce72080b4422 1481170bb9c2"),
+    ],
+)
+def test_digests_are_those_from_before_the_later_fields(
+    method: str, changes: dict[str, object], expected: str
+) -> None:
+    recipe = make_recipe(method, changes)
+    found = [recipe.digest(fields)[:12] for fields in ("all", "ranges", "mlp")]
+    assert found == expected.split()
+
+
+def test_a_rotated_model_has_mlps_and_ranges_of_its_own() -> None:
+    plain, rotated = make_recipe("fimaq-mlp"), make_recipe("fimaq-mlp", {"rotate": "hadamard"})
+    assert all(plain.digest(f) != rotated.digest(f) for f in ("all", "ranges", "mlp"))
+    assert make_recipe("fimaq-mlp", {"rotate": "none"}).digest() == plain.digest()
+    assert make_recipe("glfq").digest("mlp") == rotated.digest("mlp")
+
+
+def test_a_closed_form_is_part_of_the_calibration_where_nothing_is_reconstructed() -> None:
+    def ranges(**changes: object) -> str:
+        return make_recipe("fimaq", changes).digest("ranges")
+
+    closed = [ranges(reconstruct=False, start=start) for start in ("gptq", "gptaq")]
+    closed.append(ranges(reconstruct=False, start="gptq", start_damp=0.1))
+    assert len({*closed, ranges()}) == 4
+    assert ranges(reconstruct=False) == ranges(start="gptq") == ranges()
+
+
+def test_the_range_grid_is_extended_from_7_bits_on() -> None:
+    def grid(method: str, **changes: object) -> str:
+        return make_recipe(method, changes).range_grid
+
+    for method in ("fimaq", "ptq4vit", "glfq"):
+        assert [grid(method, w_bits=bits, a_bits=bits) for bits in (2, 3, 4, 6, 32)] == (
+            ["released"] * 5
+        )
+        for bits in ({"w_bits": 7}, {"a_bits": 8}, {"w_bits": 8, "a_bits": 8}):
+            assert grid(method, **bits) == "extended"
+            assert make_recipe(method, bits).changes() == {}
+    assert grid("fimaq", w_bits=8, a_bits=8, range_grid="released") == "released"
+    assert make_recipe("fimaq", {"a_bits": 8, "range_grid": "released"}).changes() == {
+        "range_grid": "released"
+    }
 
 
 def _sha256(fields: dict[str, object]) -> str:
@@ -169,7 +221,10 @@ def test_bits_inside_are_taken(bits: int) -> None:
         {"loss": "hessian"}, {"fisher_mode": "z"}, {"round_warmup": 1.0}, {"seed": -1},
         {"temperature": 0},
         {"lr_alpha": float("nan")}, {"lr_alpha": float("inf")}, {"calibration_transform": "test"},
-        {"w_bits": 3.5},
+        {"w_bits": 3.5}, {"w_bits": "four"}, {"a_bits": None},
+        {"rotate": "random"}, {"range_grid": "wide"}, {"start": "rtn"}, {"start_damp": 0},
+        {"weight_learning": "none"}, {"lr_weight": 0}, {"glf_weight": -1}, {"finish_steps": -1},
+        {"finish_lr": 0}, {"finish_lr_scale": 0}, {"finish_batch": 0}, {"finish_held_out": 0},
     ],
 )  # fmt: skip
 def test_values_that_make_no_sense_are_named(changes: dict[str, object]) -> None:
@@ -254,6 +309,13 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
         "fisher_k": 2,
         "prefix_prob": 0.1,
         "frozen_dtype": "bfloat16",
+        "start": "gptq",
+        "start_damp": 0.1,
+        "weight_learning": "straight-through",
+        "lr_weight": 1e-4,
+        "glf_weight": 1.0,
+        "finish_steps": 9,
+        "finish_held_out": 8,
     }
     for name, value in behind.items():
         assert make_recipe("fimaq", {name: value}).digest("ranges") in shared, name
@@ -264,7 +326,8 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
         "range_candidates": 64, "range_rounds": 1,
         "reparameterize": False, "refit": True, "refit_ridge": 1.0, "refit_flips": 3,
         "range_inputs": "quantized", "reparameterize_merges": False,
-        "refit_rule": "gradient",
+        "refit_rule": "gradient", "rotate": "hadamard", "range_grid": "extended",
+        "bits_map": {"blocks.0.attn.qkv": {"w": 3}},
         "calibration_images": 256,
         "calibration_transform": "eval", "reconstruct_mlp": True, "seed": 1,
     }  # fmt: skip
@@ -348,6 +411,11 @@ def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
         ({"loss_start": 2.0, "fisher_p1": 0, "fisher_p2": 0}, "positive fisher_p1 or fisher_p2"),
         ({"loss_start": 0.0}, "loss_start: .*greater than 0"),
         ({"prediction_lambda": 0.0}, "prediction_lambda: .*greater than 0"),
+        (
+            {"refit": True, "reconstruct": False, "range_search": "percentile", "start": "gptq"},
+            "choose one of refit, start",
+        ),
+        ({"weight_learning": "straight-through", "start": "gptaq"}, "start needs weight_learning"),
     ],
 )
 def test_fields_that_do_not_go_together(fields: dict[str, object], words: str) -> None:
@@ -379,3 +447,46 @@ def test_the_label_cannot_be_swapped_without_its_settings() -> None:
     with pytest.raises(RecipeError, match="method"):
         make_recipe("fimaq", {"method": "qdrop"})
     assert make_recipe("fimaq", {"method": "fimaq"}) == make_recipe("fimaq")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_budget_sets_the_steps_and_rates_of_the_stages_that_run(method: str) -> None:
+    own, fast = make_recipe(method), make_recipe(method, {"budget": "fast"})
+    changed = {name for name in Recipe.model_fields if getattr(own, name) != getattr(fast, name)}
+    learned = "lr_weight" if own.weight_learning == "straight-through" else "lr_alpha"
+    blocks = {"steps", learned, "lr_scale"} if own.reconstruct else set()
+    assert changed == blocks | ({"mlp_steps", "mlp_lr"} if own.reconstruct_mlp else set())
+    assert fast.reconstruct is False or fast.steps == 500
+    assert make_recipe(method, {"budget": "released"}) == own
+
+
+def test_rates_of_a_budget_follow_the_steps() -> None:
+    fast = make_recipe("fimaq-mlp", {"budget": "fast"})
+    assert (fast.lr_alpha, fast.lr_scale, fast.mlp_lr) == (0.0132, 0.000366, 0.0016)
+    # 250 of 20,000 steps have about the rates of the demo, which were chosen by hand.
+    demo = make_recipe("fimaq-mlp", {"budget": "fast", "steps": 250, "mlp_steps": 250})
+    rates = {"lr_alpha": 0.024, "lr_scale": 0.0006, "mlp_lr": 0.003}
+    assert (demo.steps, demo.mlp_steps) == (250, 250)
+    for name, rate in rates.items():
+        assert getattr(demo, name) == pytest.approx(rate, rel=0.15)
+    # A method with fewer steps of its own needs a smaller change: GLF-Q has 3,000.
+    glfq = make_recipe("glfq", {"budget": "standard"})
+    assert (glfq.steps, glfq.lr_weight) == (2000, float(f"{2e-5 * 1.5**0.7:.3g}"))
+
+
+def test_fields_win_over_a_budget_and_later_mappings_over_earlier_ones() -> None:
+    first, second = {"steps": 9, "lr_alpha": 0.5}, {"budget": "fast", "lr_scale": 0.25}
+    before, after = make_recipe("fimaq", first, second), make_recipe("fimaq", second, first)
+    assert (before.steps, before.lr_alpha, before.lr_scale) == (500, 0.0132, 0.25)
+    assert (after.steps, after.lr_alpha, after.lr_scale) == (9, 0.5, 0.25)
+    with pytest.raises(RecipeError, match="'quick': choose fast, standard, released"):
+        make_recipe("fimaq", {"budget": "quick"})
+    with pytest.raises(RecipeError, match="Did you mean 'budget'"):
+        make_recipe("fimaq", {"budgt": "fast"})
+
+
+def test_a_recipe_file_may_name_a_budget(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("budget: standard\nsteps: 1000\n")
+    recipe = make_recipe("qdrop", read_recipe_file(file))
+    assert (recipe.steps, recipe.lr_alpha) == (1000, float(f"{1e-3 * 20**0.7:.3g}"))

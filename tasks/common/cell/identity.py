@@ -26,6 +26,7 @@ from tasks.common.request import CellRequest, Missing
 ONNX = "onnx"
 #: Kinds of shared files, each with its name for people.
 _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"}
+_KINDS["finish"] = "finished parts"
 
 
 class Place(NamedTuple):
@@ -124,6 +125,12 @@ def resolved(request: CellRequest) -> CellRequest:
     return request
 
 
+def unfinished(request: CellRequest) -> CellRequest:
+    """Return the request of the cell that a cell with joint finishing starts from."""
+    assert request.recipe is not None
+    return replace(request, recipe=request.recipe.unfinished(), variant=request.base_variant)
+
+
 def variant_name(request: CellRequest) -> str:
     """Return the given name, or else the settings that differ from the method's; and the scope."""
     recipe, name = request.recipe, request.variant
@@ -147,11 +154,13 @@ def shared_digest(kind: str, part: str, recipe: Recipe) -> str:
     """Return the identity of a part's shared file, without that of model and data.
 
     Args:
-        kind: ``calibration``, ``mlp`` or ``reconstruction``.
+        kind: ``calibration``, ``mlp``, ``reconstruction`` or ``finish``.
         part: name of the part; empty if the model is one chain.
         recipe: recipe of the run, with its scope limited to this part.
     """
     fields: dict[str, Fields] = {"calibration": "ranges", "mlp": "mlp"}
+    if kind == "reconstruction":
+        recipe = recipe.unfinished()
     address = part if recipe.scope in (None, part) or not part else f"{part} {recipe.scope}"
     return address + recipe.digest(fields.get(kind, "all"))
 
@@ -171,6 +180,8 @@ def shared_digests(request: CellRequest) -> dict[str, list[str]]:
         wanted.append("mlp")
     if recipe.reconstruct and "" not in parts:
         wanted.append("reconstruction")
+    if recipe.finish_steps and "" not in parts:
+        wanted.append("finish")
     return {kind: [shared_digest(kind, *part) for part in own.items()] for kind in wanted}
 
 

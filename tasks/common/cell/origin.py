@@ -13,6 +13,7 @@ from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, FimaqError, ModelError, first_problem
 from fimaq_core.export.opening import OnnxFile
 from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.finish import Finishing
 from tasks.common.preprocessing import GivenPreprocessing
 from tasks.common.registry import scopes
 from tasks.common.request import CellRequest
@@ -30,9 +31,10 @@ class Origin(Strict, strict=True):
     model: str
     model_args: dict[str, Any]
     tag: str
-    stage: Literal["mlp", "calibrated", "reconstructed"]
+    stage: Literal["mlp", "calibrated", "reconstructed", "finished"]
     weights_entry: str | None = None
     preprocessing: GivenPreprocessing = GivenPreprocessing()
+    finishing: Finishing | None = None  # of a model of one part
 
 
 def read_origin(path: Path, task: str) -> tuple[Fingerprint, Origin]:

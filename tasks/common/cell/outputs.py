@@ -116,9 +116,8 @@ def _record(
 def _calibration(cell: PreparedCell) -> records.Calibration:
     """Return the calibration images in the form of a record."""
     images, recipe = cell.images, cell.request.recipe
-    passes = (recipe.reconstruct and takes_passes(recipe.loss)) or (
-        recipe.reconstruct_mlp and recipe.mlp_loss == "perturb_mean"
-    )
+    passes = (recipe.reconstruct and takes_passes(recipe.loss)) or recipe.finish_steps > 0
+    passes |= recipe.reconstruct_mlp and recipe.mlp_loss == "perturb_mean"
     compares = passes and any(part.divergence.batch is not None for part in cell.parts)
     same = ("ids", "transform", "fingerprint", "captions", "truncated_captions")
     same += ("dataset", "split", "listed")

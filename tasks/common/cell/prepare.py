@@ -17,6 +17,7 @@ from fimaq_core.chain import Segment
 from fimaq_core.checkpoint import Fingerprint, save_checkpoint
 from fimaq_core.compile_cache import use_own_cache
 from fimaq_core.files import is_there, remove_leftovers
+from fimaq_core.mixed_bits import apply_bits_map
 from fimaq_core.pipeline import load_mlps
 from fimaq_core.progress import OnProgress
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
@@ -140,8 +141,12 @@ class PreparedCell:
         return self.task.evaluate(model, self.loaded, data, *how, on_progress)
 
 
-def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
+def prepare(
+    request: CellRequest, on_progress: OnProgress, *, measured: bool = False
+) -> PreparedCell:
     """Load the model; draw calibration images and build parts if the model is to be quantized.
+
+    ``measured`` makes the parts' divergences also for recipes that do not need them.
 
     Raises FimaqError if the request is contradictory, or a file is missing, damaged or unsuitable.
     """
@@ -157,7 +162,7 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
         cell.images = task.calibration(cell.loaded, request.data, request.recipe)
     clock.lap("load")
     if request.recipe is not None:
-        cell.parts = _parts(cell)
+        cell.parts = _parts(cell, measured)
     if request.mlp_checkpoint is not None:
         cell.keep_teachers()
         path = request.mlp_checkpoint
@@ -167,13 +172,16 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> PreparedCell:
     return cell
 
 
-def _parts(cell: PreparedCell) -> list[Part]:
+def _parts(cell: PreparedCell, measured: bool) -> list[Part]:
     """Turn the float model into parts."""
     task, loaded, images, recipe = cell.task, cell.loaded, cell.images, cell.request.recipe
     # Chains take over modules of the float model, so its last uses come first.
-    divergences = task.divergences(loaded, images, recipe, cell.device, cell.resources.batch_size)
+    needing = recipe.model_copy(update={"reconstruct": True}) if measured else recipe
+    divergences = task.divergences(loaded, images, needing, cell.device, cell.resources.batch_size)
     inputs, parts = task.inputs(loaded, images, recipe, cell.device), []
-    for name, chain in task.chains(loaded, recipe).items():
+    chains = task.chains(loaded, recipe)
+    apply_bits_map(chains, recipe.bits_map)
+    for name, chain in chains.items():
         own = recipe
         if name:  # limit the scope to this part, so that runs of other scopes share its files
             own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)})

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fimaq_core.errors import RecipeError
 from fimaq_core.export.opening import open_onnx
 from fimaq_core.files import remove_leftovers
 from fimaq_core.progress import OnProgress, silent
 from tasks.common.cell.exported import measure_export, measure_file
-from tasks.common.cell.identity import Place, planned_place, recipe_digest, resolved
+from tasks.common.cell.finishing import finish_cell
+from tasks.common.cell.identity import Place, planned_place, recipe_digest, resolved, unfinished
 from tasks.common.cell.lease import Lease, acquire, awaited
 from tasks.common.cell.origin import origin_of_export, with_origin
 from tasks.common.cell.outputs import Metrics, write_outputs
@@ -27,9 +29,10 @@ Measure = Callable[[Metrics | None, Lease], None]
 def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bool = False) -> Path:
     """Measure one cell and write its record; a cell with a valid record is not measured again.
 
-    The full-precision model of a quantized cell is measured first, as a cell of its own, and so is
-    the quantized model of an export. The folder of a cell also has ``outcomes.npz`` and, if the
-    model is quantized, ``quantized.safetensors`` or the export, ``model.onnx``.
+    Measured first, each as a cell of its own, are the full-precision model of a quantized cell, the
+    quantized model of an export, and the model before joint finishing. The folder of a cell also
+    has ``outcomes.npz`` and, if the model is quantized, ``quantized.safetensors`` or the export,
+    ``model.onnx``.
 
     Returns the path of ``result.json``. Raises Busy if another process measures the cell now,
     unless ``wait`` is True. Raises another FimaqError for a problem that the user can solve;
@@ -43,10 +46,15 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bo
             simulated = run_cell(replace(request, export=False), on_progress, wait=True)
             measure_export(request, simulated, full, lease, place.identity, on_progress)
             return
-        cell = prepare(request, on_progress)
-        if request.recipe is not None:
-            run_stages(cell, lease)
-        write_outputs(cell, cell.evaluate(cell.chains), full, lease, place.identity)
+        changes: dict[str, Any] = {}
+        if request.recipe is not None and request.recipe.finish_steps:
+            base = run_cell(unfinished(request), on_progress, wait=True)
+            cell, changes = finish_cell(request, base, lease, on_progress)
+        else:
+            cell = prepare(request, on_progress)
+            if request.recipe is not None:
+                run_stages(cell, lease)
+        write_outputs(cell, cell.evaluate(cell.chains), full, lease, place.identity, changes)
 
     return _measured(request, place, measure, on_progress, wait)
 

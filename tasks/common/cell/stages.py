@@ -11,6 +11,7 @@ from fimaq_core.checkpoint import Fingerprint, load_checkpoint
 from fimaq_core.errors import CheckpointError
 from fimaq_core.files import is_there, remove, remove_leftovers
 from fimaq_core.layers import set_quantized
+from fimaq_core.mixed_bits import apply_bits_map
 from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, STAGES, load_mlps
 from fimaq_core.progress import OnProgress, silent
 from fimaq_core.recipe import OFF, Recipe, make_recipe
@@ -29,7 +30,7 @@ from tasks.common.task import Chains, Evaluation
 #: Recipe fields of a model without quantizers.
 FULL_PRECISION = {
     **dict.fromkeys(("w_bits", "a_bits", "patch_input_bits"), OFF),
-    **dict.fromkeys(("s_bits", "head_bits")),
+    **dict.fromkeys(("s_bits", "head_bits", "bits_map")),
 }
 
 
@@ -67,8 +68,8 @@ def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[
     recipe = make_recipe(request.recipe.method, given, {"reconstruct_mlp": True})
     made = out if is_there(out) else None
     cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=made), on_progress)
-    _run_stage(MLPS, cell, out)
-    _join_parts(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
+    run_stage(MLPS, cell, out)
+    join_parts(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
     return cell.notes
 
 
@@ -78,13 +79,13 @@ def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) ->
     An ``out`` of an equal run is kept. Reconstructed MLPs are kept in a file beside ``out``.
     """
     cell = prepare(request, on_progress)
-    _run_stage(MLPS, cell, beside(out, "mlp"))
+    run_stage(MLPS, cell, beside(out, "mlp"))
     if is_there(out):
         holds = {"stage": CALIBRATE.mark}
         load_checkpoint(out, whole_module(cell.chains), cell.fingerprint, CALIBRATE.fields, holds)
         return cell.notes
-    _run_stage(CALIBRATE, cell, out)
-    _join_parts(cell, out, whole_module(cell.chains), CALIBRATE.mark)
+    run_stage(CALIBRATE, cell, out)
+    join_parts(cell, out, whole_module(cell.chains), CALIBRATE.mark)
     return cell.notes
 
 
@@ -103,13 +104,13 @@ def reconstruct_stage(
             f"The checkpoint {source} is of stage '{origin.stage}': reconstruct needs a calibrated "
             "one."
         )
-    recipe = _changed_recipe(fingerprint.recipe, given, request.task)
+    recipe = changed_recipe(fingerprint.recipe, given, request.task)
     cell = prepare(with_origin(request, origin, recipe), on_progress)
     if recipe.reconstruct_mlp:
         cell.keep_teachers()
         use_relu(all_segments(cell.chains))
     load_checkpoint(source, whole_module(cell.chains), cell.fingerprint, CALIBRATE.fields)
-    _check_shapes(cell, cell.chains, source)
+    check_shapes(cell, cell.chains, source)
 
     def blocks(part: Part) -> Pieces:
         folder = Address.beside(beside(out, part.name), RECONSTRUCT).pieces
@@ -129,7 +130,8 @@ def evaluate_stage(request: CellRequest, checkpoint: Path, on_progress: OnProgre
     cell = prepare(with_origin(request, origin), on_progress)
     evaluation = cell.evaluate(restored(cell, checkpoint, fingerprint, origin))
     replaced = replaced_fields(origin.preprocessing.fields(), request.model.preprocessing)
-    return replace(evaluation, notes=[*cell.notes, *replaced, *evaluation.notes])
+    finished = [] if origin.finishing is None else [origin.finishing.sentence()]
+    return replace(evaluation, notes=[*cell.notes, *finished, *replaced, *evaluation.notes])
 
 
 def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
@@ -148,12 +150,12 @@ def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
     return Inspection(checkpoint, request.task, *found, loaded.entry, loaded.preprocessing)
 
 
-def _run_stage(stage: Stage, cell: PreparedCell, out: Path) -> None:
+def run_stage(stage: Stage, cell: PreparedCell, out: Path) -> None:
     """Run a stage. A model of one chain is kept in ``out``, several parts in files beside it."""
     cell.run([stage], lambda stage, part: Address.beside(beside(out, part.name), stage))
 
 
-def _join_parts(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
+def join_parts(cell: PreparedCell, out: Path, module: nn.Module, mark: str) -> None:
     """Write ``module``, with all parts, to ``out`` if it is absent; remove the parts' files."""
     if not is_there(out):
         cell.save(out, module, mark)
@@ -183,15 +185,16 @@ def restored(
         load_mlps(all_segments(chains), checkpoint, None)
         return chains
     chains = cell.task.chains(cell.loaded, recipe)
+    apply_bits_map(chains, recipe.bits_map)
     if recipe.reconstruct_mlp:
         use_relu(all_segments(chains))
     load_checkpoint(checkpoint, whole_module(chains), None)
-    _check_shapes(cell, chains, checkpoint)
+    check_shapes(cell, chains, checkpoint)
     return chains
 
 
 @torch.no_grad()
-def _check_shapes(cell: PreparedCell, chains: Chains, checkpoint: Path) -> None:
+def check_shapes(cell: PreparedCell, chains: Chains, checkpoint: Path) -> None:
     """Run an input through each quantized chain: only this shows if the shapes of ranges fit."""
     if cell.loaded.input_shape is None:
         return
@@ -208,7 +211,7 @@ def _check_shapes(cell: PreparedCell, chains: Chains, checkpoint: Path) -> None:
             ) from error
 
 
-def _changed_recipe(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:
+def changed_recipe(recipe: Recipe, given: dict[str, Any], task: str) -> Recipe:
     """Return a checkpoint's recipe with the ``given`` fields.
 
     A given method replaces all fields except those of the ranges. Raises CheckpointError for

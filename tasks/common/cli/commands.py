@@ -11,6 +11,7 @@ import click
 
 from fimaq_core.errors import RecipeError
 from fimaq_core.progress import progress_bars
+from fimaq_core.recipe import Recipe
 from tasks.common.cli import options, process
 from tasks.common.cli.options import TaskOptions
 
@@ -87,6 +88,26 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         _echo(f"note: {note}" for note in notes)
         click.echo(f"reconstructed checkpoint: {out}")
 
+    @group.command(cls=options.GroupedCommand)
+    @_checkpoint
+    @options.run(own)
+    @options.weights()
+    @options.finishing()
+    @options.out
+    def finish(checkpoint: Path, out: Path, **given: Any) -> None:
+        """Train norms, biases and scales of the quantized CHECKPOINT through the whole model.
+
+        The codes of the weights stay. Without options, the recipe in CHECKPOINT decides.
+        """
+        from tasks.common.cell.finishing import finish_stage
+
+        changes = options.given_fields(given)
+        request = options.cell_request(task, given)
+        with progress_bars() as on_progress:
+            notes = finish_stage(request, checkpoint, out, changes, on_progress)
+        _echo(f"note: {note}" for note in notes)
+        click.echo(f"finished checkpoint: {out}")
+
     @group.command()
     @_checkpoint
     @options.data(own)
@@ -150,6 +171,46 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         found = inspect_stage(options.cell_request(task, given), checkpoint)
         click.echo(json.dumps(found.content(), indent=1) if as_json else found.text())
 
+    @group.command(cls=options.GroupedCommand)
+    @click.argument("target", metavar="CHECKPOINT|MODEL")
+    @options.sensitivity()
+    @options.named_model(own)
+    @options.mlp_checkpoint
+    @options.recipe(own)
+    def sensitivity(target: str, as_json: Path | None, **given: Any) -> None:
+        """Rank layers by the divergence that quantizing each alone causes; suggest mixed bits.
+
+        A CHECKPOINT has its own recipe and ranges. A MODEL, given by its name, is calibrated first.
+        The float model's own outputs are the reference, on calibration images.
+        """
+        from tasks.common.cell.sensitivity import Budget, sensitivity_stage
+
+        bits_file = given.pop("write_bits_map")
+        limits = {name: given.pop(name) for name in ("mean_bits", "bops", "widths")}
+        wanted = bits_file or limits["mean_bits"] or limits["bops"]
+        budget = Budget(**limits) if wanted else None
+        images, checkpoint = given.pop("images"), _checkpoint_of(target)
+        if checkpoint is None:
+            recipe = _quantizing(task, given)
+        elif changed := options.given_recipe(given):
+            raise RecipeError(f"{target} has its own recipe: leave {', '.join(changed)} out.")
+        else:
+            recipe = None
+        request = options.cell_request(
+            task, {**given, "name": "" if checkpoint else target}, recipe
+        )
+        with progress_bars() as on_progress:
+            found = sensitivity_stage(
+                request, checkpoint, images=images, budget=budget, on_progress=on_progress
+            )
+        click.echo(found.text())
+        if as_json is not None:
+            found.write(as_json)
+            click.echo(f"facts: {as_json}")
+        if bits_file is not None and found.suggestion is not None:
+            found.suggestion.write(bits_file)
+            click.echo(f"bits map: {bits_file}")
+
     @group.command()
     def models() -> None:
         """List short names and demo models."""
@@ -192,13 +253,24 @@ def _first_stage(task: str, stage: str, out: Path, given: dict[str, Any]) -> Non
     """Run a stage that starts from the float model, and print its notes."""
     from tasks.common.cell import stages
 
-    recipe = options.take_recipe(task, given)
-    if recipe is None:
-        raise RecipeError("Method 'fp' has no stages: use run.")
-    request = options.cell_request(task, given, recipe)
+    request = options.cell_request(task, given, _quantizing(task, given))
     with progress_bars() as on_progress:
         notes = getattr(stages, stage)(request, out, on_progress)
     _echo(f"note: {note}" for note in notes)
+
+
+def _quantizing(task: str, given: dict[str, Any]) -> Recipe:
+    """Remove the recipe options from ``given`` and return their recipe."""
+    recipe = options.take_recipe(task, given)
+    if recipe is None:
+        raise RecipeError("Method 'fp' has no stages: use run.")
+    return recipe
+
+
+def _checkpoint_of(target: str) -> Path | None:
+    """Return the path of a checkpoint; None for the name of a model."""
+    path = Path(target)
+    return path if path.suffix == ".safetensors" or path.is_file() else None
 
 
 def main(group: click.Group, arguments: list[str] | None = None) -> None:

@@ -7,8 +7,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from fimaq_core.documents import parse_json
+from fimaq_core.bits_map import read_bits_map
+from fimaq_core.documents import parse_json, shown
 from fimaq_core.errors import RecipeError, suggest
+from fimaq_core.methods import BUDGETS
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
 from fimaq_core.resources import EngineChoice, Placement
 from tasks.common.cli import numbers
@@ -68,19 +70,30 @@ def _joined(*options: Option) -> Option:
 
 
 def recipe(own: TaskOptions) -> Option:
-    """Add ``--method``, ``--recipe`` and one option per other field of a recipe."""
+    """Add ``--method``, ``--recipe``, ``--budget`` and one option per other field of a recipe."""
     methods = f"Method: {', '.join(['fp', *METHODS])}."
     file = "YAML file with recipe fields ('field: value' lines). Options have priority."
+    budget = "Steps and rates: 500 or 2,000 steps per block, or the method's own; options win."
     return _joined(
         click.option("--method", default="fimaq", help=methods),
         click.option("--recipe", "recipe_file", type=PATH, help=file),
+        click.option("--budget", type=click.Choice(list(BUDGETS)), help=budget),
         *_choice(own.scope, "scope", own.scopes, "Quantized part; the rest keeps full precision."),
         *(_recipe_option(name) for name in Recipe.model_fields if name not in ("method", "scope")),
     )
 
 
+def finishing() -> Option:
+    """Add the options for the recipe's fields of joint finishing."""
+    names = (name for name in Recipe.model_fields if name.startswith("finish_"))
+    return _joined(*map(_recipe_option, names))
+
+
 def _recipe_option(name: str) -> Option:
     field, flag = Recipe.model_fields[name], name.replace("_", "-")
+    if name == "bits_map":
+        text = "YAML file with bits of single layers, as the command sensitivity writes it."
+        return click.option("--bits-map", metavar="FILE", callback=_bits_map, help=text)
     unset = "as a_bits" if name.endswith("_bits") else "not given"
     default = unset if field.default is None else field.default
     text = f"{field.description}  [fimaq: {default}]"
@@ -104,14 +117,34 @@ def _choice(flag: str, name: str, choices: tuple[str, ...], text: str) -> Iterat
 
 def model(own: TaskOptions) -> Option:
     """Add the options for the model, its weights, the data and the run."""
-    file = "Local file: safetensors, or of torch.save (.pth, .pt, .bin, .ckpt, .tar), weights only."
     named = "Short name, demo name or the library's 'model.tag'; see the command 'models'."
+    return _joined(click.option("--model", "name", required=True, help=named), named_model(own))
+
+
+def named_model(own: TaskOptions) -> Option:
+    """Add the options of :func:`model` without its name."""
+    file = "Local file: safetensors, or of torch.save (.pth, .pt, .bin, .ckpt, .tar), weights only."
     arguments = "JSON object of arguments for the model's constructor."
     return _joined(
-        click.option("--model", "name", required=True, help=named),
         click.option("--model-args", default="{}", callback=_json_object, help=arguments),
         weights(file),
         run(own),
+    )
+
+
+def sensitivity() -> Option:
+    """Add the options of a measurement of single layers, and of the bits that it suggests."""
+    mean = "Suggest bits of single layers: mean of weights (by number) and of inputs (by values)."
+    bops = "Suggest bits of single layers: bit operations as a share of those of the recipe's bits."
+    return _joined(
+        click.option("--images", default=64, type=numbers.COUNT, help="Calibration images."),
+        click.option("--mean-bits", type=numbers.FiniteRange(2, 8), help=mean),
+        click.option("--bops", type=numbers.FiniteRange(0, 1e3, min_open=True), help=bops),
+        click.option(
+            "--widths", default="3,4,5,6", callback=_widths, help="Bits to choose from, 2 to 8."
+        ),
+        click.option("--json", "as_json", type=PATH, help="JSON file to write."),
+        click.option("--write-bits-map", type=PATH, help="File to write for --bits-map (YAML)."),
     )
 
 
@@ -201,6 +234,17 @@ mlp_checkpoint = click.option("--mlp-checkpoint", type=PATH, help="Reconstructed
 out = click.option("--out", required=True, type=PATH, help="Checkpoint to write (.safetensors).")
 
 
+def _bits_map(_: click.Context, __: click.Parameter, path: str | None) -> dict[str, Any] | None:
+    return None if path is None else read_bits_map(Path(path))
+
+
+def _widths(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
+    parts = tuple(part.strip() for part in text.split(","))
+    if not set(parts) <= set("2345678"):
+        raise RecipeError(f"--widths is {shown(text)}: give bits from 2 to 8, such as 3,4,6.")
+    return tuple(map(int, parts))
+
+
 def _json_object(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
     content = parse_json(text, "--model-args", RecipeError)
     if not isinstance(content, dict):
@@ -222,12 +266,19 @@ def take_recipe(task: str, options: dict[str, Any]) -> Recipe | None:
 def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
     """Remove the recipe options and return the given fields; options override the recipe file."""
     method, file = options.pop("method"), options.pop("recipe_file")
-    given = {name: options.pop(name) for name in list(Recipe.model_fields) if name in options}
+    given = given_fields(options)
     source = click.get_current_context().get_parameter_source("method")
     if source is not None and source.name != "DEFAULT":
         given["method"] = method
     content = read_recipe_file(file) if file is not None and method != "fp" else {}
-    return content | {name: value for name, value in given.items() if value is not None}
+    return content | given
+
+
+def given_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the options of recipe fields, and the budget; return those that are given."""
+    names = [name for name in ("budget", *Recipe.model_fields) if name in options]
+    found = {name: options.pop(name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def cell_request(task: str, options: dict[str, Any], recipe: Recipe | None = None) -> CellRequest:

@@ -180,6 +180,63 @@ def test_numbers_of_an_older_loss_under_the_same_name_are_not_compared():
 
 
 @pytest.mark.parametrize(
+    ("method", "settings", "published", "value"),
+    [
+        ("glfq", {}, "GLF-Q paper full text (2026) Table 1", 67.4),
+        ("glfq", {"rotate": "none"}, "GLF-Q paper full text (2026) Table 4", 63.53),
+        ("glfq", {"reconstruct_mlp": False}, "GLF-Q paper full text (2026) Table 4", 65.04),
+        (
+            "glfq",
+            {"rotate": "none", "reconstruct_mlp": False},
+            "GLF-Q paper full text (2026) Table 4",
+            60.37,
+        ),
+        ("glfq", {"loss": "mse"}, "GLF-Q paper full text (2026) Table 3", 60.48),
+        ("glfq", {"loss": "fisher_dplr"}, "GLF-Q paper full text (2026) Table 3", 63.83),
+        ("glfq", {"glf_weight": 0}, "GLF-Q paper full text (2026) Table 3", 66.09),
+        (
+            "fimaq",
+            {"rotate": "hadamard", "reconstruct_mlp": True},
+            "GLF-Q paper full text (2026) Table 3",
+            66.88,
+        ),
+    ],
+)
+def test_an_ablation_is_compared_with_the_record_that_has_its_changes(
+    method: str, settings: dict[str, object], published: str, value: float
+):
+    table = compared([imagenet(method, value, settings=settings)])
+    same = table[table["verdict"] != diff.NOT_COMPARABLE].to_dict("records")
+    assert [(row["source"], row["published"], row["verdict"]) for row in same] == [
+        (published, value, "reproduced")
+    ]
+    # The main number of the method is shown, and refused for the changes.
+    others = table.loc[table["verdict"] == diff.NOT_COMPARABLE, "reason"]
+    assert all(name in reason for reason in others for name in settings)
+    assert bool(settings) == bool(len(others))
+
+
+def test_other_changes_than_those_of_an_ablation_are_named():
+    table = compared([imagenet("glfq", 63.5, settings={"rotate": "none", "steps": 300})])
+    assert list(table["source"]) == ["GLF-Q paper full text (2026) Table 1"]
+    assert table["reason"].item() == (
+        "settings changed from the released ones: rotate none, steps 300"
+    )
+
+
+def test_closed_forms_compare_with_no_published_protocol():
+    four = {"w_bits": 4, "a_bits": 4}
+    tag = "deit_small_patch16_224.fb_in1k"
+    for method in ("gptq", "gptaq"):
+        table = compared([imagenet(method, 76.0, model=tag, settings=four)])
+        assert set(table["verdict"]) == {diff.NOT_COMPARABLE}
+        assert {"no rotation, GPTAQ paper protocol", "+rotation, MARR protocol"} <= {
+            *table["variant"]
+        }
+        assert table["reason"].str.contains("run with another framework or recipe").all()
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"dataset": DIGITS}, "digit-pairs"),
@@ -226,6 +283,13 @@ def test_settings_that_do_not_bear_on_the_method_are_no_change():
     assert alike.changed_settings(make_recipe("fimaq", {"steps": 300}), "classification") == {
         "steps": 300
     }
+    # A closed form acts without reconstruction too; settings of parts that do not run do not.
+    for settings, effect in (
+        ({"start": "gptq", "start_damp": 0.1}, {"start": "gptq", "start_damp": 0.1}),
+        ({"start_damp": 0.1, "finish_lr": 0.1}, {}),
+        ({"finish_steps": 9, "finish_lr": 0.1}, {"finish_steps": 9, "finish_lr": 0.1}),
+    ):
+        assert alike.changed_settings(make_recipe("rtn", settings), "classification") == effect
 
 
 def test_runs_of_different_settings_are_not_averaged():

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
-from published_fakes import row, written
+from published_fakes import finished, row, written
 
 from benchmarks.grid.cell import Cell, Places, RunOptions
 from benchmarks.grid.expand import Filters, expand, parse_filters
 from benchmarks.grid.names import PUBLISHED
 from benchmarks.grid.schema import GridError, load_grid
 from benchmarks.published.table import TABLES, TableError, load_table, table_names
+from benchmarks.tables.reproduction import Reproduction
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS
 from tasks.common.cell.identity import planned_folder
@@ -28,18 +29,22 @@ COUNTS = {
     "repq": {"fp": 7, "repq": 14},
     "erq": {"fp": 7, "erq": 7},
     "lsvit": {"fp": 7, "lsvit": 19},
+    "glfq": {"fp": 7, "glfq": 14},
+    "glfq-ablation": {"fp": 7, "glfq": 49, "fimaq": 7},
     "clip-retrieval": {"fp": 1, "repq": 4},
 }
 #: Rows and columns, and how many of the cells have a published number.
 SIZES = {
     "fimaq": (23, 7, 161),
-    "fimaq-ablation": (26, 3, 47),
+    "fimaq-ablation": (20, 3, 29),
     "aphq": (20, 7, 140),
     "aphq-coco": (9, 8, 72),
     "adalog": (6, 7, 42),
     "repq": (10, 7, 63),
     "erq": (23, 7, 161),
     "lsvit": (11, 7, 50),
+    "glfq": (12, 7, 84),
+    "glfq-ablation": (11, 7, 77),
     "clip-retrieval": (15, 8, 27),
 }
 
@@ -56,6 +61,13 @@ def cells_of(name: str, tmp_path: Path) -> list[Cell]:
 def options(tmp_path: Path) -> RunOptions:
     places = Places(tmp_path / "imagenet", tmp_path / "coco", tmp_path / "flickr")
     return RunOptions(tmp_path, places)
+
+
+def glfq(method: str, point: str | None) -> list[dict[str, Any]]:
+    """Rows of a table with one part of GLF-Q's ablation."""
+    place = {"study": "glfq_components", "source": "GLF-Q paper full text (2026) Table 4"}
+    protocol = {"steps": 3000}
+    return row(head="GLF-Q", method=method, measure="glfq", point=point, protocol=protocol, **place)
 
 
 def test_the_tables_are_those_that_are_tested():
@@ -103,7 +115,7 @@ def test_every_number_is_the_value_of_one_row(name: str):
             and (entry["w_bit"], entry["a_bit"]) == widths
             and entry["source"] in (sources if isinstance(sources, list | tuple) else [sources])
         ]
-        assert found == [cell.published]
+        assert [{**cell.published, **entry} for entry in found] == [cell.published]
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -145,6 +157,44 @@ def test_released_settings_on_an_axis_are_one_cell(tmp_path: Path):
     cells = [cell for cell in cells_of("fimaq-ablation", tmp_path) if not cell.point]
     places = [cell.axis_points for cell in cells if cell.method == "fimaq"]
     assert places == [(("loss", "fisher_dplr"), ("k", "5"))] * 3
+
+
+def test_an_ablation_has_the_recipe_fields_of_its_rows(tmp_path: Path):
+    cells = [cell for cell in cells_of("glfq-ablation", tmp_path) if cell.model == "vit_small"]
+    shown = {}
+    for cell in cells[1:]:
+        recipe = cell.request.recipe
+        assert recipe is not None
+        shown[f"{cell.method} {cell.point}".strip()] = recipe.changes()
+    assert shown == {
+        "fimaq parts=both": {"rotate": "hadamard", "reconstruct_mlp": True},
+        "glfq": {},
+        "glfq parts=none": {"rotate": "none", "reconstruct_mlp": False},
+        "glfq parts=mlp": {"rotate": "none"},
+        "glfq parts=rotation": {"reconstruct_mlp": False},
+        "glfq loss=mse": {"loss": "mse"},
+        "glfq loss=fisher_dplr": {"loss": "fisher_dplr"},
+        "glfq loss=global": {"glf_weight": 0.0},
+    }
+    main = {planned_folder(cell.request) for cell in cells_of("glfq", tmp_path)}
+    assert [planned_folder(cell.request) in main for cell in cells] == [
+        cell.method == "fp" or (cell.method == "glfq" and not cell.point) for cell in cells
+    ]
+
+
+def test_an_ablation_s_measured_cell_gets_a_verdict(tmp_path: Path):
+    cells = {(c.model, c.point): c for c in cells_of("glfq-ablation", tmp_path)}
+    measured = [
+        finished(cells["vit_small", "parts=mlp"], 63.6),
+        finished(cells["vit_small", "loss=mse"], 70.0),
+        finished(cells["deit_tiny", "parts=both"], 55.3),
+    ]
+    found = Reproduction(load_table("glfq-ablation"), measured).judged
+    assert [tuple(values) for values in found[["row", "published", "verdict"]].values] == [
+        ("Parts MR", 63.53, "reproduced"),
+        ("Loss local MSE", 60.48, "above"),
+        ("FIMA-Q with both parts", 55.29, "reproduced"),
+    ]
 
 
 def test_filters_narrow_a_table_and_may_add_seeds(tmp_path: Path):
@@ -243,6 +293,14 @@ def test_a_file_of_ones_own_is_a_table(tmp_path: Path):
         (
             {"profile": "paper-ablation", "rows": row(point="loss=mze")},
             "axis 'loss' has no point 'mze'.",
+        ),
+        (
+            {"profile": "paper-parts", "bits": ["w3a3"], "rows": glfq("GLF+MR", "parts=both")},
+            "GLF-Q w3a3, ViT-S: its published number is not of parts=both: add 'unpublished'",
+        ),
+        (
+            {"profile": "paper-parts", "bits": ["w3a3"], "rows": glfq("GLF+MR", None)},
+            "its published number is not of the released settings",
         ),
         ({"metric": "top5"}, "no published number for method 'FP', metric 'top5'"),
     ],

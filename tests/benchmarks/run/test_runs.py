@@ -143,9 +143,9 @@ def test_plan_lists_cells_and_runs_nothing(tmp_path: Path):
     rows = [line.split() for line in result.output.splitlines()]
     (row,) = [row for row in rows if row[2:3] == ["fimaq"]]
     assert " ".join(row[:12]) == (
-        "13 vit_small fimaq w3a3 3407 20000 - fisher_dplr 1024 32 train no"
+        "15 vit_small fimaq w3a3 3407 20000 - fisher_dplr 1024 32 train no"
     )
-    assert "16 cells, 0 done, 16 to run." in result.output
+    assert "19 cells, 0 done, 19 to run." in result.output
     assert measured(tmp_path) == []
 
 

@@ -1,5 +1,7 @@
 """Marks of methods: special quantizers and optimised parts, read from the recipe."""
 
+from typing import Any
+
 import benchmark_fakes as fakes
 import pytest
 
@@ -35,9 +37,12 @@ def test_special_quantizers(softmax: str, gelu: str, text: str):
         ("erq", {}, "weights"),
         ("fimaq-mlp", {}, "blocks + MLPs"),
         ("erq", {"reconstruct_mlp": True}, "MLPs + weights"),
+        ("gptq", {}, "weights"),
+        ("fimaq", {"start": "gptq"}, "blocks"),
+        ("rtn", {"finish_steps": 9}, "whole model"),
     ],
 )
-def test_optimised(method: str, changes: dict[str, bool], text: str):
+def test_optimised(method: str, changes: dict[str, Any], text: str):
     assert recipe_marks(make_recipe(method, changes))[1] == text
 
 

@@ -38,6 +38,9 @@ FEW: dict[str, Any] = {
 }
 
 
+MIXED = {"blocks.0.mlp.fc1": {"w": 2, "a": 3}, "blocks.0.attn.query_key": {"a": 8, "b": 3}}
+
+
 def _quantized(model: nn.Module, x: Tensor, **settings: Any) -> QuantizedModel:
     return quantize(model, x, **FEW, **settings)
 
@@ -75,12 +78,20 @@ def _swin(x: Tensor) -> QuantizedModel:
     return _quantized(swin(), images(12, 40), w_bits=3, a_bits=3)
 
 
+def _rotated(x: Tensor) -> QuantizedModel:
+    model = vit(1, pre_norm=True, init_values=0.1)
+    return _quantized(model, x, w_bits=4, a_bits=4, rotate="hadamard")
+
+
 #: Model and options of an export: each form of weights, inputs and operands occurs.
 CASES: dict[str, tuple[Callable[[Tensor], QuantizedModel], dict[str, Any]]] = {
     "2 bits in planes": (_rtn(2), {"packed": True}),
     "3 bits in planes": (_rtn(3), {"packed": True}),
     "4 bits, signed": (_rtn(4), {"signed": True}),
-    "5 bits, softmax and head of 8": (_rtn(5, s_bits=8, head_bits=8), {"packed": True}),
+    "5 bits, softmax and head of 8, some layers of 2 and 3": (
+        _rtn(5, s_bits=8, head_bits=8, bits_map=MIXED),
+        {"packed": True},
+    ),
     "8 bits, zero points far apart": (_rtn(8, patch_input_bits=8), {}),
     "weights alone": (_rtn(4, a_bits=32), {}),
     "ranges beside zero": (_rtn(4, method="repq", softmax_quantizer="uniform"), {}),
@@ -91,6 +102,7 @@ CASES: dict[str, tuple[Callable[[Tensor], QuantizedModel], dict[str, Any]]] = {
     ),
     "own model": (_own_model, {}),
     "Swin": (_swin, {}),
+    "rotated behind a norm": (_rotated, {}),
 }
 
 

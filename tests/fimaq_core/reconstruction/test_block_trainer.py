@@ -16,7 +16,7 @@ from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import set_quantized
 from fimaq_core.quantizers.dropping import draw_keys, eager_mask
-from fimaq_core.quantizers.rounding import alpha_gradient, rounding_penalty
+from fimaq_core.quantizers.rounding import rounding_penalty
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import BlockTrainer
 from fimaq_core.reconstruction.engines import Engine
@@ -261,7 +261,7 @@ def gradients_of_step(
     step = made._step
     if isinstance(step, TextbookStep):
         made.step(number)
-        parts = [[leaf.grad for leaf in leaves] for leaves in (step.alphas, step.scales)]
+        parts = [[leaf.grad for leaf in leaves] for leaves in (step.variables, step.scales)]
         flat = [torch.cat([grad.flatten() for grad in part if grad is not None]) for part in parts]
         return flat[0], flat[1]
     assert isinstance(step, FlatStep)
@@ -274,7 +274,7 @@ def gradients_of_step(
             return call(function, *args)
         own, _, grad_soft, grad_scales = args
         weight, beta = own.rates[own.counter[0], :2]
-        found.extend((alpha_gradient(own.alpha, own.gain, grad_soft, weight, beta), grad_scales))
+        found.extend((own.vectors.gradient(grad_soft, weight, beta), grad_scales))
         return None
 
     monkeypatch.setattr(step, "_call", look)
@@ -342,7 +342,7 @@ def test_gradient_of_a_step(
     state.soft.copy_(state.rounding.soft())
     if isinstance(made._step, TextbookStep):
         for leaf, value in zip(
-            made._step.alphas, state.rounding.split(state.rounding.alpha), strict=True
+            made._step.variables, state.rounding.split(state.rounding.alpha), strict=True
         ):
             leaf.detach().copy_(value)
     found, found_scales = gradients_of_step(made, number, monkeypatch)

@@ -74,7 +74,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int, dict[str, object]]] = {
     "vit, fimaq": (vit, 32, {}),
     "swin, fimaq": (lambda: swin(40), 40, {}),
     "vit, brecq": (vit, 32, {"method": "brecq"}),
+    "vit, glfq": (vit, 32, {"loss": "glf", "weight_learning": "straight-through"}),
     "vit, gradients a sample": (vit, 32, {"loss": "fisher_brecq"}),
+    "vit, closed-form start": (vit, 32, {"method": "qdrop", "start": "gptaq"}),
     "vit, singular passes": (
         vit,
         32,

@@ -20,6 +20,7 @@ from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.reconstruct import reconstruct
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
 from fimaq_core.resources import Resources
+from fimaq_core.samples import Samples
 
 pytestmark = pytest.mark.slow
 
@@ -211,10 +212,27 @@ def test_predictions_are_the_teachers_from_the_block_on() -> None:
         assert not same(tape.chain.tail(3, tape.target.whole), objective.reference.whole)
 
 
+@torch.no_grad()
+def test_features_and_the_rest_behind_a_block_are_the_teachers() -> None:
+    recipe = quick(loss="glf")
+    chain, teacher, x = pair(recipe)
+    tape = Tape(chain, x, Storage("device", CPU), with_prefix=True, batch_size=8, teacher=teacher)
+    features = tape.features(Samples(x))
+    for _ in range(2):
+        tape.advance()
+    target = tape.compute_target().whole
+    objective = BlockObjective(chain, tape, recipe, features, KL, [])
+    assert objective.rest is not None
+    assert same(objective.rest(target, None, ()), features.whole)
+    assert not same(chain_of_full(chain).rest(2, target, feature=True), features.whole)
+    assert same(teacher.segment(4).block(features.whole), teacher(x))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {}, {"method": "qdrop"}, {"method": "pdquant"}, {"method": "lsvit"}, {"loss": "perturb"},
+        {"loss": "glf", "weight_learning": "straight-through"},
         {"loss": "perturb_mean"},
         {"loss": "fisher_brecq"}, {"method": "brecq", "reconstruct_parts": "blocks"},
     ],

@@ -111,6 +111,8 @@ def objective_at(
     set_quantized(chain, False)
     with torch.no_grad():
         reference = Samples([chain(image) for image in images])
+    if recipe.loss == "glf":
+        reference = tape.features(images)
     objective = SampleObjective(chain, tape, recipe, reference, D, [])
     return objective, chain, images, reference
 
@@ -230,16 +232,33 @@ def test_a_neck_has_the_squared_error() -> None:
     assert (objective.kind, objective.part_weights()) == ("mse", (2.0,))
 
 
+@torch.no_grad()
+def test_the_feature_of_a_detector_is_the_necks_output() -> None:
+    """Computed at the start, and again through the rest behind a block with its kept tensors."""
+    objective, chain, images, _ = objective_at(one_by_one(loss="glf"), 2)
+    expected = [by_hand(chain, image)[3] for image in images]
+    assert same(objective.reference, expected)
+    assert objective.rest is not None
+    for number in range(len(images)):
+        batch, _ = objective.sample(number, mixed=False)
+        assert batch.reference is not None
+        assert len(batch.kept) == 1
+        found = objective.rest(batch.target, batch.side, batch.kept)
+        assert torch.allclose(found, batch.reference, atol=1e-6)
+
+
 def trainer(engine: Engine, recipe: Recipe) -> BlockTrainer:
     objective, chain, *_ = objective_at(recipe, 1)
     return BlockTrainer(chain.segment(1), objective, engine)
 
 
 @pytest.mark.parametrize(
-    "loss", ["fisher_dplr", "mse", "perturb", "prediction", "mse_adalog", "prediction_pdquant"]
+    "loss",
+    ["fisher_dplr", "mse", "perturb", "prediction", "mse_adalog", "prediction_pdquant", "glf"],
 )
 def test_engines_agree(loss: str) -> None:
-    recipe = one_by_one(loss=loss)
+    learning = "straight-through" if loss == "glf" else "rounding"
+    recipe = one_by_one(loss=loss, weight_learning=learning)
     assert_same_steps(trainer("eager", recipe), [trainer("fused", recipe)], recipe.steps)
 
 

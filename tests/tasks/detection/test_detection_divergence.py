@@ -68,9 +68,25 @@ def test_gradient_is_that_of_the_terms_over_their_values(proposals: int) -> None
         assert float(value) == pytest.approx(3 if proposals else 2)
         (found,) = torch.autograd.grad(value, leaf)
         terms = terms_by_definition(again, full[index], levels, proposals)
+        assert torch.allclose(
+            divergence.terms(again.detach(), reference[index]), torch.stack(terms).detach()
+        )
         (expected,) = torch.autograd.grad(sum(term / float(term) for term in terms), again)
         # the reference keeps its weights in float32
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("proposals", [0, 7])
+def test_the_sharp_form_is_the_sum_of_the_terms(proposals: int) -> None:
+    divided = ProposalDivergence(LEVELS, ANCHORS, CLASSES if proposals else 0)
+    full, other = outputs(0, proposals), outputs(1, proposals)
+    reference, plain = divided.reference(full), divided.sharp()
+    for index, levels in enumerate(LEVELS):
+        terms = terms_by_definition(other[index], full[index], levels, proposals)
+        value = float(plain(other[index], reference[index]))
+        assert value == pytest.approx(float(sum(terms)), rel=1e-5)
+        assert float(plain(full[index], reference[index])) == 0
+    assert float(divided(other[0], reference[0])) == pytest.approx(3 if proposals else 2)
 
 
 def test_maps_and_flat_outputs_are_the_same() -> None:

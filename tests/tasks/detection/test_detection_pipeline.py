@@ -294,6 +294,23 @@ def test_one_model_calibrates_for_several_methods(place: Path, fimaq: Done) -> N
     assert set(reused.record.fisher_passes.values()) == {0}
 
 
+def test_a_detector_is_finished_up_to_its_neck(place: Path, fimaq: Done) -> None:
+    own = {"finish_steps": 2, "finish_held_out": 1, "finish_lr": 1e-5}
+    finished = done(cell(place, **own))
+    (note,) = [one for one in finished.record.notes if "held-out objective" in one]
+    assert note.startswith("detector.finishing: held-out objective 2.000 -> ")
+    assert finished.record.seconds["reconstruct detector (reused)"]
+    before, after = fimaq.state, finished.state
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    heads = [name for name in after if not name.startswith("detector.")]
+    assert heads
+    assert not changed & set(heads)
+    assert not [name for name in changed if name.endswith("codes")]
+    # Backbone and neck take part; the region proposals' head stays as calibrated.
+    assert any(".norm1." in name for name in changed) == ("step 0" not in note)
+    assert not [name for name in changed if name.startswith("detector.segments.12.")]
+
+
 #: Methods whose ranges are found otherwise.
 OWN_RANGES = ("repq", "erq", "adalog", "ptq4vit")
 

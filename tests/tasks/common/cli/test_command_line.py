@@ -5,11 +5,14 @@ import json
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 
+from tasks.common.cli import options
 from tasks.common.cli.commands import build_group, main
 from tasks.common.record import read_record
 
@@ -195,3 +198,16 @@ def test_nan_weights_are_refused(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "blocks.1.mlp.fc1.weight" in done.stderr
+
+
+def test_options_win_over_the_budget() -> None:
+    found = {}
+
+    @click.command()
+    @options.recipe(options.TaskOptions())
+    def show(**given: Any) -> None:
+        found["recipe"] = options.take_recipe("classification", given)
+
+    show.main(["--budget", "fast", "--lr-scale", "0.5"], standalone_mode=False)
+    recipe = found["recipe"]
+    assert (recipe.steps, recipe.lr_alpha, recipe.lr_scale) == (500, 0.0132, 0.5)
