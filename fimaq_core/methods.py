@@ -62,8 +62,6 @@ METHODS: dict[str, Changes] = {
     "lsvit": {"loss": "least_squares"},
     # GLF-Q (2026): a loss at the end of the model, on a rotated model with reconstructed MLPs.
     "glfq": {**_GLFQ, "rotate": "hadamard", "reconstruct_mlp": True},
-    # Not published: QDrop with one scale per token, block by block, then joint finishing.
-    "joint": {"loss": "mse", "finish_steps": 200},
 }
 #: Further changes at some weight bits, as in the method's released configuration.
 AT_BITS: dict[str, dict[int, Changes]] = {

@@ -35,7 +35,7 @@ def test_demo_grid_has_its_cells_with_full_precision_first():
     mixed = [cell.method for cell in everything if cell.section == "mixed-mean-4-bits"]
     assert mixed == ["fp", "fimaq"]
     assert len(everything) == len(cells) + 2 + (1 + 5 * 2 * 2 * 2) + 2 * (1 + 4 * 2 * 2)
-    left_out = {"qdrop-aphq", "gptq", "gptaq", "glfq", "joint"}
+    left_out = {"qdrop-aphq", "gptq", "gptaq", "glfq"}
     assert {cell.method for cell in cells} == {"fp", *METHODS} - left_out
     by_model = {
         model: [cell for cell in cells if cell.model == model]
@@ -72,7 +72,7 @@ def test_paper_grid_uses_released_settings_and_the_given_data():
     )
     cells = expand(load_grid("paper"), Filters(tasks=("classification",)), options)
     assert len(cells) == 7 * (2 + 16 * 3 + 3 * 3 + 3 + 2)
-    assert {cell.method for cell in cells} == {"fp", *METHODS} - {"joint"}
+    assert {cell.method for cell in cells} == {"fp", *METHODS}
     for cell in cells:
         assert cell.request.data.path == Path("/data")
         assert cell.request.model.weights_folder == Path("/weights")
