@@ -61,8 +61,7 @@ def test_the_demo_profile_has_two_detectors_and_runs_them_on_request():
         ("detection", "", None)
     }
     others = demo_cells(tasks="classification,retrieval")
-    sections = {"classification", "retrieval", "mixed-mean-4-bits"}
-    assert {cell.section for cell in others} == sections
+    assert {cell.section for cell in others} == {"classification", "retrieval"}
     assert len(others) + len(cells) == len(demo_cells())
 
 
