@@ -60,7 +60,8 @@ def suggest_bits(
 def choose(choices: Mapping[str, Sequence[Choice]], budgets: Sequence[float]) -> dict[str, Choice]:
     """Pick one choice per layer: least sum of losses, each sum of costs at most its budget.
 
-    HiGHS (``scipy.optimize.milp``) solves it. Raises RecipeError if no choice meets the budgets.
+    HiGHS (``scipy.optimize.milp``) solves it. Raises RecipeError if no choice meets the budgets, or
+    if the best one is not found in a minute.
     """
     flat = [choice for own in choices.values() for choice in own]
     sizes = [len(own) for own in choices.values()]
@@ -78,6 +79,8 @@ def choose(choices: Mapping[str, Sequence[Choice]], budgets: Sequence[float]) ->
         ],
         options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
     )
+    if found.status == 1:
+        raise RecipeError("No best choice of bits was found in a minute: allow fewer bit-widths.")
     if found.x is None:
         raise RecipeError(
             "No choice of bits meets the budget: raise the budget or allow smaller bit-widths."

@@ -88,7 +88,7 @@ def sensitivities(
         sums = dict.fromkeys(((row.layer, row.operand) for row in found), 0.0)
         generator = torch.Generator().manual_seed(0)
         for rows in x.slices(size):
-            measure = partial(_against, divergence, reference[rows].to(device))
+            measure = partial(divergence, reference=reference[rows].to(device))
             drawn = partial(_directions, measure, directions, generator)
             for key, value in _quadratic(chain, x[rows].to(device), drawn).items():
                 sums[key] += value / len(x)
@@ -269,10 +269,6 @@ def _add_weight_error(
         weight = layer.weight.detach()
         change = layer.compute(args[0].detach(), _quantized(layer, "w", weight) - weight, None)
     return output + _per_row(t, output) * change
-
-
-def _against(divergence: Divergence, reference: Tensor, outputs: Tensor) -> Tensor:
-    return divergence(outputs, reference)
 
 
 def _directions(

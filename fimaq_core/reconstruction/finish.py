@@ -39,8 +39,6 @@ from fimaq_core.samples import Samples
 
 #: Number of times that the held-out objective is measured during training.
 POINTS = 16
-#: Kinds of segments whose block takes the penultimate feature.
-_LAST = ("head", "projection", "predictor")
 
 #: Samples of a batch: a slice, or their numbers (B,).
 Rows = slice | Tensor
@@ -161,16 +159,15 @@ class FinishObjective:
 def output_and_feature(chain: BlockChain, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return outputs and penultimate features (B, ...) of a chain for inputs ``x`` (B, ...).
 
-    The feature is the input of the block of the first head, projection or predictor. In a chain
+    The feature is that of :attr:`.BlockChain.feature_end`, as in the loss ``glf``. In a chain
     without one it is the output.
     """
-    side, feature = chain.side_of(x), None
+    side, end, feature = chain.side_of(x), chain.feature_end, None
     kept: Kept = ()
-    for segment in chain:
-        x = segment.enter(x, side, kept)
-        if feature is None and segment.kind in _LAST:
-            feature = x
-        x = segment.block(x)
+    for index, segment in enumerate(chain):
+        if index == end:
+            feature = segment.feature(x, side, kept)
+        x = segment(x, side, kept)
         kept = segment.kept_with(x, kept)
     return x, x if feature is None else feature
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fimaq_core.progress import progress_bars
 from fimaq_core.recipe import Recipe
 from tasks.common.cli import options, process
 from tasks.common.cli.options import TaskOptions
+from tasks.common.request import CellRequest
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 _checkpoint = click.argument("checkpoint", type=options.PATH)
@@ -83,9 +84,7 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
 
         changes = options.given_recipe(given)
         request = options.cell_request(task, given)
-        with progress_bars() as on_progress:
-            notes = reconstruct_stage(request, checkpoint, out, changes, on_progress)
-        _echo(f"note: {note}" for note in notes)
+        _next_stage(reconstruct_stage, request, checkpoint, out, changes)
         click.echo(f"reconstructed checkpoint: {out}")
 
     @group.command(cls=options.GroupedCommand)
@@ -103,9 +102,7 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
 
         changes = options.given_fields(given)
         request = options.cell_request(task, given)
-        with progress_bars() as on_progress:
-            notes = finish_stage(request, checkpoint, out, changes, on_progress)
-        _echo(f"note: {note}" for note in notes)
+        _next_stage(finish_stage, request, checkpoint, out, changes)
         click.echo(f"finished checkpoint: {out}")
 
     @group.command()
@@ -271,6 +268,19 @@ def _checkpoint_of(target: str) -> Path | None:
     """Return the path of a checkpoint; None for the name of a model."""
     path = Path(target)
     return path if path.suffix == ".safetensors" or path.is_file() else None
+
+
+def _next_stage(
+    stage: Callable[..., list[str]],
+    request: CellRequest,
+    checkpoint: Path,
+    out: Path,
+    changes: dict[str, Any],
+) -> None:
+    """Run a stage that starts from ``checkpoint``, and print its notes."""
+    with progress_bars() as on_progress:
+        notes = stage(request, checkpoint, out, changes, on_progress)
+    _echo(f"note: {note}" for note in notes)
 
 
 def main(group: click.Group, arguments: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import Measured, chain_of, images, quick, vit
+from small_models import Measured, chain_of, images, quick, swin, vit
 from small_pyramid import Positions, pyramid, varied
 from staged import run_stage
 from torch import Tensor, nn
@@ -21,7 +21,12 @@ from fimaq_core.pipeline import CALIBRATE, FINISH, freeze, quantize_chain
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import WeightQuantizer
 from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.finish import FinishObjective, finish, trained_tensors
+from fimaq_core.reconstruction.finish import (
+    FinishObjective,
+    finish,
+    output_and_feature,
+    trained_tensors,
+)
 from fimaq_core.reconstruction.state import SCALE_FLOOR
 from fimaq_core.samples import Samples
 from fimaq_core.store import Part
@@ -114,6 +119,18 @@ def test_the_start_is_kept_if_no_step_is_better(rate: float) -> None:
     assert found.sentence().endswith("2.000 -> 2.000 at step 0 of 12")
     after = chain.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_feature_of_a_swin_is_the_pooled_one() -> None:
+    """The loss ``glf`` has the same feature."""
+    model, x = swin(40), images(2, size=40)
+    chain = chain_of(swin(40), quick("rtn"))
+    with torch.no_grad():
+        output, feature = output_and_feature(chain, x)
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+        assert torch.allclose(feature, pooled, atol=1e-5)
+        assert torch.equal(feature, chain.tail(0, x, feature=True))
+        assert torch.allclose(output, model(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["rtn", "adalog"])
