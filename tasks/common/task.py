@@ -87,6 +87,8 @@ class Evaluation:
     n: int  # number of samples
     outcomes: dict[str, np.ndarray]  # arrays of (n,); `sample` holds the ids
     dataset: Dataset
+    #: Raw outputs of the samples in their order, such as ``logits`` (n, classes) float32
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)  # ids of damaged samples
     files: dict[str, Any] = field(default_factory=dict)  # JSON to write beside the record, by name
     # Up to 12 prediction samples, each the content of a ClassSample, CaptionSample or

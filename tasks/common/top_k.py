@@ -64,8 +64,8 @@ def evaluate(
     }
     skipped = [source.ids[index] for index in sorted({*range(len(images))} - {*positions})]
     notes = [*source.notes(), *images.notes()]
-    measured = metrics, len(positions), outcomes, source.describe(), skipped
-    return Evaluation(*measured, examples=examples, notes=notes)
+    measured = metrics, len(positions), outcomes, source.describe()
+    return Evaluation(*measured, skipped=skipped, examples=examples, notes=notes)
 
 
 def _answers(logits: Tensor, target: int, names: Sequence[str]) -> dict[str, Any]:
