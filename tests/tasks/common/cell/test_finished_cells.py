@@ -2,9 +2,10 @@
 
 import io
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -104,6 +105,24 @@ def test_a_finished_cell_starts_from_the_cell_without(
     assert len(codes) > 10
     assert all(torch.equal(before[key], after[key]) for key in codes)
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_export_of_a_finished_cell_answers_as_the_cell(
+    finished: tuple[Path, ResultRecord, ResultRecord],
+) -> None:
+    results, _, record = finished
+    simulated = cell(results, "fimaq", **FINISH)
+    path = run_cell(replace(simulated, export=True))
+    exported = read_record(path)
+    assert exported.variant == "onnx"
+    assert any(note.startswith("finishing: ") for note in exported.notes)
+    one, other = (
+        np.load(place / "outcomes.npz") for place in (path.parent, planned_folder(simulated))
+    )
+    assert (one["sample"] == other["sample"]).all()
+    # Other roundings than those of the simulated model may decide one of 64 images.
+    assert (one["predicted"] != other["predicted"]).sum() <= 1
+    assert abs(exported.metrics["top1"].value - record.metrics["top1"].value) <= 1.6
 
 
 def test_the_seconds_are_those_of_both_cells(
