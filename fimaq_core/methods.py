@@ -23,6 +23,7 @@ _BRECQ: Changes = {**_PER_TENSOR, "loss": "mse", "prefix_prob": 0.0, "activation
 #: say how inputs are mixed and activations dropped: both are left at one half, as in QDrop.
 _GLFQ: Changes = {**_PER_TENSOR, "weight_learning": "straight-through", "lr_weight": 2e-5}
 _GLFQ |= {"lr_scale": 2e-4, "steps": 3000, "loss": "glf"}
+_FINISH: Changes = {"finish_steps": 2000, "finish_held_out": 128}
 #: APHQ-ViT's code divides all losses by half of their starts.
 _APHQ: Changes = {**_PER_TENSOR, "loss_start": 2.0}
 
@@ -62,6 +63,9 @@ METHODS: dict[str, Changes] = {
     "lsvit": {"loss": "least_squares"},
     # GLF-Q (2026): a loss at the end of the model, on a rotated model with reconstructed MLPs.
     "glfq": {**_GLFQ, "rotate": "hadamard", "reconstruct_mlp": True},
+    # Our own: squared error with scales per token, then joint finishing. Without Fisher passes a
+    # step costs half of a step of FIMA-Q, so the same time allows more steps.
+    "mse-finish": {"loss": "mse", **_FINISH, "range_grid": "extended"},
 }
 #: Further changes at some weight bits, as in the method's released configuration.
 AT_BITS: dict[str, dict[int, Changes]] = {
@@ -72,10 +76,10 @@ AT_BITS: dict[str, dict[int, Changes]] = {
 FROM_7_BITS: Changes = {"range_grid": "extended"}
 
 #: Recipe fields of each budget. ``released`` keeps the method's own. Each method has the fields of
-#: the stages that it runs, and its rates follow the steps, see :data:`RATES`.
+#: the stages that it runs, and the rates of blocks and MLPs follow the steps, see :data:`RATES`.
 BUDGETS: dict[str, Changes] = {
-    "fast": {"steps": 500, "mlp_steps": 500},
-    "standard": {"steps": 2_000, "mlp_steps": 2_000},
+    "fast": {"steps": 500, "mlp_steps": 500, "finish_steps": 200},
+    "standard": {"steps": 2_000, "mlp_steps": 2_000, "finish_steps": 500},
     "released": {},
 }
 #: Learning rates by their steps, and the power of (own steps / steps of the budget) that multiplies

@@ -228,6 +228,8 @@ def _of_budget(
     defaults = {name: field.default for name, field in Recipe.model_fields.items()}
     own = {**defaults, **METHODS[given["method"]]}
     now, found = {**own, **given, **beside}, dict(BUDGETS[budget])
+    if own["finish_steps"] <= found.get("finish_steps", 0):
+        found.pop("finish_steps", None)
     learned = "lr_weight" if now["weight_learning"] == "straight-through" else "lr_alpha"
     for stage, name in (("reconstruct", "steps"), ("reconstruct_mlp", "mlp_steps")):
         wanted = found.pop(name, own[name])

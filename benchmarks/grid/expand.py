@@ -149,7 +149,7 @@ def _cells(
     section, methods = lists.task, _keep(lists.methods, filters.methods)
     if FP in methods:
         yield _make_cell(grid, section, model, None, options)
-    overrides, scopes = grid.overrides_of(section), grid.tasks[section].scopes or (None,)
+    scopes = grid.tasks[section].scopes or (None,)
     bits, seeds = _keep(lists.bits, filters.bits) or ("",), _keep(lists.seeds, filters.seeds)
     quantizing = [method for method in methods if method != FP]
     for width, seed, scope, method in itertools.product(bits, seeds, scopes, quantizing):
@@ -160,6 +160,7 @@ def _cells(
             w_bits, a_bits = parse_bits(width)
         else:
             continue
+        overrides = grid.overrides_of(section, method)
         own = {"w_bits": w_bits, "a_bits": a_bits, "seed": seed, "scope": scope}
         base = _make_cell(grid, section, model, make_recipe(method, overrides, own), options)
         yield from _with_points(base, axes, overrides, own)

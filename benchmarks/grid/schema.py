@@ -98,6 +98,7 @@ class TaskGrid(Strict):
     bits: tuple[Bits, ...] | None = Field(None, min_length=1)
     seeds: tuple[int, ...] | None = Field(None, min_length=1)
     overrides: Overrides = {}  #: added to those of the grid, and stronger
+    of_methods: dict[Method, Overrides] = {}  #: of single methods, added to both and stronger
     scopes: tuple[str, ...] = ()  #: one cell per scope; empty: the default scope of the task
     #: Methods whose cells are also measured as exports to ONNX, in the grid's own settings.
     export: tuple[Method, ...] = ()
@@ -156,8 +157,8 @@ class Grid(Strict):
         for section in self.tasks:
             methods = [method for method in self.methods_of(section) if method != FP]
             own = self.overrides_of(section)
-            for method in methods:
-                make_recipe(method, own)
+            for method in {*methods, *self.tasks[section].of_methods}:
+                make_recipe(method, self.overrides_of(section, method))
             for changes in points if methods else ():
                 errors = [error for name in methods if (error := _refusal(name, own, changes))]
                 if len(errors) == len(methods):
@@ -175,7 +176,7 @@ class Grid(Strict):
             if method not in known - {FP}:
                 words = f"cannot be exported in {shown(section)}: no quantized cell there has it"
                 raise GridError(f"The method {shown(method)} {words}.")
-            check_exportable(make_recipe(method, self.overrides_of(section)))
+            check_exportable(make_recipe(method, self.overrides_of(section, method)))
 
     def _cells(self, section: str) -> int:
         """Return the number of cells of a section at most, with those that a filter may add."""
@@ -200,10 +201,10 @@ class Grid(Strict):
         """Return the methods of a section, without those of extra cells."""
         return self.tasks[section].methods or self.methods
 
-    def overrides_of(self, section: str) -> dict[str, Any]:
-        """Return the recipe fields that the task, the grid and the section itself change."""
-        usual = registry.defaults(self.task_of(section))
-        return {**usual, **self.overrides, **self.tasks[section].overrides}
+    def overrides_of(self, section: str, method: str = FP) -> dict[str, Any]:
+        """Return the recipe fields that task, grid and section change for a method."""
+        usual, part = registry.defaults(self.task_of(section)), self.tasks[section]
+        return {**usual, **self.overrides, **part.overrides, **part.of_methods.get(method, {})}
 
 
 def _refusal(method: str, *changes: Overrides) -> RecipeError | None:

@@ -284,7 +284,7 @@ def _cell_name(c: Coordinates, bits: str, model: str, grid: Grid, published: boo
         _among(f"axis '{axis}' has no point", name, grid.axes[axis])
         changes = grid.axes[axis][name]
     own = {"w_bits": w_bits, "a_bits": a_bits, "seed": grid.seeds[0], "scope": scope or None}
-    overrides = grid.overrides_of(section)
+    overrides = grid.overrides_of(section, method)
     recipe = make_recipe(method, overrides, changes, own)
     if published and recipe != make_recipe(method, overrides, theirs.changes, own):
         where = c.point or "the released settings"

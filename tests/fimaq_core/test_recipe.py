@@ -47,7 +47,15 @@ def test_defaults_are_the_released_settings() -> None:
 
 def test_methods() -> None:
     names = "mlp-recon rtn repq ptq4vit adalog erq gptq gptaq brecq qdrop pdquant adalog-recon aphq"
-    assert list(METHODS) == [*names.split(), "qdrop-aphq", "fimaq", "fimaq-mlp", "lsvit", "glfq"]
+    assert list(METHODS) == [
+        *names.split(),
+        "qdrop-aphq",
+        "fimaq",
+        "fimaq-mlp",
+        "lsvit",
+        "glfq",
+        "mse-finish",
+    ]
     assert all(make_recipe(name).changes() == {} for name in METHODS)
     brecq, qdrop, rtn = make_recipe("brecq"), make_recipe("qdrop"), make_recipe("rtn")
     assert (brecq.loss, brecq.prefix_prob, brecq.activation_prob, brecq.per_token) == (
@@ -455,7 +463,10 @@ def test_budget_sets_the_steps_and_rates_of_the_stages_that_run(method: str) -> 
     changed = {name for name in Recipe.model_fields if getattr(own, name) != getattr(fast, name)}
     learned = "lr_weight" if own.weight_learning == "straight-through" else "lr_alpha"
     blocks = {"steps", learned, "lr_scale"} if own.reconstruct else set()
-    assert changed == blocks | ({"mlp_steps", "mlp_lr"} if own.reconstruct_mlp else set())
+    finish = {"finish_steps"} if own.finish_steps else set()
+    mlps = {"mlp_steps", "mlp_lr"} if own.reconstruct_mlp else set()
+    assert changed == blocks | mlps | finish
+    assert fast.finish_steps == (200 if own.finish_steps else 0)
     assert fast.reconstruct is False or fast.steps == 500
     assert make_recipe(method, {"budget": "released"}) == own
 

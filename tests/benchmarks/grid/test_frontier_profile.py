@@ -130,3 +130,17 @@ def test_cells_without_their_prepared_folder_are_left_out(tmp_path, capsys):
         assert not code
         assert "2 of 4 cells were left out. Missing: the folder" in found.err
         assert "make " + str(tmp_path / "results" / "prepared" / "mine") in found.out + found.err
+
+
+def test_a_section_may_have_recipe_fields_of_single_methods():
+    tasks = {name: dict(part) for name, part in GRID["tasks"].items()}
+    section = next(iter(tasks))
+    tasks[section] |= {"overrides": {"steps": 7}, "of_methods": {"glfq": {"steps": 9}}}
+    content = {**GRID, "tasks": tasks}
+    cells = cells_of(content, models="demo_vit", seeds="1", methods="fimaq,glfq")
+    steps = {(cell.method, cell.request.recipe.steps) for cell in cells}
+    assert steps == {("fimaq", 7), ("glfq", 9)}
+    for wrong, words in (({"glf": {}}, "glfq"), ({"glfq": {"stpes": 9}}, "Did you mean 'steps'")):
+        tasks[section]["of_methods"] = wrong
+        with pytest.raises(GridError, match=words):
+            parse_grid(content)

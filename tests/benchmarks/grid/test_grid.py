@@ -32,7 +32,7 @@ def test_demo_grid_has_its_cells_with_full_precision_first():
     cells = [cell for cell in everything if cell.section == "classification"]
     assert len(cells) == 3 * (2 + 12 * 2 + 1) + 2
     assert len(everything) == len(cells) + (1 + 5 * 2 * 2 * 2) + 2 * (1 + 4 * 2 * 2)
-    left_out = {"qdrop-aphq", "gptq", "gptaq", "glfq"}
+    left_out = {"qdrop-aphq", "gptq", "gptaq", "glfq", "mse-finish"}
     assert {cell.method for cell in cells} == {"fp", *METHODS} - left_out
     by_model = {
         model: [cell for cell in cells if cell.model == model]
@@ -67,7 +67,7 @@ def test_paper_grid_uses_released_settings_and_the_given_data():
         data=Places(imagenet=Path("/data"), coco=Path("/other")), weights=Path("/weights")
     )
     cells = expand(load_grid("paper"), Filters(tasks=("classification",)), options)
-    assert len(cells) == 7 * (2 + 16 * 3 + 3 * 3 + 3 + 2)
+    assert len(cells) == 7 * (2 + 17 * 3 + 3 * 3 + 3 + 2)
     assert {cell.method for cell in cells} == {"fp", *METHODS}
     for cell in cells:
         assert cell.request.data.path == Path("/data")
