@@ -13,6 +13,7 @@ from PIL import Image
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import Recipe
 from tasks.classification.demo.digit_pairs import DigitPairs
+from tasks.classification.named_sets import open_named
 from tasks.common.data.calibration import positions_of, read_list, take
 from tasks.common.data.files import file_below
 from tasks.common.data.folders import Source, open_folder
@@ -30,6 +31,8 @@ def open_source(
 
     ``labelled`` is True if labels are needed; None: for all parts but ``train``.
     """
+    if data.dataset is not None and part != "train":
+        return open_named(loaded, data)
     if data.path is None and data.class_order is not None:
         raise DataError("--class-order is for class folders: give their folder with --data.")
     if loaded.data == "digit-pairs" and data.path is None:

@@ -7,13 +7,16 @@ from PIL import Image
 from fimaq_core.errors import DataError
 from tasks.classification.data import digit_pairs
 from tasks.classification.tags import DEMO_NAMES
+from tasks.common.data.elsewhere import folder_of
 from tasks.common.data.imagenet import LAYOUT
-from tasks.common.data.originals import class_originals, known_originals
+from tasks.common.data.originals import class_originals, known_originals, originals_below
 from tasks.common.request import DataRequest, ModelRequest
 
 
 def originals(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
     """Return original images; see :meth:`tasks.common.task.Task.originals`."""
+    if data.dataset is not None:
+        return originals_below(folder_of(data), ids)
     if data.path is not None:
         return class_originals(data.path, ids)
     if model.name not in DEMO_NAMES:

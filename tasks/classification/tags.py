@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fimaq_core.errors import ModelError, suggest
+from tasks.common.data.elsewhere import missing_dataset
 from tasks.common.data.imagenet import missing_imagenet
 from tasks.common.models.hub import Catalogue, Repository
 from tasks.common.request import DataRequest, Missing, ModelRequest
@@ -71,4 +72,6 @@ def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
 
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     """Return the missing data, if any; ``brings_data`` is True for demo models."""
+    if (absent := missing_dataset(data)) is not None:
+        return absent
     return missing_imagenet(data, brings_data, calibrates=data.calibration_list is None)

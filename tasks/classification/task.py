@@ -17,6 +17,7 @@ from tasks.classification import models, tags
 from tasks.classification.data import calibration_set, digit_pairs, open_source, true_classes
 from tasks.common import top_k
 from tasks.common.data.class_names import readable_names
+from tasks.common.data.corruptions import corrupted
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, Exportable, LoadedModel, Task
@@ -86,8 +87,11 @@ class ClassificationTask(Task):
         """Measure top-1 and top-5 accuracy on the part ``val``."""
         source = open_source(loaded, data, "val").head(data.limit)
         source = replace(source, class_names=readable_names(source.class_names))
+        transform = loaded.eval_transform
+        if data.corrupt is not None:
+            source, transform = corrupted(source, transform, data.corrupt)
         content = source.ids, source.targets, source.read
-        images = Images(*content, loaded.eval_transform, data.skip_corrupt)
+        images = Images(*content, transform, data.skip_corrupt)
         return top_k.evaluate(model, images, source, device, batch_size, workers, on_progress)
 
 

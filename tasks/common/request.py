@@ -37,6 +37,9 @@ class DataRequest:
     keep_outputs: bool = False
     exif: Literal["apply", "ignore"] | None = None  # detection; None: by the annotated sizes
     class_order: str | None = None  # of class folders, see tasks.common.data.class_order
+    # Evaluation elsewhere, see tasks.common.data.elsewhere; both are not used by calibration.
+    dataset: str | None = None  # NAME or NAME=FOLDER of a data set
+    corrupt: str | None = None  # NAME:SEVERITY of a corruption of the evaluated images
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.progress import OnProgress, Progress
 from tasks.common.cell.prediction_samples import Spread, leaders, shortened
 from tasks.common.data.folders import Source
-from tasks.common.data.images import Images, image_outputs
+from tasks.common.data.images import Images, Outputs, image_outputs
 from tasks.common.record import proportion
 from tasks.common.task import Evaluation
 
@@ -36,14 +36,15 @@ def evaluate(
     examples: list[dict[str, Any]] = []
     spread = Spread(len(images))
     for batch in image_outputs(model, images, device, batch_size, workers):
-        logits, target = batch.values, batch.targets.to(device)
+        logits = batch.values if source.outputs is None else batch.values[:, source.outputs]
         if not bool(torch.isfinite(logits).all()):
             raise NumericsError(
                 "The model's outputs have NaN or infinite values: check the weights and the recipe."
             )
-        own = logits.gather(1, target[:, None])
+        right = _right(source, batch, logits.shape[1]).to(device)
+        best = logits.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         # Ties count against the model, so that constant outputs score nothing.
-        rank = (logits >= own).sum(1) - 1
+        rank = ((logits >= best) & ~right).sum(1)
         found = batch.positions, batch.targets, logits.argmax(1).cpu(), rank.cpu()
         for column, values in zip(columns.values(), found, strict=True):
             column.append(values)
@@ -66,6 +67,14 @@ def evaluate(
     notes = [*source.notes(), *images.notes()]
     measured = metrics, len(positions), outcomes, source.describe()
     return Evaluation(*measured, skipped=skipped, examples=examples, notes=notes)
+
+
+def _right(source: Source, batch: Outputs, classes: int) -> Tensor:
+    """Return True for the right labels of each image of a batch (B, classes)."""
+    right = torch.zeros(len(batch.targets), classes, dtype=torch.bool)
+    for row, position, target in zip(right, batch.positions, batch.targets, strict=True):
+        row[source.answers[position] if source.answers else target] = True
+    return right
 
 
 def _answers(logits: Tensor, target: int, names: Sequence[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fimaq_core.export.opening import OnnxFile, open_onnx
 from fimaq_core.export.runtime import OnnxModel
 from fimaq_core.export.writing import Normalise
 from fimaq_core.progress import OnProgress
+from tasks.common.cell.checkpointed import SAME
 from tasks.common.cell.export import ExportForm, export_stage, speed_text
 from tasks.common.cell.identity import variant_name
 from tasks.common.cell.lease import Lease
@@ -25,12 +26,6 @@ from tasks.common.cell.prepare import PreparedCell, prepare
 from tasks.common.cell.stages import restored
 from tasks.common.record import Exported, read_record
 from tasks.common.request import CellRequest
-
-#: Fields of the record of a quantized cell that hold for its export too.
-_SAME = (
-    "method", "w_bit", "a_bit", "seed", "recipe", "recipe_digest", "calibration", "modules",
-    "last_loss", "fisher_passes", "blocks", "step_engine", "artefacts",
-)  # fmt: skip
 
 
 class FromNormalised(nn.Module):
@@ -72,7 +67,7 @@ def measure_export(
     heads = len(reports) == 1 and request.recipe is not None and scope != request.recipe.scope
     lease.check()
     notes = [*base.notes, *(line for one in reports for line in one.lines()[:2])]
-    changes = {**{name: getattr(base, name) for name in _SAME}, "notes": notes}
+    changes = {**{name: getattr(base, name) for name in SAME}, "notes": notes}
     files = {one.part: open_onnx(one.path) for one in reports}
     rest = checkpoint if heads else None
     _measure(request, files, changes, full, lease, identity, on_progress, seconds, rest)

@@ -18,6 +18,7 @@ from fimaq_core.recipe import Fields, Recipe
 from tasks.common import registry
 from tasks.common.cell.lease import acquire
 from tasks.common.data import class_order
+from tasks.common.data.elsewhere import folder_of, read_dataset, settled
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
 from tasks.common.request import CellRequest, Missing
@@ -66,13 +67,20 @@ def _basis(request: CellRequest) -> dict[str, Any]:
     recipe, model, data = request.recipe, request.model, request.data
     # The full-precision model needs no calibration images.
     listed, other = (data.calibration_list, data.calibration_data) if recipe else (None, None)
-    order = class_order.chosen(data.class_order, data.path)
+    # A named data set is measured in full precision without the data folder.
+    home = data.path if recipe or data.dataset is None else None
+    order = class_order.chosen(data.class_order, home)
+    named = None
+    if data.dataset is not None:
+        named = [read_dataset(data.dataset).name, os.path.realpath(folder_of(data))]
     # Newer fields count only if they are given, so that older cells keep their folders.
     later = {
         "entry": model.weights_entry,
         "preprocessing": model.preprocessing,
         "exif": data.exif,
         "class_order": None if order is None else class_order.order_identity(order),
+        "dataset": named,
+        "corrupt": data.corrupt,
     }
     return {
         **{name: value for name, value in later.items() if value},
@@ -81,7 +89,7 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         # A local file may be loaded under several names, and the name decides the transforms.
         "name": None if model.weights is None else model.name,
         "model_args": model.model_args,
-        "data": data.path and os.path.realpath(data.path),
+        "data": home and os.path.realpath(home),
         "list": listed and file_sha256(listed),
         "evaluation": data.evaluation,
         "calibration_data": other and os.path.realpath(other),
@@ -119,7 +127,8 @@ def resolved(request: CellRequest) -> CellRequest:
             hint = suggest(wanted, known) if known else f" {alone}: leave this out."
             raise RecipeError(f"Task '{request.task}' has no {kind} '{wanted}'.{hint}")
     if data.evaluation in evaluations[:1]:
-        request = replace(request, data=replace(data, evaluation=None))
+        data = replace(data, evaluation=None)
+    request = replace(request, data=settled(data))
     if recipe is not None and scope is None and scopes:
         request = replace(request, recipe=recipe.model_copy(update={"scope": scopes[0]}))
     return request
@@ -245,6 +254,8 @@ def _shared_files(request: CellRequest) -> dict[str, list[Path | None]]:
     """Return the files that a cell shares, existing or not, by kind; None if not in the index."""
     if not any(os.path.isdir(request.results.parent / kind / ".index") for kind in _KINDS):
         return {}
+    if request.data.dataset is not None or request.data.corrupt is not None:
+        return {}  # the cell takes the checkpoint of the cell at home
     request = resolved(request)
     basis = _basis(request)
     return {

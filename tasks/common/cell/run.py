@@ -9,6 +9,7 @@ from fimaq_core.errors import RecipeError
 from fimaq_core.export.opening import open_onnx
 from fimaq_core.files import remove_leftovers
 from fimaq_core.progress import OnProgress, silent
+from tasks.common.cell.checkpointed import measure_checkpoint
 from tasks.common.cell.exported import measure_export, measure_file
 from tasks.common.cell.finishing import finish_cell
 from tasks.common.cell.identity import Place, planned_place, recipe_digest, resolved, unfinished
@@ -17,6 +18,7 @@ from tasks.common.cell.origin import origin_of_export, with_origin
 from tasks.common.cell.outputs import Metrics, write_outputs
 from tasks.common.cell.prepare import prepare
 from tasks.common.cell.stages import run_stages
+from tasks.common.data.elsewhere import at_home
 from tasks.common.preprocessing import replaced_fields
 from tasks.common.record import has_record, read_record
 from tasks.common.request import CellRequest
@@ -30,23 +32,30 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bo
     """Measure one cell and write its record; a cell with a valid record is not measured again.
 
     Measured first, each as a cell of its own, are the full-precision model of a quantized cell, the
-    quantized model of an export, and the model before joint finishing. The folder of a cell also
-    has ``outcomes.npz`` and, if the model is quantized, ``quantized.safetensors`` or the export,
-    ``model.onnx``.
+    quantized model of an export, the model before joint finishing, and the model at home if the
+    cell measures it elsewhere. The folder of a cell also has ``outcomes.npz`` and, if it quantizes
+    the model, ``quantized.safetensors`` or the export, ``model.onnx``.
 
     Returns the path of ``result.json``. Raises Busy if another process measures the cell now,
     unless ``wait`` is True. Raises another FimaqError for a problem that the user can solve;
     finished cells and blocks are kept.
     """
     request = resolved(request)
-    place = planned_place(request)
+    place, home = planned_place(request), request
+    if request.recipe is not None:
+        home = replace(request, data=at_home(request.data))
 
     def measure(full: Metrics | None, lease: Lease) -> None:
         if request.export and full is not None:
-            simulated = run_cell(replace(request, export=False), on_progress, wait=True)
+            simulated = run_cell(replace(home, export=False), on_progress, wait=True)
             measure_export(request, simulated, full, lease, place.identity, on_progress)
             return
         changes: dict[str, Any] = {}
+        if request.recipe is not None and home != request:
+            base = run_cell(home, on_progress, wait=True)
+            cell, evaluation, changes = measure_checkpoint(request, base, on_progress)
+            write_outputs(cell, evaluation, full, lease, place.identity, changes)
+            return
         if request.recipe is not None and request.recipe.finish_steps:
             base = run_cell(unfinished(request), on_progress, wait=True)
             cell, changes = finish_cell(request, base, lease, on_progress)

@@ -14,7 +14,7 @@ from fimaq_core.methods import BUDGETS
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
 from fimaq_core.resources import EngineChoice, Placement
 from tasks.common.cli import numbers
-from tasks.common.data import class_order
+from tasks.common.data import class_order, elsewhere
 from tasks.common.preprocessing import HELP, parse_preprocessing
 from tasks.common.registry import defaults
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
@@ -32,6 +32,7 @@ class TaskOptions:
     scopes: tuple[str, ...] = ()  # its choices, the default first
     evaluations: tuple[str, ...] = ()  # choices of --eval, the default first
     calibration_data: bool = False  # True adds --calibration-data
+    elsewhere: bool = False  # True adds --dataset and --corrupt
     keep_outputs: str = ""  # help of --keep-outputs
     exif: str = ""  # help of --exif
     data: str = "Data folder with train/ and val/ (demo models bring their own data)."
@@ -195,6 +196,10 @@ def _data_options(own: TaskOptions) -> Iterator[Option]:
     if own.calibration_data:
         text = "Data to calibrate on, if not the training part of --data."
         yield click.option("--calibration-data", type=PATH, help=text)
+    if own.elsewhere:
+        name = "NAME[=FOLDER]"
+        yield click.option("--dataset", metavar=name, help=elsewhere.DATASET_HELP)
+        yield click.option("--corrupt", metavar="NAME:SEVERITY", help=elsewhere.CORRUPT_HELP)
     if own.keep_outputs:
         yield click.option("--keep-outputs", is_flag=True, help=own.keep_outputs)
     if own.exif:

@@ -37,11 +37,14 @@ class Source:
     left_out: Sequence[str] = ()  # paths of files that are neither hidden nor images
     again: Sequence[str] = ()  # paths of links to images or folders that are there already
     label_notes: Sequence[str] = ()  # notes on the class names in the weights file
+    outputs: Sequence[int] | None = None  # outputs of the model by label; None: all, in order
+    # All right labels of each sample; None: the target is the only one.
+    answers: Sequence[Sequence[int]] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """Sha256 of ids and labels."""
-        pairs = zip(self.ids, self.targets, strict=True)
+        pairs = zip(self.ids, self.answers or self.targets, strict=True)
         content = "\n".join(f"{name}\t{label}" for name, label in pairs)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -49,8 +52,9 @@ class Source:
         """Return the first ``limit`` samples, as a split with its own name."""
         if limit is None or limit >= len(self.ids):
             return self
-        ids, targets = self.ids[:limit], self.targets[:limit]
-        return replace(self, split=f"{self.split}[:{limit}]", ids=ids, targets=targets)
+        first = {"ids": self.ids[:limit], "targets": self.targets[:limit]}
+        answers = None if self.answers is None else self.answers[:limit]
+        return replace(self, split=f"{self.split}[:{limit}]", answers=answers, **first)
 
     def describe(self) -> Dataset:
         """Return the entry for the record."""
@@ -92,24 +96,33 @@ def open_folder(
     folder = root / part
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. {LAYOUT}.")
-    classes = _class_folders(folder)
+    classes = class_folders(folder)
     if not classes:
         raise DataError(f"{folder} holds no images in class folders. {LAYOUT}.")
     names, word = ordered(classes, folder, chosen(order, root), known, labels, wanted)
     sibling = root / ("val" if part == "train" else "train")
     if sibling.is_dir():
-        own, others = ({*map(composed, found)} for found in (classes, _class_folders(sibling)))
+        own, others = ({*map(composed, found)} for found in (classes, class_folders(sibling)))
         if own != others:
             only = f"only one of them has {', '.join(sorted(own ^ others)[:5])}"
             raise DataError(f"{folder} and {sibling} do not have the same classes: {only}.")
-    # The time of a folder changes when a file is added or removed.
-    changed = tuple((folder / name).stat().st_mtime_ns for name in ("", *names))
-    source = _listed_folder(root, part, tuple(names), word, changed)
+    source = list_classes(root, part, names, word)
     notes = known_notes(names, word, known) if labels else []
     return replace(source, label_notes=notes) if notes else source
 
 
-def _class_folders(folder: Path) -> list[str]:
+def list_classes(root: Path, part: str, names: Sequence[str], order: str) -> Source:
+    """Return the images in the class folders ``names`` (by label) of a part of the data ``root``.
+
+    ``order`` is the name of the order of ``names``. Raises DataError: a class has no images.
+    """
+    # The time of a folder changes when a file is added or removed.
+    changed = tuple((root / part / name).stat().st_mtime_ns for name in ("", *names))
+    return _listed_folder(root, part, tuple(names), order, changed)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the folders below ``folder`` that are not hidden."""
     names = (name for name in os.listdir(folder) if not is_hidden(name))
     return [name for name in names if os.path.isdir(folder / name)]
 
