@@ -1,6 +1,8 @@
 """Commands of the classification task."""
 
 from tasks.common.cli.commands import build_group
+from tasks.common.cli.options import TaskOptions
 
 SUMMARY = "Quantize timm classifiers, measure their accuracy, export them to ONNX."
-group = build_group("classification", SUMMARY)
+OPTIONS = TaskOptions(calibration_data=True)
+group = build_group("classification", SUMMARY, OPTIONS)

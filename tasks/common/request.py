@@ -8,6 +8,9 @@ from typing import Any, Literal
 from fimaq_core.recipe import Recipe
 from fimaq_core.resources import EngineChoice, Placement
 
+#: Start of the names of calibration data that a demo draws.
+DRAWN = "demo:"
+
 
 @dataclass(frozen=True)
 class ModelRequest:
@@ -31,7 +34,8 @@ class DataRequest:
     limit: int | None = None  # evaluate the first samples only; the record has another split then
     skip_corrupt: bool = False  # leave damaged images out and name them, instead of stopping
     evaluation: str | None = None  # measurement, such as zero-shot; None: the task's default
-    calibration_data: Path | None = None  # root; None: the training part of `path`
+    # Root, or `demo:<kind>` for images that the package draws; None: the training part of `path`.
+    calibration_data: Path | None = None
     # Write the model's output for each sample beside the record, if the task supports it. This is
     # not part of a cell's identity: a finished cell is not measured again for its outputs.
     keep_outputs: bool = False

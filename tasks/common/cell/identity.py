@@ -20,7 +20,7 @@ from tasks.common.cell.lease import acquire
 from tasks.common.data import class_order
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
-from tasks.common.request import CellRequest, Missing
+from tasks.common.request import DRAWN, CellRequest, Missing
 
 #: Variant of cells that measure an export.
 ONNX = "onnx"
@@ -84,8 +84,13 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         "data": data.path and os.path.realpath(data.path),
         "list": listed and file_sha256(listed),
         "evaluation": data.evaluation,
-        "calibration_data": other and os.path.realpath(other),
+        "calibration_data": other and _place(other),
     }
+
+
+def _place(data: Path) -> str:
+    """Return the identity of calibration data: its folder, or the name of what a demo draws."""
+    return str(data) if str(data).startswith(DRAWN) else os.path.realpath(data)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -109,6 +109,26 @@ def open_folder(
     return replace(source, label_notes=notes) if notes else source
 
 
+def open_images(root: Path) -> Source:
+    """Open all images below a folder, without labels: its part ``train`` if it has one.
+
+    Raises DataError: there is no folder, no image, or a part with unclear content.
+    """
+    if _is_part(root / "train"):
+        return open_folder(root, "train", labels=False)
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root}: give a folder of images to calibrate on.")
+    whole = root.resolve()
+    changed = (whole.stat().st_mtime_ns,)
+    source = _listed_folder(whole.parent, "", (whole.name,), "alphabetical", changed)
+    ids = _below(whole, (whole.parent / name for name in source.ids))
+    return replace(source, name=f"folder-{len(ids)}-images", split="all", ids=ids)
+
+
+def _is_part(folder: Path) -> bool:
+    return folder.is_dir() and bool(_class_folders(folder))
+
+
 def _class_folders(folder: Path) -> list[str]:
     names = (name for name in os.listdir(folder) if not is_hidden(name))
     return [name for name in names if os.path.isdir(folder / name)]
