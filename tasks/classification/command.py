@@ -1,6 +1,9 @@
 """Commands of the classification task."""
 
+from tasks.classification.heads import HEADS
 from tasks.common.cli.commands import build_group
+from tasks.common.cli.options import TaskOptions
 
 SUMMARY = "Quantize timm classifiers, measure their accuracy, export them to ONNX."
-group = build_group("classification", SUMMARY)
+OPTIONS = TaskOptions(heads=tuple(HEADS))
+group = build_group("classification", SUMMARY, OPTIONS)
