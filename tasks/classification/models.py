@@ -97,6 +97,11 @@ def load_model(request: ModelRequest) -> LoadedModel:
     model = _create(full_name(request.name), request.model_args, path)
     stored = read_weights(path, request.weights_entry)
     load_state(model, _adapted(stored.state, model), str(path) if weights else tag)
+    if not getattr(model, "num_classes", 1) and request.head is None:
+        raise ModelError(
+            f"{tag} has no classifier: give --head knn or --head linear, or load it with its "
+            "classes (num_classes > 0 in --model-args)."
+        )
     preprocessing = _preprocessing(model.eval(), request.preprocessing)
     loaded = LoadedModel(
         model,

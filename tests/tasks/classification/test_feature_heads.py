@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from fimaq_core import quantize
 from fimaq_core.errors import DataError, ModelError
 from fimaq_core.families import find_family
 from fimaq_core.fisher.divergence import CosineDivergence
@@ -169,3 +170,22 @@ def test_a_checkpoint_keeps_its_head(place: Path, tmp_path: Path) -> None:
 def test_a_model_with_two_classifiers_is_refused(place: Path) -> None:
     with pytest.raises(ModelError, match="two classifiers"):
         TASK.load(ModelRequest("demo_deit", head="knn"))
+
+
+def test_a_model_without_classifier_needs_a_head(place: Path) -> None:
+    name = next(iter(MODELS))
+    arguments, path = SMALL | {"num_classes": 0}, place / "bare.safetensors"
+    state = timm.create_model(name.partition(".")[0], **arguments).state_dict()
+    save_file(state, path)
+    with pytest.raises(ModelError, match="give --head knn or --head linear"):
+        TASK.load(ModelRequest(name, arguments, path))
+    assert TASK.load(ModelRequest(name, arguments, path, head="linear")).classes == 0
+
+
+def test_features_are_quantized_through_the_api(place: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **(SMALL | {"num_classes": 0})).eval()
+    x = torch.rand(16, 3, 32, 32)
+    settings = {"calibration_images": 16, "range_search": "minmax", "steps": 4, "batch_size": 8}
+    quantized = quantize(model, x, w_bits=8, a_bits=8, fisher_k=1, progress=False, **settings)
+    with torch.no_grad():
+        assert CosineDivergence()(quantized(x), model(x)).item() < 1e-3
