@@ -40,7 +40,7 @@ def open_source(
     if labelled is None:
         labelled = part != "train"  # calibration does not use labels
     source = open_folder(data.path, part, data.class_order, loaded.class_names, labelled)
-    if source.classes != loaded.classes:
+    if loaded.head is None and source.classes != loaded.classes:
         raise DataError(
             f"{data.path / part} has {source.classes} classes, but {loaded.tag} has "
             f"{loaded.classes}: use data or weights that fit."

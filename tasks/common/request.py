@@ -22,6 +22,7 @@ class ModelRequest:
     weights_folder: Path | None = None  # searched before the hub for <model.tag>.safetensors ...
     weights_entry: str | None = None  # entry of the file, such as state_dict; None: timm's choice
     preprocessing: dict[str, Any] = field(default_factory=dict)  # fields of GivenPreprocessing
+    head: str | None = None  # kind of classifier on features, see tasks.classification.heads
     from_file: bool = False  # True if a checkpoint names the model: nothing is downloaded then
 
 

@@ -70,6 +70,7 @@ def _basis(request: CellRequest) -> dict[str, Any]:
     # Newer fields count only if they are given, so that older cells keep their folders.
     later = {
         "entry": model.weights_entry,
+        "head": model.head,
         "preprocessing": model.preprocessing,
         "exif": data.exif,
         "class_order": None if order is None else class_order.order_identity(order),
