@@ -20,7 +20,7 @@ from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, DataError, ModelError, first_problem
 from fimaq_core.families import find_family
 from fimaq_core.families.own import described, names_of, own_chain
-from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
+from fimaq_core.fisher.divergence import ClassifierDivergence, CosineDivergence, Divergence
 from fimaq_core.layers import set_quantized
 from fimaq_core.mixed_bits import apply_bits_map
 from fimaq_core.pipeline import quantize_chain
@@ -178,7 +178,8 @@ def quantize(
         blocks: blocks of your own module, in the order in which its forward applies them.
         head: last part of your own module; nothing may follow it.
         divergence: divergence for the Fisher information; by default the KL divergence of class
-            probabilities.
+            probabilities or, for a model without classifier, :class:`.CosineDivergence` of its
+            features.
         progress: True to show progress bars on a terminal or in a notebook.
         device: device of the computation; by default that of the model.
         placement: place of the cached block inputs: "device", "host" or "disk".
@@ -201,9 +202,13 @@ def quantize(
     fingerprint = Fingerprint(
         model=_name(model), weights=state_sha256(model), calibration=content, recipe=recipe
     )
-    measure = ClassifierDivergence(recipe.temperature) if divergence is None else divergence
+    if divergence is None:
+        classes = any(segment.kind == "head" for segment in chain)
+        divergence = ClassifierDivergence(recipe.temperature) if classes else CosineDivergence()
     with progress_bars() if progress else nullcontext(silent) as on_progress:
-        log = quantize_chain(chain, Samples(x), recipe, measure, Resources(on_progress, placement))
+        log = quantize_chain(
+            chain, Samples(x), recipe, divergence, Resources(on_progress, placement)
+        )
     log.notes[:0] = notes
     return QuantizedModel(chain, log=log, fingerprint=fingerprint, like=like)
 

@@ -280,6 +280,22 @@ def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Jud
     return Judgement(verdict, gap, rule, tuple(filter(None, remarks)))
 
 
+def spreads(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the cells whose published numbers differ between sources.
+
+    ``table`` is that of :func:`diff`. Columns: model, method, bits, metric; ``sources`` (number);
+    ``lowest``, ``highest``, ``spread`` of the published numbers. The widest spread comes first.
+    """
+    cell = ["model", "method", "bits", "metric"]
+    groups = table[table["published"].notna() & (table["bits"] != UNSTATED)].groupby(cell)
+    found = groups.agg(
+        sources=("source", "nunique"), lowest=("published", "min"), highest=("published", "max")
+    )
+    found["spread"] = found["highest"] - found["lowest"]
+    apart = found[(found["sources"] > 1) & (found["spread"] > 0)]
+    return apart.sort_values("spread", ascending=False, kind="stable").reset_index()
+
+
 def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     """Compare all records with published numbers; print and write the table.
 
@@ -300,10 +316,15 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     path = results / "tables" / "diff.csv"
     scores.write_text(path, scores.csv_text(table))
     known = table["published"].notna() | show_all
-    shown = table[known].drop(columns=["task", "dataset", "seeds"])
-    if not shown.empty:
-        rows = shown.fillna("").values.tolist()
-        print(tabulate(rows, headers=list(shown.columns), floatfmt=".2f"), end="\n\n")
+    shown = table[known].drop(columns=["task", "dataset", "seeds"]).fillna("")
+    parts = {
+        f"Published in {source or 'no source'}": rows.drop(columns="source")
+        for source, rows in shown.groupby("source", sort=False)
+    } | {"Sources that disagree": spreads(table)}
+    for title, rows in parts.items():
+        if len(rows):
+            text = tabulate(rows, headers="keys", showindex=False, floatfmt=".2f")
+            print(f"{title}:", text, sep="\n\n", end="\n\n")
     for reason, number in table.loc[~known, "reason"].value_counts().items():
         print(f"{number} measured values: {reason}.")
     verdicts = table.loc[table["verdict"] != NOT_COMPARABLE, "verdict"].value_counts()

@@ -3,10 +3,21 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.grid.cell import EXPORT, Cell, Key, RunOptions
-from benchmarks.grid.schema import FP, Axes, Extra, Grid, GridError, known_method, parse_bits
+from benchmarks.grid.schema import (
+    CALIBRATION,
+    FP,
+    Axes,
+    Extra,
+    Grid,
+    GridError,
+    known_method,
+    parse_bits,
+    point_recipe,
+)
 from fimaq_core.documents import shown
 from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.recipe import METHODS, OFF, Recipe, make_recipe
@@ -171,19 +182,22 @@ def _cells(
 def _with_points(
     base: Cell, axes: Axes, overrides: Mapping[str, Any], own: Mapping[str, Any]
 ) -> list[Cell]:
-    """Return ``base`` and one cell per point of ``axes`` whose recipe differs from it.
+    """Return ``base`` and one cell per point of ``axes`` whose recipe or data differs from it.
 
-    A point with the recipe of another cell adds no cell: the tables show that cell in its place. A
-    point that the method's recipe does not allow adds none either.
+    A point with recipe and data of another cell adds no cell: the tables show that cell in its
+    place. A point that the method's recipe does not allow adds none either.
     """
     cells = [base]
     for axis, points in axes.items():
         for point, changes in points.items():
             try:
-                recipe = make_recipe(base.method, overrides, changes, own)
+                recipe = make_recipe(base.method, overrides, point_recipe(changes), own)
             except RecipeError:
                 continue
-            name, same = f"{axis}={point}", (cell.request.recipe == recipe for cell in cells)
+            data, name = base.request.data, f"{axis}={point}"
+            if CALIBRATION in changes:
+                data = replace(data, calibration_data=Path(changes[CALIBRATION]))
+            same = (cell.request.recipe == recipe and cell.request.data == data for cell in cells)
             if (place := next(itertools.compress(itertools.count(), same), None)) is not None:
                 on = (*cells[place].axis_points, (axis, point))
                 cells[place] = replace(cells[place], axis_points=on)
@@ -191,7 +205,7 @@ def _with_points(
             # The name of a variant ends with the scope, which must not be repeated before it.
             whole = make_recipe(base.method, overrides, own).model_copy(update={"scope": None})
             variant = f"{identity.variant_name(replace(base.request, recipe=whole))} {name}"
-            request = replace(base.request, recipe=recipe, variant=variant)
+            request = replace(base.request, recipe=recipe, data=data, variant=variant)
             for cell in cells:  # a finished cell starts from the cell without finishing
                 if recipe.finish_steps and cell.request.recipe == recipe.unfinished():
                     request = replace(request, base_variant=cell.request.variant)

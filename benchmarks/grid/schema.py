@@ -19,6 +19,8 @@ GRIDS = Path(__file__).parents[1] / "grids"
 FP = "fp"
 #: Bound on the cells of a grid. The largest grid here has a few hundred.
 _MOST_CELLS = 100_000
+#: Key of an axis point for the data to calibrate on, as ``--calibration-data`` takes it.
+CALIBRATION = "calibration_data"
 #: Recipe fields that come from the lists of a grid, so overrides must not change them.
 _NOT_OVERRIDABLE = ("method", "seed", "w_bits", "a_bits", "scope")
 
@@ -70,7 +72,8 @@ Overrides = Annotated[dict[str, Any], AfterValidator(_fields)]
 #: Name of an axis, or of a point on an axis.
 Point = Annotated[str, AfterValidator(_point)]
 Points = Annotated[dict[Point, Overrides], Field(min_length=1)]
-#: Recipe fields that each point of each axis changes, in the order of the tables.
+#: Recipe fields that each point of each axis changes, in the order of the tables. A point may also
+#: name other data to calibrate on.
 Axes = dict[Point, Points]
 
 
@@ -207,10 +210,18 @@ class Grid(Strict):
         return {**usual, **self.overrides, **part.overrides, **part.of_methods.get(method, {})}
 
 
-def _refusal(method: str, *changes: Overrides) -> RecipeError | None:
+def point_recipe(changes: Overrides) -> dict[str, Any]:
+    """Return the recipe fields of an axis point. Raises GridError: its data is no text."""
+    if not isinstance(changes.get(CALIBRATION, ""), str):
+        words = "name a folder, or demo:<kind> for a demo model"
+        raise GridError(f"{CALIBRATION} is {shown(changes[CALIBRATION])}: {words}.")
+    return {name: value for name, value in changes.items() if name != CALIBRATION}
+
+
+def _refusal(method: str, own: Overrides, point: Overrides) -> RecipeError | None:
     """Return the error of a recipe with these changes; None if there is none."""
     try:
-        make_recipe(method, *changes)
+        make_recipe(method, own, point_recipe(point))
     except RecipeError as error:
         return error
     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.grid.cell import CellName
 from benchmarks.grid.names import PUBLISHED, UNSTATED, load_names
-from benchmarks.grid.schema import FP, Grid, known_method, load_grid, parse_bits
+from benchmarks.grid.schema import FP, Grid, known_method, load_grid, parse_bits, point_recipe
 from benchmarks.published.schema import Coordinates, Row, TableFile, head_text
 from fimaq_core.documents import read_yaml, validate
 from fimaq_core.errors import FimaqError, suggest
@@ -282,7 +282,7 @@ def _cell_name(c: Coordinates, bits: str, model: str, grid: Grid, published: boo
         axis, _, name = c.point.rpartition("=")
         _among(f"{lacks} axis", axis, grid.axes)
         _among(f"axis '{axis}' has no point", name, grid.axes[axis])
-        changes = grid.axes[axis][name]
+        changes = point_recipe(grid.axes[axis][name])
     own = {"w_bits": w_bits, "a_bits": a_bits, "seed": grid.seeds[0], "scope": scope or None}
     overrides = grid.overrides_of(section, method)
     recipe = make_recipe(method, overrides, changes, own)

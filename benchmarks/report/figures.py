@@ -1,7 +1,7 @@
 """Figures: charts and the tables of their data, one figure per subject and bits."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import fmean
 from typing import NamedTuple
@@ -62,6 +62,34 @@ def bits_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator
         alt = f"{metric} of {column.subject} at {places}, one line per method: {methods}"
         chart = charts.line_chart(rows, _level(groups, column, metric), alt)
         data = rows.pivot(index="name", columns="bits", values="shown").loc[names, bits]
+        yield Figure(column, chart, _data(data, "method"))
+
+
+def axis_figures(
+    groups: Sequence[Group], axis: str, points: Iterable[str], metric: str, looks: Looks
+) -> Iterator[Figure]:
+    """Yield one figure per subject and bits: the scores at the points of an axis."""
+    on = [
+        (group, point, group.scores[metric])
+        for group in groups
+        for name, point in group.cell.axis_points
+        if name == axis and metric in group.scores
+    ]
+    for place, column in enumerate(columns_of([group.cell for group, _, _ in on])):
+        rows = pd.DataFrame(
+            {"name": group.cell.method, "bits": point, "look": looks[group.cell.method]}
+            | {"value": score.value, "error": score.error, "shown": score.text}
+            | {"title": f"{group.cell.method}, {point}: {score.value:.2f} {score.error_text}"}
+            for group, point, score in on
+            if (group.cell.subject, group.cell.bits) == (column.subject, column.bits)
+        )
+        names, order = unique(rows["name"]), [p for p in points if p in set(rows["bits"])]
+        rows = rows.sort_values("bits", key=lambda found: found.map(order.index), kind="stable")
+        alt = f"{metric} of {column.subject} at {column.bits} by {axis} ({', '.join(order)}), one "
+        alt += f"line per method: {', '.join(names)}"
+        level = _level(groups, column, metric)
+        chart = _limited(place, partial(charts.line_chart, rows, level, alt))
+        data = rows.pivot(index="name", columns="bits", values="shown").loc[names, order]
         yield Figure(column, chart, _data(data, "method"))
 
 

@@ -127,8 +127,10 @@ def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stag
     own = [group for group in groups if not group.cell.point]
     records = [item.record for group in own for item in group.items]
     rebuilt = [r for r in records if r.recipe is not None and r.recipe.get("reconstruct")]
-    axes = []
+    axes, drawn = [], {}
     for axis, points in gathered.grid.axes.items():
+        if found := list(figures.axis_figures(groups, axis, points, metric, looks)):
+            drawn[axis] = found
         for method in methods_on(axis, cells):
             same = [cell for cell in cells if cell.method == method]
             table = axis_table(axis, list(points), metric, mine, same)
@@ -151,6 +153,7 @@ def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stag
         "modules": module_maps(groups),
         "origins": [provenance(group, metric, gathered) for group in groups],
         "axes": axes,
+        "axis_figures": drawn,
         "exports": export_table(metric, mine),
     }
 

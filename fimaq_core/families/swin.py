@@ -49,11 +49,12 @@ class ExplicitSwinBlock(nn.Module):
         self.register_buffer("pad", torch.zeros(block.dim))
         assert block.attn_mask is None or isinstance(block.attn_mask, Tensor)
         self.register_buffer("mask", block.attn_mask, persistent=False)
+        self.after: nn.Module = nn.Identity()  # the end of a model without classifier
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._windows(self.norm1(x))
         tokens = x.flatten(1, 2)
-        out: Tensor = (tokens + self.mlp(self.norm2(tokens))).view_as(x)
+        out: Tensor = self.after((tokens + self.mlp(self.norm2(tokens))).view_as(x))
         return out
 
     def _windows(self, x: Tensor) -> Tensor:
@@ -82,6 +83,8 @@ class SwinFamily:
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
         """Cut ``model`` into patch embedding, blocks, mergings and head; reuse its parameters.
+
+        Without a classifier, norm and pooling are part of the last block.
 
         Raises:
             ModelError: a part is of a kind that is not supported.
@@ -112,6 +115,11 @@ class SwinFamily:
                 mlps, name = mlp_parts(block.mlp), f"{label}.blocks.{number}"
                 segments.append(Segment(name, "block", block, start, pairs=pairs, mlps=mlps))
                 start = None
+        if isinstance(model.head.fc, nn.Identity):
+            if stream.on:
+                raise not_rotated("a norm at its end that no layer follows")
+            block.after = nn.Sequential(model.norm, model.head.global_pool)
+            return BlockChain(segments)
         fc = classifier(model.head.fc, recipe)
         if stream.on and model.head.global_pool.pool_type not in ("", "avg"):
             raise not_rotated(f"pooling of kind {model.head.global_pool.pool_type}")

@@ -269,8 +269,10 @@ class ViTFamily:
         return type(model) in (VisionTransformer, VisionTransformerDistilled)
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
-        """Cut ``model`` into :func:`vit_body` and head. Raises ModelError."""
+        """Cut ``model`` into :func:`vit_body` and head, if it has one. Raises ModelError."""
         assert isinstance(model, VisionTransformer)
+        if type(model) is VisionTransformer and isinstance(model.head, nn.Identity):
+            return BlockChain(vit_body(model, recipe, ends=True)[0])
         segments, rest = vit_body(model, recipe)
         heads = [classifier(model.head, recipe)]
         if isinstance(model, VisionTransformerDistilled):

@@ -64,6 +64,18 @@ class ClassifierDivergence(Divergence):
         return ClassifierDivergence(1.0)
 
 
+class CosineDivergence(Divergence):
+    """Mean of ``1 - cos(q, f)`` over features q (B, d) and their full-precision form f.
+
+    Like the divergence of a classifier it is 0 at ``q = f``, with gradient 0 there. The length of a
+    feature does not count, as in nearest-neighbour search.
+    """
+
+    def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        outputs, reference = at_least_float32(outputs), at_least_float32(reference)
+        return (1 - F.cosine_similarity(outputs, reference, dim=-1)).mean()
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Return ``x`` as it is if it is float64, else in float32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fimaq_core.errors import DataError
+from fimaq_core.errors import DataError, suggest
 from fimaq_core.recipe import Recipe
+from tasks.classification.demo import sources
 from tasks.classification.demo.digit_pairs import DigitPairs
 from tasks.classification.named_sets import open_named
 from tasks.common.data.calibration import positions_of, read_list, take
 from tasks.common.data.files import file_below
-from tasks.common.data.folders import Source, open_folder
+from tasks.common.data.folders import Source, open_folder, open_images
 from tasks.common.data.imagenet import LAYOUT
 from tasks.common.data.images import Images, file_reader
 from tasks.common.hashing import file_sha256
-from tasks.common.request import DataRequest
+from tasks.common.request import DRAWN, DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
 
 
@@ -42,12 +43,28 @@ def open_source(
     if labelled is None:
         labelled = part != "train"  # calibration does not use labels
     source = open_folder(data.path, part, data.class_order, loaded.class_names, labelled)
-    if source.classes != loaded.classes:
+    if loaded.head is None and source.classes != loaded.classes:
         raise DataError(
             f"{data.path / part} has {source.classes} classes, but {loaded.tag} has "
             f"{loaded.classes}: use data or weights that fit."
         )
     return source
+
+
+def calibration_source(loaded: LoadedModel, data: DataRequest) -> Source:
+    """Open the images to calibrate on: the training part, or other data. Raises DataError."""
+    other = data.calibration_data
+    if other is None:
+        return open_source(loaded, data, "train")
+    if not str(other).startswith(DRAWN):
+        return open_images(other)
+    kind = str(other).removeprefix(DRAWN)
+    if loaded.data != "digit-pairs":
+        raise DataError(f"{other} is for the demo models: give a folder with --calibration-data.")
+    if kind not in sources.KINDS:
+        names = [DRAWN + name for name in sources.KINDS]
+        raise DataError(f"There are no images '{other}'.{suggest(str(other), names)}")
+    return sources.calibration_source(kind)
 
 
 @lru_cache(maxsize=4)
@@ -59,14 +76,14 @@ def digit_pairs(part: str) -> Source:
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-    """Draw the calibration images from the training part, or take those of a list.
+    """Draw the calibration images from :func:`calibration_source`, or take those of a list.
 
     The draw is a seeded permutation of the whole part. Random transforms have one seed per image,
     so other random numbers do not change the sample. Raises DataError.
     """
     source = None
     if data.calibration_list is None or loaded.data is not None:
-        source = open_source(loaded, data, "train")
+        source = calibration_source(loaded, data)
     if data.calibration_list is not None:
         ids, read = _listed(data, data.calibration_list, source)
         order = np.arange(len(ids))

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,13 +90,20 @@ def load_model(request: ModelRequest) -> LoadedModel:
         facts = tag, f"file {stored.path.name}", stored.sha256(model, altered=False)
         own = digit_pairs.NUM_CLASSES, digit_pairs.eval_transform(), digit_pairs.train_transform()
         data = "digit-pairs", (1, *digit_pairs.CANVAS_SIZE)
-        return LoadedModel(model, *facts, *own, *data, entry=stored.entry, entries=stored.entries)
+        loaded = LoadedModel(model, *facts, *own, *data)
+        loaded = replace(loaded, entry=stored.entry, entries=stored.entries)
+        return without_classifier(loaded, request.head) if request.head else loaded
     path = weights or CATALOGUE.fetch(tag)
     model = _create(full_name(request.name), request.model_args, path)
     stored = read_weights(path, request.weights_entry)
     load_state(model, _adapted(stored.state, model), str(path) if weights else tag)
+    if not getattr(model, "num_classes", 1) and request.head is None:
+        raise ModelError(
+            f"{tag} has no classifier: give --head knn or --head linear, or load it with its "
+            "classes (num_classes > 0 in --model-args)."
+        )
     preprocessing = _preprocessing(model.eval(), request.preprocessing)
-    return LoadedModel(
+    loaded = LoadedModel(
         model,
         tag,
         f"file {path.name}" if weights else f"hub timm/{tag}",
@@ -109,6 +117,16 @@ def load_model(request: ModelRequest) -> LoadedModel:
         preprocessing=preprocessing,
         notes=stored.notes(),
     )
+    return without_classifier(loaded, request.head) if request.head else loaded
+
+
+def without_classifier(loaded: LoadedModel, head: str) -> LoadedModel:
+    """Remove the classifier, so that the model returns features (B, d). Raises ModelError."""
+    model = loaded.model
+    if hasattr(model, "head_dist"):
+        raise ModelError(f"{loaded.tag} has two classifiers: --head is for models with one.")
+    model.reset_classifier(0)
+    return replace(loaded, classes=0, class_names=None, head=head)
 
 
 def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:

@@ -50,7 +50,7 @@ def open_named(loaded: LoadedModel, data: DataRequest) -> Source:
     """
     found, folder = read_dataset(data.dataset or ""), folder_of(data)
     wnids, known = wordnet_ids(), loaded.class_names or ()
-    if loaded.classes != len(wnids):
+    if loaded.head is None and loaded.classes != len(wnids):
         raise DataError(
             f"{found.title} is for classifiers of ImageNet-1k, and {loaded.tag} has "
             f"{loaded.classes} classes: leave --dataset out."

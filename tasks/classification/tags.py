@@ -6,7 +6,7 @@ from fimaq_core.errors import ModelError, suggest
 from tasks.common.data.elsewhere import missing_dataset
 from tasks.common.data.imagenet import missing_imagenet
 from tasks.common.models.hub import Catalogue, Repository
-from tasks.common.request import DataRequest, Missing, ModelRequest
+from tasks.common.request import DRAWN, DataRequest, Missing, ModelRequest
 
 #: Published checkpoints by short name, with tags: timm changed what untagged names mean.
 SHORT_NAMES = {
@@ -74,4 +74,7 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     """Return the missing data, if any; ``brings_data`` is True for demo models."""
     if (absent := missing_dataset(data)) is not None:
         return absent
-    return missing_imagenet(data, brings_data, calibrates=data.calibration_list is None)
+    other, calibrates = data.calibration_data, data.calibration_list is None
+    if other is not None and not str(other).startswith(DRAWN) and not other.is_dir():
+        return Missing(f"the folder {other}", "Images to calibrate on: a folder of images.")
+    return missing_imagenet(data, brings_data, calibrates=calibrates and other is None)

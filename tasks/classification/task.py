@@ -1,23 +1,28 @@
 """The task of image classification."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.errors import ModelError
+from fimaq_core.errors import DataError, ModelError
+from fimaq_core.export.writing import Outputs
 from fimaq_core.families import find_family
-from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
+from fimaq_core.fisher.divergence import ClassifierDivergence, CosineDivergence, Divergence
 from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
 from tasks.classification import models, tags
 from tasks.classification.data import calibration_set, digit_pairs, open_source, true_classes
+from tasks.classification.heads import Evaluator
 from tasks.common import top_k
 from tasks.common.data.class_names import readable_names
 from tasks.common.data.corruptions import corrupted
+from tasks.common.data.folders import Source
+from tasks.common.data.imagenet import wordnet_ids
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, Exportable, LoadedModel, Task
@@ -44,6 +49,17 @@ class ClassificationTask(Task):
         """Return the Kullback-Leibler divergence of class probabilities at a temperature."""
         return ClassifierDivergence(recipe.temperature)
 
+    def divergences(
+        self,
+        loaded: LoadedModel,
+        images: CalibrationSet,
+        recipe: Recipe,
+        device: torch.device,
+        batch_size: int,
+    ) -> dict[str, Divergence]:
+        """Return the divergence of classes or, for a model that returns features, of these."""
+        return {"": self.divergence(recipe) if loaded.head is None else CosineDivergence()}
+
     def exportable(
         self,
         loaded: LoadedModel,
@@ -53,6 +69,8 @@ class ClassificationTask(Task):
         data: DataRequest,
     ) -> Exportable:
         """Return the classifier; its answer is the class with the largest logit."""
+        if loaded.head is not None:
+            return _features(loaded, chains[part], images)
         named = loaded.class_names if loaded.data is None else digit_pairs("test").class_names
         return Exportable(
             chains[part],
@@ -67,10 +85,13 @@ class ClassificationTask(Task):
         assert loaded.input_shape is not None
         model = self.assemble(loaded, dict(models))
         found = model(torch.zeros(1, *loaded.input_shape))
-        if found.shape != (1, loaded.classes):
+        count, what = loaded.classes, "classes"
+        if loaded.head is not None:
+            count, what = int(loaded.model.num_features), "features"
+        if found.shape != (1, count):
             raise ModelError(
                 f"The file gives outputs of shape {tuple(found.shape)} per image, but {loaded.tag} "
-                f"has {loaded.classes} classes: export the checkpoint again."
+                f"has {count} {what}: export the checkpoint again."
             )
         return model
 
@@ -84,15 +105,37 @@ class ClassificationTask(Task):
         workers: int,
         on_progress: OnProgress,
     ) -> Evaluation:
-        """Measure top-1 and top-5 accuracy on the part ``val``."""
+        """Measure top-1 and top-5 accuracy on the part ``val``, of the model's head or another."""
         source = open_source(loaded, data, "val").head(data.limit)
         source = replace(source, class_names=readable_names(source.class_names))
+
         transform = loaded.eval_transform
         if data.corrupt is not None:
             source, transform = corrupted(source, transform, data.corrupt)
-        content = source.ids, source.targets, source.read
-        images = Images(*content, transform, data.skip_corrupt)
-        return top_k.evaluate(model, images, source, device, batch_size, workers, on_progress)
+
+        def images(of: Source, transform: Callable[[Any], torch.Tensor]) -> Images:
+            return Images(of.ids, of.targets, of.read, transform, data.skip_corrupt)
+
+        how = device, batch_size, workers, on_progress
+        test = images(source, transform), source
+        if loaded.head is None:
+            return top_k.evaluate(model, *test, *how)
+        bank = open_source(loaded, data, "train", labelled=True)
+        if data.dataset is not None and tuple(bank.class_names) != wordnet_ids():
+            raise DataError(f"A head for {source.name} needs the training part of ImageNet.")
+        pairs = (images(bank, loaded.eval_transform), bank), test
+        return Evaluator(*how).measure(model, loaded.head, *pairs)
+
+
+def _features(loaded: LoadedModel, chain: BlockChain, images: CalibrationSet) -> Exportable:
+    """Return a model without classifier; its answer is the most similar calibration image."""
+
+    def answers(features: torch.Tensor) -> torch.Tensor:
+        unit = nn.functional.normalize(features, dim=1)
+        return (unit @ unit.T).fill_diagonal_(-1).argmax(1)
+
+    whole, names = Samples.of(images.images).whole, Outputs(outputs=("features",))
+    return Exportable(chain, whole, answers, names=names, normalisation=loaded.normalisation)
 
 
 TASK = ClassificationTask()

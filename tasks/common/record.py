@@ -59,7 +59,7 @@ _ADDED = {
 
 #: Metrics of the tasks here, as patterns; other tasks have metrics of their own.
 METRICS = {
-    "classification": r"top[15]",
+    "classification": r"((knn|linear)_)?top[15]",
     "retrieval": r"top[15]|((i2t|t2i)_)?R@\d+|mean_recall|(i2t|t2i)_median_rank",
     "detection": r"AP(50|75|s|m|l)?_(box|mask)",
 }

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from fimaq_core.recipe import Recipe
 from fimaq_core.resources import EngineChoice, Placement
 
+#: Start of the names of calibration data that a demo draws.
+DRAWN = "demo:"
+
 
 @dataclass(frozen=True)
 class ModelRequest:
@@ -19,6 +22,7 @@ class ModelRequest:
     weights_folder: Path | None = None  # searched before the hub for <model.tag>.safetensors ...
     weights_entry: str | None = None  # entry of the file, such as state_dict; None: timm's choice
     preprocessing: dict[str, Any] = field(default_factory=dict)  # fields of GivenPreprocessing
+    head: str | None = None  # kind of classifier on features, see tasks.classification.heads
     from_file: bool = False  # True if a checkpoint names the model: nothing is downloaded then
 
 
@@ -31,7 +35,8 @@ class DataRequest:
     limit: int | None = None  # evaluate the first samples only; the record has another split then
     skip_corrupt: bool = False  # leave damaged images out and name them, instead of stopping
     evaluation: str | None = None  # measurement, such as zero-shot; None: the task's default
-    calibration_data: Path | None = None  # root; None: the training part of `path`
+    # Root, or `demo:<kind>` for images that the package draws; None: the training part of `path`.
+    calibration_data: Path | None = None
     # Write the model's output for each sample beside the record, if the task supports it. This is
     # not part of a cell's identity: a finished cell is not measured again for its outputs.
     keep_outputs: bool = False

@@ -43,6 +43,7 @@ class LoadedModel:
     class_names: tuple[str, ...] | None = None  # by label, from the file; () if unreadable
     preprocessing: Preprocessing | None = None  # None if the task has a preprocessing of its own
     notes: list[str] = field(default_factory=list)  # on the weights, for the user
+    head: str | None = None  # kind of classifier that :meth:`Task.evaluate` puts on features
 
     @property
     def weights(self) -> Weights:

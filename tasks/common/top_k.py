@@ -1,11 +1,11 @@
 """Top-1 and top-5 accuracy of a classifier, with outcomes and prediction samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.progress import OnProgress, Progress
@@ -18,7 +18,7 @@ from tasks.common.task import Evaluation
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     images: Images,
     source: Source,
     device: torch.device,

@@ -21,7 +21,7 @@ from tasks.common.data import class_order
 from tasks.common.data.elsewhere import folder_of, read_dataset, settled
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
-from tasks.common.request import CellRequest, Missing
+from tasks.common.request import DRAWN, CellRequest, Missing
 
 #: Variant of cells that measure an export.
 ONNX = "onnx"
@@ -67,8 +67,8 @@ def _basis(request: CellRequest) -> dict[str, Any]:
     recipe, model, data = request.recipe, request.model, request.data
     # The full-precision model needs no calibration images.
     listed, other = (data.calibration_list, data.calibration_data) if recipe else (None, None)
-    # A named data set is measured in full precision without the data folder.
-    home = data.path if recipe or data.dataset is None else None
+    # A named data set is measured in full precision without the data folder, unless for a head.
+    home = data.path if recipe or model.head or data.dataset is None else None
     order = class_order.chosen(data.class_order, home)
     named = None
     if data.dataset is not None:
@@ -76,6 +76,7 @@ def _basis(request: CellRequest) -> dict[str, Any]:
     # Newer fields count only if they are given, so that older cells keep their folders.
     later = {
         "entry": model.weights_entry,
+        "head": model.head,
         "preprocessing": model.preprocessing,
         "exif": data.exif,
         "class_order": None if order is None else class_order.order_identity(order),
@@ -92,8 +93,13 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         "data": home and os.path.realpath(home),
         "list": listed and file_sha256(listed),
         "evaluation": data.evaluation,
-        "calibration_data": other and os.path.realpath(other),
+        "calibration_data": other and _place(other),
     }
+
+
+def _place(data: Path) -> str:
+    """Return the identity of calibration data: its folder, or the name of what a demo draws."""
+    return str(data) if str(data).startswith(DRAWN) else os.path.realpath(data)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ class Origin(Strict, strict=True):
     weights_entry: str | None = None
     preprocessing: GivenPreprocessing = GivenPreprocessing()
     finishing: Finishing | None = None  # of a model of one part
+    head: Literal["knn", "linear"] | None = None  # classifier on the features that the model gives
 
 
 def read_origin(path: Path, task: str) -> tuple[Fingerprint, Origin]:
@@ -79,6 +80,7 @@ def with_origin(request: CellRequest, origin: Origin, recipe: Recipe | None = No
         model_args=origin.model_args,
         weights_entry=request.model.weights_entry or origin.weights_entry,
         preprocessing=origin.preprocessing.fields() | request.model.preprocessing,
+        head=origin.head,
         from_file=True,
     )
     return replace(request, model=model, recipe=recipe)

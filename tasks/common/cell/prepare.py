@@ -54,8 +54,9 @@ class PreparedCell:
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of checkpoints of the whole model."""
         given = self.request.model.model_args  # one weights file may fit several architectures
+        rest = json.dumps(given, sort_keys=True) if given else ""
         return Fingerprint(
-            model=self.loaded.tag + (json.dumps(given, sort_keys=True) if given else ""),
+            model=self.loaded.tag + rest + (" features" if self.loaded.head else ""),
             weights=self.loaded.sha256,
             calibration=self.images.fingerprint,
             recipe=self.request.recipe,
@@ -67,6 +68,7 @@ class PreparedCell:
         model, task = self.request.model, self.request.task
         own = {"task": task, "model": model.name, "model_args": model.model_args}
         given = {"weights_entry": model.weights_entry, "preprocessing": model.preprocessing}
+        given["head"] = model.head
         given = {name: value for name, value in given.items() if value}
         return {**own, "tag": self.loaded.tag, **given}
 

@@ -36,6 +36,7 @@ class TaskOptions:
     keep_outputs: str = ""  # help of --keep-outputs
     exif: str = ""  # help of --exif
     data: str = "Data folder with train/ and val/ (demo models bring their own data)."
+    heads: tuple[str, ...] = ()  # choices of --head
     class_order: bool = True  # True adds --class-order, for tasks whose classes are folders
     towers: tuple[str, ...] = ()  # choices of --tower of exports
     preprocessing: tuple[str, ...] = tuple(HELP)  # fields of preprocessing that can be given
@@ -119,7 +120,13 @@ def _choice(flag: str, name: str, choices: tuple[str, ...], text: str) -> Iterat
 def model(own: TaskOptions) -> Option:
     """Add the options for the model, its weights, the data and the run."""
     named = "Short name, demo name or the library's 'model.tag'; see the command 'models'."
-    return _joined(click.option("--model", "name", required=True, help=named), named_model(own))
+    head = (
+        "Leave the model's classifier out and classify its features: by the 20 nearest images of "
+    )
+    head += "the training part, or by a linear classifier trained on them."
+    heads = [click.option("--head", type=click.Choice(own.heads), help=head)] if own.heads else []
+    name = click.option("--model", "name", required=True, help=named)
+    return _joined(name, *heads, named_model(own))
 
 
 def named_model(own: TaskOptions) -> Option:

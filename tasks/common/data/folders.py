@@ -111,6 +111,26 @@ def open_folder(
     return replace(source, label_notes=notes) if notes else source
 
 
+def open_images(root: Path) -> Source:
+    """Open all images below a folder, without labels: its part ``train`` if it has one.
+
+    Raises DataError: there is no folder, no image, or a part with unclear content.
+    """
+    if _is_part(root / "train"):
+        return open_folder(root, "train", labels=False)
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root}: give a folder of images to calibrate on.")
+    whole = root.resolve()
+    changed = (whole.stat().st_mtime_ns,)
+    source = _listed_folder(whole.parent, "", (whole.name,), "alphabetical", changed)
+    ids = _below(whole, (whole.parent / name for name in source.ids))
+    return replace(source, name=f"folder-{len(ids)}-images", split="all", ids=ids)
+
+
+def _is_part(folder: Path) -> bool:
+    return folder.is_dir() and bool(class_folders(folder))
+
+
 def list_classes(root: Path, part: str, names: Sequence[str], order: str) -> Source:
     """Return the images in the class folders ``names`` (by label) of a part of the data ``root``.
 

@@ -342,3 +342,21 @@ def test_published_files_parse(name: str):
         "aggregator",
     }
     assert pd.to_numeric(table["value"], errors="coerce").notna().mean() > 0.9
+
+
+def test_spreads_are_those_of_sources_that_disagree():
+    table = diff.diff([imagenet(name, 60.0) for name in ("qdrop", "fimaq", "aphq", "brecq")])
+    found = {
+        (row.method, row.metric): (row.sources, row.lowest, row.highest, row.spread)
+        for row in diff.spreads(table).itertuples()
+    }
+    expected = {}
+    for row in table[table["bits"] == "w3a3"].itertuples():
+        same = table[(table["method"] == row.method) & (table["bits"] == row.bits)]
+        values = [v for v in same["published"] if v == v]
+        sources = {s for s, v in zip(same["source"], same["published"], strict=True) if v == v}
+        if len(sources) > 1 and max(values) > min(values):
+            ends = min(values), max(values)
+            expected[row.method, row.metric] = (len(sources), *ends, ends[1] - ends[0])
+    assert found == expected
+    assert expected

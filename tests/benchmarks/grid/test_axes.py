@@ -345,3 +345,18 @@ def test_the_papers_ablation_varies_released_settings(tmp_path):
         for cell in expand(load_grid("paper"), Filters(tasks=("classification",)), options)
     }
     assert {folder(cell.request) for cell in cells if not cell.point} <= theirs
+
+
+def test_a_point_may_name_other_data_to_calibrate_on():
+    points = {"own": {}, "noise": {"calibration_data": "demo:noise"}}
+    grid = {**GRID, "axes": {"calibration_source": points}}
+    _, base, noise = cells_of(grid, models="demo_vit", seeds="1")
+    assert base.axis_points == (("calibration_source", "own"),)
+    assert base.request.data.calibration_data is None
+    assert str(noise.request.data.calibration_data) == "demo:noise"
+    assert noise.request.recipe == base.request.recipe
+    assert noise.request.variant == "demo calibration_source=noise"
+    with pytest.raises(GridError, match="calibration_data is 3: name a folder"):
+        parse_grid({**GRID, "axes": {"calibration_source": {"x": {"calibration_data": 3}}}})
+    with pytest.raises(GridError, match="calibration_data"):
+        parse_grid({**GRID, "overrides": {"calibration_data": "demo:noise"}})

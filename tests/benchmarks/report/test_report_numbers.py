@@ -288,8 +288,11 @@ def test_axes_have_rows_of_their_own_and_tables(tmp_path: Path):
     page = write(tmp_path, grid)
     methods = {method for method, _, _ in main_cells(page, "classification")}
     assert methods == {"fp", "fimaq", "fimaq k=15"}
-    head = page.one(id="axes").one("table").one("thead").text
-    assert "w3a3 - base" in head
+    tables = page.one(id="axes").all("table")
+    assert "w3a3 - base" in tables[-1].one("thead").text
+    heads = [[head.text for head in table.one("thead").all("th")] for table in tables]
+    drawn = page.one(id="axes").all("g", data_method="fimaq")
+    assert len(drawn) == heads.count(["method", "5", "15"]) == len(page.one(id="bits").all("svg"))
     assert page.one(id="bits").all("g", data_method="fimaq")
     assert not page.one(id="bits").all("g", data_method="fimaq k=15")
 

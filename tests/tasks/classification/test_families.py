@@ -135,7 +135,6 @@ UNSUPPORTED: dict[str, Any] = {
     "gated mlp": lambda: timm.create_model(
         "vit_small_patch14_dinov2", pretrained=False, depth=1, mlp_layer=timm.layers.SwiGLUPacked
     ),
-    "no classifier": lambda: vit(1, classes=0),
     "a class of its own": lambda: type("MyViT", (type(vit(1)),), {})(
         img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2
     ),
