@@ -13,9 +13,10 @@ MINUTES ?= 10
 RUN := $(PY) -m benchmarks
 
 # Filters and settings become options only where they are given.
+ELSEWHERE := $(if $(DATASETS),--datasets "$(DATASETS)")
 FILTERS := $(if $(TASKS),--tasks $(TASKS)) $(if $(MODELS),--models $(MODELS)) \
 	$(if $(METHODS),--methods $(METHODS)) $(if $(BITS),--bits $(BITS)) \
-	$(if $(SEEDS),--seeds $(SEEDS)) $(if $(AXES),--axes $(AXES))
+	$(if $(SEEDS),--seeds $(SEEDS)) $(if $(AXES),--axes $(AXES)) $(ELSEWHERE)
 PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(COCO),--coco "$(COCO)") \
 	$(if $(FLICKR),--flickr "$(FLICKR)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 # RAY_ADDRESS in the environment may belong to another program: only the one behind `make` counts.
@@ -44,6 +45,7 @@ help: ## list the targets
 	@echo "  with data IMAGENET=/path COCO=/path FLICKR=/path WEIGHTS=/path,"
 	@echo "  filters TASKS= MODELS= METHODS= BITS=w3a3,w4a4 SEEDS= AXES=loss,k=15|none, and"
 	@echo "  settings"
+	@echo "    DATASETS=imagenet-r=/path,imagenet-c=/path,fog:3 (the same models on other data)"
 	@echo "    DEVICE=cpu|cuda|cuda:N JOBS=N PLAN=1 REHEARSE=1 FORCE=1 PLACEMENT=device|host|disk"
 	@echo "    RETRIES=N"
 	@echo "    ENGINE=ray RAY_ADDRESS=host:port GPUS_PER_CELL=0.5 (on a Ray cluster)"
@@ -78,7 +80,7 @@ diff: $(STAMP) ## compare measured with published numbers
 	@$(RUN) diff --allow-nothing
 
 report: $(STAMP) ## write results/report.html: tables, charts, example predictions
-	@$(RUN) report --profile $(PROFILE) $(PLACES)
+	@$(RUN) report --profile $(PROFILE) $(ELSEWHERE) $(PLACES)
 
 doctor: $(STAMP) ## say what this machine can run, and what to do about the rest
 	@$(RUN) doctor --profile $(PROFILE) $(PLACES)

@@ -15,6 +15,7 @@ from benchmarks.console import terminal_width
 from benchmarks.doctor import doctor
 from benchmarks.grid import options as given
 from benchmarks.grid.cell import RunOptions
+from benchmarks.grid.datasets import with_datasets
 from benchmarks.grid.expand import parse_filters
 from benchmarks.grid.schema import load_grid
 from benchmarks.published.table import load_table
@@ -46,13 +47,15 @@ def _default(value: object) -> dict[str, object]:
     return {"default": value, "show_default": True}
 
 
-def _request(profile: str, table: str, **filters: str) -> RunRequest:
+def _request(profile: str, table: str, datasets: str, **filters: str) -> RunRequest:
     """Return the request to run a profile or published table, with filters."""
     source = click.get_current_context().get_parameter_source("profile")
     if table and source is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("--table has a grid of its own: leave --profile out.")
+    if table and datasets:
+        raise click.UsageError("--table has its own data sets: leave --datasets out.")
     found = load_table(table) if table else None
-    grid = load_grid(profile) if found is None else found.grid()
+    grid = with_datasets(load_grid(profile), datasets) if found is None else found.grid()
     chosen = parse_filters(grid, **filters)
     return RunRequest(grid, chosen, adapter=given.adapter(), table=found)
 
@@ -94,6 +97,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     _request,
     profile=given.PROFILE,
     table={"default": "", "metavar": "NAME", "help": _TABLE},
+    datasets=given.DATASETS,
     **{name: {"default": "", "help": words} for name, words in _FILTERS.items()},
 )
 @given.folder_options
@@ -159,8 +163,11 @@ _OUTPUT = click.Path(path_type=Path, file_okay=False)
 @given.profile_option
 @click.option("--format", "chosen", type=_FORMATS, default="md", show_default=True, help=_FORMAT)
 @click.option("--output", type=_OUTPUT, metavar="DIR", help="Folder of the files.")
+@given.datasets_option
 @given.folder_options
-def tables(profile: str, chosen: str, output: Path | None, options: RunOptions) -> None:
+def tables(
+    profile: str, chosen: str, output: Path | None, datasets: str, options: RunOptions
+) -> None:
     """Make the tables of a profile again from its records; nothing is run.
 
     The tables have the cells of the profile only. Cells that a run with filters measured outside
@@ -169,7 +176,8 @@ def tables(profile: str, chosen: str, output: Path | None, options: RunOptions) 
     from benchmarks.tables.write import remake
 
     ending = "tex" if chosen == "latex" else chosen
-    code = remake(load_grid(profile), options, given.adapter(), ending, output)
+    grid = with_datasets(load_grid(profile), datasets)
+    code = remake(grid, options, given.adapter(), ending, output)
     click.get_current_context().exit(code)
 
 

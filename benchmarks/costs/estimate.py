@@ -21,7 +21,7 @@ _NO_PASSES, _MANY_PASSES = ("mse", "mae", "mse_adalog"), ("fisher_diag", "fisher
 def kind(cell: Cell) -> str:
     """Return the kind of work that takes most of a cell's time; ``fp`` is evaluation alone."""
     recipe = cell.request.recipe
-    if recipe is None:
+    if recipe is None or cell.home:
         return "fp"
     if recipe.reconstruct:
         return "reconstruct"
@@ -41,7 +41,7 @@ def expected_cost(cell: Cell) -> float:
     Assumes that an image costs the same in a step of a block and in a gradient pass.
     """
     recipe = cell.request.recipe
-    if recipe is None:
+    if recipe is None or cell.home:
         return 1.0
     if cell.point == EXPORT:  # writes the file, checks it and evaluates it
         return _EXPORT_COST

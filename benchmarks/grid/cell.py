@@ -92,6 +92,7 @@ class Cell:
     #: (axis, point) pairs of ablation tables; the grid's own settings may be on several axes.
     axis_points: tuple[tuple[str, str], ...] = ()
     made_by: str = ""  #: command that makes the cell's data and weights; empty: there is none
+    home: str = ""  #: section of the cell whose quantized model is evaluated; empty: this cell's
 
     @cached_property
     def key(self) -> Key:
@@ -115,12 +116,15 @@ class Cell:
 
     @property
     def needs(self) -> tuple[Key, ...]:
-        """Identities of cells whose results this cell uses: full precision; an export's cell."""
+        """Cells whose results this cell uses: full precision; an export's cell; that at home."""
         if self.request.recipe is None:
             return ()
         full = CellName(self.section, self.model, "", "fp", bits_name(OFF, OFF), "")
         exported = self.name._replace(point=""), self.seed
-        return ((full, None), exported) if self.point == EXPORT else ((full, None),)
+        if self.point == EXPORT:
+            return (full, None), exported
+        at_home = self.name._replace(section=self.home), self.seed
+        return ((full, None), at_home) if self.home else ((full, None),)
 
     @property
     def mark(self) -> str:

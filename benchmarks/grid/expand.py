@@ -225,7 +225,7 @@ def _make_cell(
     request = CellRequest(
         task=task,
         model=ModelRequest(name=model, model_args=part.model_args, weights_folder=weights),
-        data=DataRequest(path=data, evaluation=part.evaluation),
+        data=DataRequest(data, evaluation=part.evaluation, dataset=part.on, corrupt=part.corrupt),
         recipe=recipe,
         variant=None if recipe is None else grid.variant,
         results=options.results / "runs",
@@ -237,4 +237,4 @@ def _make_cell(
         return Cell(section, task, model, "fp", OFF, OFF, None, request, made_by=made_by)
     bits, scope = (recipe.w_bits, recipe.a_bits), recipe.scope or ""
     own = (recipe.method, *bits, recipe.seed)
-    return Cell(section, task, model, *own, request, scope, made_by=made_by)
+    return Cell(section, task, model, *own, request, scope, made_by=made_by, home=part.home)

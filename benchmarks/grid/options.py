@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from benchmarks.grid.cell import Adapter, Places, RunOptions, default_adapter
+from benchmarks.grid.datasets import HELP
 
 _FOLDERS = {
     "imagenet": "ImageNet-1k folder with val/ and train/.",
@@ -24,7 +25,9 @@ PROFILE["help"] = (
     "quickstart, demo, frontier, paper, ablation, paper-ablation, paper-parts, quantizers, or a "
     ".yaml file."
 )
+DATASETS: dict[str, Any] = {"default": "", "metavar": "LIST", "help": HELP}
 profile_option = click.option("--profile", **PROFILE)
+datasets_option = click.option("--datasets", **DATASETS)
 results_option = click.option("--results", **_RESULTS)
 
 

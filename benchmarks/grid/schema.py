@@ -93,6 +93,10 @@ class TaskGrid(Strict):
     data: Literal["own", "imagenet", "coco", "flickr"] = "own"
     prepared: Prepared | None = None  #: data and weights that a command makes, in place of ``data``
     evaluation: str | None = None  #: one of the task's evaluations; None: its default
+    #: Evaluation elsewhere, as --dataset and --corrupt of the task take it.
+    on: str | None = None
+    corrupt: str | None = None
+    home: str = ""  #: label of the section with the same models on their own data
     model_args: dict[str, Any] = {}  #: arguments of the models' constructors
     models: tuple[str, ...] = Field(min_length=1)
     available: tuple[str, ...] = ()  #: models that run when a filter asks for them
@@ -195,6 +199,12 @@ class Grid(Strict):
         """Return the grid without the cells that measure exports."""
         tasks = {name: part.model_copy(update={"export": ()}) for name, part in self.tasks.items()}
         return self.model_copy(update={"tasks": tasks})
+
+    def at_home(self) -> "Grid":
+        """Return the grid without the sections that evaluate models of other sections."""
+        tasks = {name: part for name, part in self.tasks.items() if not part.home}
+        extra = tuple(one for one in self.extra if one.task in tasks)
+        return self.model_copy(update={"tasks": tasks, "extra": extra})
 
     def task_of(self, section: str) -> str:
         """Return the name of a section's task."""

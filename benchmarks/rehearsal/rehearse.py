@@ -37,7 +37,8 @@ def rehearse(request: RunRequest) -> int:
     from benchmarks.rehearsal.inputs import make_data, make_weights
     from benchmarks.run.command import run_grid
 
-    grid, options = request.grid, request.options
+    grid, options = request.grid.at_home(), request.options
+    request = replace(request, grid=grid)
     if any(part.export for part in grid.tasks.values()):
         print("Exports are not rehearsed: they cost little.")
         grid = grid.without_exports()

@@ -21,6 +21,8 @@ from benchmarks.results.scores import (
     scores,
     write_text,
 )
+from benchmarks.tables.corruption import NOTE, TITLE, corruption_tables
+from benchmarks.tables.formats import markdown
 from benchmarks.tables.frontier import frontier_markdown
 from benchmarks.tables.reproduction import Reproduction
 from benchmarks.tables.summary import grid_latex, grid_markdown
@@ -41,7 +43,12 @@ def _markdown(
     if grid.table == "frontier":
         return frontier_markdown(title(grid), measured, cells, width, damaged)
     own = grid.axes if axes is None else axes
-    return grid_markdown(title(grid), measured, cells, width, own, damaged)
+    text = grid_markdown(title(grid), measured, cells, width, own, damaged)
+    parts = [
+        f"\n## {name}, {content}: {TITLE}\n\n{chr(10).join(markdown(table, width))}\n\n{NOTE}\n"
+        for name, (content, table) in corruption_tables(measured, cells).items()
+    ]
+    return "".join([text, *parts])
 
 
 def texts(grid: Grid, found: Collected, cells: Cells) -> dict[str, str]:
