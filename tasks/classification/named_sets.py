@@ -100,9 +100,9 @@ def checked(folder: Path, layout: Layout, title: str) -> Source:
     there = set(class_folders(where))
     lacking = sorted(set(layout.classes) - there)
     surplus = [] if layout.others else sorted(there - set(layout.classes))
-    for names, what in ((lacking, "is missing"), (surplus, "does not belong to it")):
+    for names, what in ((lacking, "it lacks"), (surplus, "it also has")):
         if names:
-            raise refuse(f"{counted(len(names), 'class folder')} {what}, such as {names[0]!r}")
+            raise refuse(f"{what} {counted(len(names), 'class folder')}, such as {names[0]!r}")
     source = list_classes(folder, layout.part, layout.classes, layout.order)
     counts = [0] * len(layout.classes)
     for label in source.targets:
