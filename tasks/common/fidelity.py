@@ -27,9 +27,11 @@ from tasks.common.record_entries import SignedMetric
 BINS, DRAWS = 15, 200
 #: Samples whose probabilities are computed at the same time.
 _ROWS = 4096
-#: Percentages; all other figures have units of their own.
-PERCENT = ("agreement", "right_to_wrong", "wrong_to_right", "ece", "fp_ece", "overlap@10")
-PERCENT += ("AP_box_to_full",)
+#: Units of figures that are no percentages.
+UNITS = {"kl": "nats", "nll": "nats", "brier": "", "cosine": "", "kendall": "", "snr_db": "dB"}
+UNITS |= {f"fp_{name}": unit for name, unit in UNITS.items()}
+#: Figures that are better if they are lower.
+LOWER = ("kl", "right_to_wrong", "nll", "brier", "ece")
 
 #: Raw outputs of samples by name, see :attr:`tasks.common.task.Evaluation.outputs`.
 RawOutputs = Mapping[str, np.ndarray]
@@ -65,8 +67,9 @@ def classifier_fidelity(full: RawOutputs, own: RawOutputs, labels: np.ndarray) -
     metrics["snr_db"] = decibels(signal, noise)
     for start in ("", "fp_"):
         metrics[f"{start}ece"] = calibration_error(confidence[start], right[start])
-    kept = ("kl", "agreement", "cosine", "nll", "brier")
-    return Fidelity(metrics, {k: each[k].astype(np.float32) for k in kept if k in each})
+    kept = (name for name in ("kl", "agreement", "cosine", "nll", "brier") if name in each)
+    whole = {k: each[k].astype(np.float32) for k in kept if not np.isnan(each[k]).any()}
+    return Fidelity(metrics, whole)
 
 
 def _columns(full: np.ndarray, own: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -100,7 +103,7 @@ def _columns(full: np.ndarray, own: np.ndarray, labels: np.ndarray) -> dict[str,
 
 def mean_of(name: str, values: np.ndarray) -> SignedMetric:
     """Return the mean of values (n,) of independent samples, in percent if the figure is one."""
-    values = (100 if name in PERCENT else 1) * values.astype(np.float64)
+    values = (1 if name in UNITS else 100) * values.astype(np.float64)
     values = values[~np.isnan(values)]
     error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return SignedMetric(value=float(values.mean()) if len(values) else 0.0, stderr=error)

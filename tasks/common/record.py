@@ -47,7 +47,7 @@ from tasks.common.record_entries import (
 
 __all__ = [
     "BlockFigures", "Calibration", "Dataset", "Environment", "Exported", "LayerEntry", "Metric",
-    "ModuleMap", "NotMeasured", "ResultRecord", "Weights",
+    "ModuleMap", "NotMeasured", "ResultRecord", "SignedMetric", "Weights",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 6

@@ -9,7 +9,7 @@ that of a query's own embedding.
 import numpy as np
 from scipy.stats import kendalltau
 
-from tasks.common.fidelity import PERCENT, Fidelity, RawOutputs, clustered_error, cosines
+from tasks.common.fidelity import UNITS, Fidelity, RawOutputs, clustered_error, cosines
 from tasks.common.record_entries import SignedMetric
 
 #: Numbers of candidates for the overlap and for Kendall's tau.
@@ -28,7 +28,7 @@ def ranking_fidelity(full: RawOutputs, own: RawOutputs, cluster: np.ndarray) -> 
     outcomes, metrics = {}, {}
     for name in found[0]:
         first, second = (side[name] for side in found)
-        scale = 100 if name in PERCENT else 1
+        scale = 1 if name in UNITS else 100
         error = scale * clustered_error(first, second, owner)
         metrics[name] = SignedMetric(
             value=scale * float(first.mean() + second.mean()) / 2, stderr=error
