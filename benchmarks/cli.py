@@ -163,11 +163,13 @@ _OUTPUT = click.Path(path_type=Path, file_okay=False)
 @given.profile_option
 @click.option("--format", "chosen", type=_FORMATS, default="md", show_default=True, help=_FORMAT)
 @click.option("--output", type=_OUTPUT, metavar="DIR", help="Folder of the files.")
+@click.option("--metric", help="Print the table of this metric, such as top5, kl or agreement.")
 @given.datasets_option
 @given.folder_options
 def tables(
-    profile: str, chosen: str, output: Path | None, datasets: str, options: RunOptions
-) -> None:
+    profile: str, chosen: str, output: Path | None, metric: str | None, datasets: str,
+    options: RunOptions,
+) -> None:  # fmt: skip
     """Make the tables of a profile again from its records; nothing is run.
 
     The tables have the cells of the profile only. Cells that a run with filters measured outside
@@ -176,8 +178,10 @@ def tables(
     from benchmarks.tables.write import remake
 
     ending = "tex" if chosen == "latex" else chosen
+    if metric and (ending != "md" or output is not None):
+        raise click.UsageError("--metric prints a table: leave --format and --output out.")
     grid = with_datasets(load_grid(profile), datasets)
-    code = remake(grid, options, given.adapter(), ending, output)
+    code = remake(grid, options, given.adapter(), ending, output, metric)
     click.get_current_context().exit(code)
 
 

@@ -11,6 +11,7 @@ from benchmarks.compare.pairs import Pair, RecordFile
 from benchmarks.compare.statistics import PairedCounts, bootstrap, holm, mcnemar
 from benchmarks.results.outcomes import CompareError, Outcomes, check_alike, cluster_sums, read
 from fimaq_core.errors import CheckpointError, suggest
+from tasks.common.fidelity import LOWER, UNITS
 
 #: Metrics by which several pairs are compared, unless the user names others.
 _MAIN = ("top1", "R@1", "AP_box", "AP_mask")
@@ -39,7 +40,7 @@ class MetricComparison:
         p = self.p if self.holm is None else self.holm
         if self.low <= 0 <= self.high or p > 1 - level:
             return None
-        return "A" if self.difference > 0 else "B"
+        return "A" if (self.difference > 0) != (self.metric in LOWER) else "B"
 
     def verdict(self, level: float) -> str:
         """Return the result in words."""
@@ -48,13 +49,15 @@ class MetricComparison:
             p += f", Holm = {p_text(self.holm)}"
         p = p.replace("= <", "<")
         low, high = self.low, self.high
-        ahead, ends = ("A", (low, high)) if self.difference >= 0 else ("B", (-high, -low))
-        lead = f"by {abs(self.difference):.2f} points [{ends[0]:.2f}, {ends[1]:.2f}]"
+        up, ends = (True, (low, high)) if self.difference >= 0 else (False, (-high, -low))
+        ahead = "A" if up != (self.metric in LOWER) else "B"
+        unit = f" {UNITS.get(self.metric, 'points')}".rstrip()
+        lead = f"by {abs(self.difference):.2f}{unit} [{ends[0]:.2f}, {ends[1]:.2f}]"
         if self.better(level):
             return f"{ahead} is better {lead}, {p}"
         if not low <= 0 <= high and self.p <= 1 - level:
             return f"no difference shown among so many pairs ({ahead} ahead {lead}, {p})"
-        return f"no difference shown ({self.difference:+.2f} points [{low:.2f}, {high:.2f}], {p})"
+        return f"no difference shown ({self.difference:+.2f}{unit} [{low:.2f}, {high:.2f}], {p})"
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def _compare(
     if not common:
         raise CompareError(f"The outcomes of {pair.label} have no metric in common.")
     main = [name for name in common if name in _MAIN] if short else []
-    return [_test(name, mine, theirs, level) for name in metrics or main or common]
+    scored = [name for name in common if name not in pair.records[0].fidelity]
+    return [_test(name, mine, theirs, level) for name in metrics or main or scored or common]
 
 
 def _read(file: RecordFile) -> Outcomes:

@@ -16,7 +16,7 @@ from benchmarks.report.figures import Looks
 from benchmarks.report.gather import Gathered, gather
 from benchmarks.report.groups import Group, make_groups
 from benchmarks.report.provenance import module_maps, provenance
-from benchmarks.report.tables import diff_table, paper_table, score_table
+from benchmarks.report.tables import diff_table, fidelity_tables, paper_table, score_table
 from benchmarks.results.scores import (
     FULL,
     Measured,
@@ -152,6 +152,7 @@ def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stag
         "memory": list(figures.stage_figures(own, stages, memory=True)),
         "modules": module_maps(groups),
         "origins": [provenance(group, metric, gathered) for group in groups],
+        "fidelity": fidelity_tables(groups),
         "axes": axes,
         "axis_figures": drawn,
         "exports": export_table(metric, mine),

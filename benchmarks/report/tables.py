@@ -12,7 +12,16 @@ from benchmarks.grid.cell import Cell
 from benchmarks.published.schema import head_pair
 from benchmarks.report.groups import Group, find
 from benchmarks.results.outcomes import CompareError, compare
-from benchmarks.results.scores import FULL, Measured, columns_of, metric_title, rows_of
+from benchmarks.results.scores import (
+    FULL,
+    Measured,
+    columns_of,
+    metric_title,
+    over_seeds,
+    rows_of,
+    scores,
+    unique,
+)
 from benchmarks.tables.reproduction import Reproduction, bits_text
 from benchmarks.tables.settings import recipe_marks
 from tasks.common.record import is_percent
@@ -60,6 +69,24 @@ def score_table(
         "rows": [(name, [values.get(name) for values in filled]) for name in rows_of(cells)],
         "marks": {name: recipe_marks(r) for name, r in recipes.items()},
     }
+
+
+def fidelity_tables(groups: Sequence[Group]) -> dict[str, pd.DataFrame]:
+    """Return one table per subject and bits: the fidelity of each method, means over seeds."""
+    items = [item for group in groups for item in group.items]
+    found = scores([item for item in items if item.record.fidelity], fidelity=True)
+    names = unique(name for item in items for name in item.record.fidelity)
+    rows, order = found[found["metric"].isin(names)], rows_of([item.cell for item in items])
+    tables = {}
+    for (subject, bits), own in rows.groupby(["subject", "bits"], sort=False):
+        means = over_seeds(own, ["row", "metric"])
+        means["text"] = [f"{row.mean:.3g} ± {row.se:.2g}" for row in means.itertuples()]
+        wide = means.pivot(index="row", columns="metric", values="text").fillna("–")
+        here = [name for name in order if name in wide.index]
+        titles = {name: metric_title(name) for name in names if name in wide}
+        wide = wide.loc[here, [*titles]].rename(columns=titles)
+        tables[f"{subject} {bits}"] = wide.rename_axis(index="method", columns=None)
+    return tables
 
 
 def best_of(values: Mapping[str, float], metric: str) -> list[str]:

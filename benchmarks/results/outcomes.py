@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.grid.cell import MAIN_METRIC
 from benchmarks.results.scores import Items, Measured
 from fimaq_core.errors import FimaqError
+from tasks.common.fidelity import UNITS
 from tasks.common.outcome_files import OutcomesError, outcome_arrays
 from tasks.common.record import ResultRecord
 from tasks.retrieval.metrics import CUTS, MEAN_CUTS
@@ -49,7 +50,8 @@ class Outcomes:
 
     sample: np.ndarray  #: (n,) distinct ids
     cluster: np.ndarray  #: (n,) from 0, equal for dependent samples, such as captions of one image
-    #: Parts of each metric. The metric, a fraction, is the mean of the mean scores of its parts.
+    #: Parts of each metric. The metric, as a fraction, is the mean of the mean scores of its parts.
+    #: Figures of fidelity that are no percentages are divided by 100.
     metrics: Mapping[str, tuple[MetricPart, ...]]
     folder: Path = Path()
 
@@ -81,7 +83,7 @@ def read(record: ResultRecord, folder: Path) -> Outcomes:
     Raises:
         OutcomesError: the file is missing or damaged, or contradicts the record.
     """
-    content = outcome_arrays(record, folder, (*_COLUMNS, *record.metrics))
+    content = outcome_arrays(record, folder, (*_COLUMNS, *record.metrics, *record.fidelity))
     order = np.argsort(content["sample"], kind="stable")
     content = {name: array[order] for name, array in content.items()}
     sample = content.pop("sample")
@@ -100,6 +102,12 @@ def read(record: ResultRecord, folder: Path) -> Outcomes:
         for name in record.metrics:
             if name in content:
                 metrics[name] = (MetricPart(every, content[name].astype(np.float64)),)
+    sides = [every]
+    if "direction" in content:
+        sides = [_shared(np.flatnonzero(content["direction"] == side)) for side in (0, 1)]
+    for name in record.fidelity.keys() & content.keys():
+        values = content[name].astype(np.float64) / (100 if name in UNITS else 1)
+        metrics[name] = tuple(MetricPart(rows, values[rows]) for rows in sides)
     outcomes = Outcomes(_shared(sample), _shared(cluster), metrics, folder)
     for problem in _contradictions(record, outcomes):
         raise OutcomesError(
@@ -124,7 +132,7 @@ def _contradictions(record: ResultRecord, outcomes: Outcomes) -> Iterator[str]:
             counts = np.bincount(outcomes.cluster[part.rows], minlength=outcomes.clusters)
             if not counts.all() or not np.isfinite(part.score).all():
                 yield f"lack the {name} of some images, or it is not finite"
-        stated, found = record.metrics.get(name), outcomes.value(name)
+        stated, found = {**record.metrics, **record.fidelity}.get(name), outcomes.value(name)
         exact = all(part.score.dtype == bool for part in parts)
         if stated is not None and not abs(stated.value - found) <= (1e-6 if exact else _ROUNDING):
             yield f"give {name} {found:.2f}, but the record has {stated.value:.2f}"

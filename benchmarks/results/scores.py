@@ -15,6 +15,7 @@ from fimaq_core.errors import FimaqError
 from fimaq_core.files import cause_of, replaced_whole
 from fimaq_core.recipe import METHODS, OFF
 from fimaq_core.terminal import one_line, printable
+from tasks.common.fidelity import UNITS
 from tasks.common.record import ResultRecord, bits_name, is_percent, read_record
 
 #: Columns of the CSV files in ``results/tables``.
@@ -174,22 +175,22 @@ def scope_of(record: ResultRecord) -> str:
     return str((record.recipe or {}).get("scope") or "")
 
 
-def scores(measured: Iterable[Measured]) -> pd.DataFrame:
-    """Return the table of scores of finished cells.
+def scores(measured: Iterable[Measured], fidelity: bool = False) -> pd.DataFrame:
+    """Return the table of scores of finished cells, with figures of ``fidelity`` if True.
 
     Returns:
         The columns of :func:`record_scores`, and the ``model``, ``subject``, ``mark``, ``point``
         and ``row`` of each :class:`~benchmarks.grid.cell.Cell`.
     """
     items = list(measured)
-    table = record_scores(item.record for item in items)
+    table = record_scores((item.record for item in items), fidelity)
     cells = [items[place].cell for place in table["item"]]
     names = ("model", "subject", "mark", "point", "row")
     return table.assign(**{name: [getattr(cell, name) for cell in cells] for name in names})
 
 
-def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
-    """Return one row per record and metric.
+def record_scores(records: Iterable[ResultRecord], fidelity: bool = False) -> pd.DataFrame:
+    """Return one row per record and metric, and per figure of ``fidelity`` if True.
 
     Returns:
         :data:`COLUMNS`; :data:`EXPORT_COLUMNS`, empty where a record is not of an export; ``bits``
@@ -204,6 +205,9 @@ def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
             record.w_bit, record.a_bit, record.seed,
         )  # fmt: skip
         figures = _export_figures(record)
+        for name, figure in record.fidelity.items() if fidelity else ():
+            score = (name, figure.value, figure.stderr, record.n, None)
+            rows.append((*shared, *score, *figures, item))
         for name, metric in record.metrics.items():
             full = metric if record.method == "fp" else record.fp_metrics.get(name)
             score = (name, metric.value, metric.stderr, record.n, full and full.value)
@@ -271,16 +275,17 @@ def value_text(mean: float, sd: float) -> str:
     return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
 
 
-def main_metric(task: str, table: pd.DataFrame) -> str:
-    """Return the metric that the main table of a task shows."""
+def main_metric(task: str, table: pd.DataFrame, asked: str | None = None) -> str:
+    """Return the metric that the main table of a task shows: that ``asked`` for if it is there."""
     present = unique(table["metric"])
-    wanted = MAIN_METRIC.get(task)
+    wanted = asked if asked in present else MAIN_METRIC.get(task)
     return wanted if wanted in present else present[0]
 
 
 def metric_title(metric: str) -> str:
     """Return a metric's name with its unit."""
-    return f"{metric} (percent)" if is_percent(metric) else metric
+    unit = UNITS.get(metric, "percent" if is_percent(metric) else "")
+    return f"{metric} ({unit})" if unit else metric
 
 
 def sample_counts(count: int, captions: int | None) -> str:

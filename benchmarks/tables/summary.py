@@ -35,17 +35,20 @@ def grid_markdown(
     width: int | None = None,
     axes: Axes | None = None,
     damaged: Sequence[Damaged] = (),
+    *,
+    metric: str | None = None,
 ) -> str:
     """Return the tables of ``cells``, measured or not, as Markdown.
 
-    Tables wider than the ``width`` of a terminal are split. ``axes`` are those of the grid.
+    Tables wider than the ``width`` of a terminal are split. ``axes`` are those of the grid. The
+    main table shows ``metric`` in sections that have it; None: the main metric of the task.
     ``damaged`` are cells with unreadable records, which are named below the tables.
     """
     parts = [f"# {title}"]
     for section, mine, planned in scores.by_section(measured, cells):
         lines = [one.line for one in damaged if one.cell.section == section]
         if mine:
-            parts += _section_parts(section, mine, planned, width, axes or {}, lines)
+            parts += _section_parts(section, mine, planned, width, axes or {}, lines, metric)
         elif lines:
             parts += [f"{section}: nothing can be shown.", "\n".join(f"- {it}" for it in lines)]
         else:
@@ -107,11 +110,13 @@ def _by_bits(label: str, title: str, table: pd.DataFrame) -> list[tuple[str, str
     return parts
 
 
-def _tables(mine: Items, planned: Cells) -> tuple[str, list[tuple[str, pd.DataFrame]]]:
+def _tables(
+    mine: Items, planned: Cells, asked: str | None = None
+) -> tuple[str, list[tuple[str, pd.DataFrame]]]:
     """Return the main metric, and titles and tables of the grid's own settings, the main first."""
-    table, cells = scores.scores(mine), _without_axes(planned)
+    table, cells = scores.scores(mine, fidelity=asked is not None), _without_axes(planned)
     own = table[table["point"].isin(["", EXPORT])]
-    metric = scores.main_metric(mine[0].cell.task, table)
+    metric = scores.main_metric(mine[0].cell.task, table, asked)
     title = f"{scores.metric_title(metric)}, mean ± sd over seeds"
     tables = [(title, wide(own[own["metric"] == metric], cells))]
     for title, metrics in METRIC_PAIRS.items():
@@ -139,7 +144,13 @@ def _best_bold(table: pd.DataFrame, cells: Cells) -> pd.DataFrame:
 
 
 def _section_parts(
-    section: str, mine: Items, planned: Cells, width: int | None, axes: Axes, damaged: Sequence[str]
+    section: str,
+    mine: Items,
+    planned: Cells,
+    width: int | None,
+    axes: Axes,
+    damaged: Sequence[str],
+    asked: str | None,
 ) -> list[str]:
     """Return the tables of a section and the lines below them, as Markdown.
 
@@ -147,8 +158,8 @@ def _section_parts(
     """
     # The lines are on the grid's own settings; axes and exports have their own tables.
     own, cells = [it for it in mine if not it.cell.point], [c for c in planned if not c.point]
-    metric, ((title, main), *tables) = _tables(mine, planned)
-    table = scores.scores(own)
+    metric, ((title, main), *tables) = _tables(mine, planned, asked)
+    table = scores.scores(own, fidelity=asked is not None)
     table = table[table["metric"] == metric]
     # Each mean and each order covers one scope, since scopes have the same seeds and models.
     marks_here = unique(table.loc[table["method"] != "fp", "mark"])

@@ -19,6 +19,7 @@ from benchmarks.results.scores import (
     csv_columns,
     csv_text,
     scores,
+    unique,
     write_text,
 )
 from benchmarks.tables.corruption import NOTE, TITLE, corruption_tables
@@ -26,7 +27,7 @@ from benchmarks.tables.formats import markdown
 from benchmarks.tables.frontier import frontier_markdown
 from benchmarks.tables.reproduction import Reproduction
 from benchmarks.tables.summary import grid_latex, grid_markdown
-from fimaq_core.errors import FimaqError
+from fimaq_core.errors import FimaqError, suggest
 from fimaq_core.files import remove
 
 
@@ -36,14 +37,22 @@ def title(grid: Grid) -> str:
 
 
 def _markdown(
-    grid: Grid, found: Collected, cells: Cells, width: int | None = None, axes: Axes | None = None
+    grid: Grid,
+    found: Collected,
+    cells: Cells,
+    width: int | None = None,
+    axes: Axes | None = None,
+    *,
+    metric: str | None = None,
 ) -> str:
     """Return the tables of a grid as Markdown, see :func:`grid_markdown`."""
     measured, damaged = found
     if grid.table == "frontier":
         return frontier_markdown(title(grid), measured, cells, width, damaged)
     own = grid.axes if axes is None else axes
-    text = grid_markdown(title(grid), measured, cells, width, own, damaged)
+    text = grid_markdown(title(grid), measured, cells, width, own, damaged, metric=metric)
+    if metric not in (None, "top1"):
+        return text
     parts = [
         f"\n## {name}, {content}: {TITLE}\n\n{chr(10).join(markdown(table, width))}\n\n{NOTE}\n"
         for name, (content, table) in corruption_tables(measured, cells).items()
@@ -54,7 +63,7 @@ def _markdown(
 def texts(grid: Grid, found: Collected, cells: Cells) -> dict[str, str]:
     """Return the texts of the tables of ``cells`` by file ending."""
     measured, damaged = found
-    table = scores(measured)
+    table = scores(measured, fidelity=True)
     return {
         "md": _markdown(grid, found, cells),
         "csv": csv_text(table[csv_columns(table)]),
@@ -88,7 +97,12 @@ def warn(damaged: Sequence[Damaged]) -> int:
 
 
 def remake(
-    grid: Grid, options: RunOptions, adapter: Adapter, chosen: str, output: Path | None
+    grid: Grid,
+    options: RunOptions,
+    adapter: Adapter,
+    chosen: str,
+    output: Path | None,
+    metric: str | None = None,
 ) -> int:
     """Make the tables of a profile again from its records.
 
@@ -96,6 +110,8 @@ def remake(
         chosen: ending of one file, or ``all`` for all files.
         output: folder of the files. Without it, one table is printed; ``all`` are written to the
             folder ``tables`` of the results.
+        metric: metric of a Markdown table that is printed; None: the main one. Only this table
+            is made then.
 
     Returns 2 if records cannot be read, else 0. Raises FimaqError if nothing is measured.
     """
@@ -110,6 +126,13 @@ def remake(
             f"with these data and weights: run `make reproduce-table PROFILE={grid.name}` first, "
             "or give --results and the folders of the run."
         )
+    if metric is not None:
+        known = unique(scores(found.measured, fidelity=True)["metric"])
+        if metric not in known:
+            words = f"No cell of '{grid.name}' has a metric '{metric}'."
+            raise FimaqError(words + suggest(metric, known))
+        click.echo(_markdown(grid, found, cells, metric=metric), nl=False)
+        return code
     words = texts(grid, found, cells)
     if chosen != "all" and output is None:
         click.echo(words[chosen], nl=False)

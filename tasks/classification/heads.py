@@ -103,11 +103,19 @@ class Evaluator:
         make, text = HEADS[head]
         scores = make(torch.cat(found), torch.cat(labels), source.classes)
         how = self.device, self.batch_size, self.workers, self.on_progress
-        result = top_k.evaluate(lambda x: scores(model(x).float()), *test, *how)
+        features: list[Tensor] = []
+
+        def classified(x: Tensor) -> Tensor:
+            features.append(model(x).float())
+            return scores(features[-1])
+
+        result = top_k.evaluate(classified, *test, *how)
+        feature = torch.cat(features).cpu().numpy()
         count = sum(map(len, labels))
         note = f"head {head}: {text}, on features that this model gives for {count} images of "
         return replace(
             result,
             metrics={f"{head}_{name}": metric for name, metric in result.metrics.items()},
+            outputs={**result.outputs, "feature": feature},
             notes=[*result.notes, f"{note}{source.name} {source.split}"],
         )

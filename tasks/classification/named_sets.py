@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from fimaq_core.errors import DataError
 from tasks.common.data.class_names import WORDNET_ID
 from tasks.common.data.class_order import NATURAL, TEXT
-from tasks.common.data.elsewhere import IMAGENET_C, REAL, folder_of, read_dataset
+from tasks.common.data.elsewhere import IMAGENET_C, OBJECTNET, REAL, folder_of, read_dataset
 from tasks.common.data.files import counted, named, parse_json, read_text
 from tasks.common.data.folders import Source, class_folders, list_classes
 from tasks.common.data.imagenet import wordnet_ids
@@ -60,7 +60,7 @@ def open_named(loaded: LoadedModel, data: DataRequest) -> Source:
             f"{found.title} needs a model with the classes in ImageNet's order, and the class "
             f"names in the weights file of {loaded.tag} are in another order."
         )
-    if found.name == "objectnet":
+    if found.name == OBJECTNET:
         return _objectnet(folder, found.title)
     subset = found.name.removeprefix("imagenet-")
     outputs = None

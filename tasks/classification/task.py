@@ -21,9 +21,11 @@ from tasks.classification.heads import Evaluator
 from tasks.common import top_k
 from tasks.common.data.class_names import readable_names
 from tasks.common.data.corruptions import corrupted
+from tasks.common.data.elsewhere import SEVERAL, read_dataset
 from tasks.common.data.folders import Source
 from tasks.common.data.imagenet import wordnet_ids
 from tasks.common.data.images import Images
+from tasks.common.fidelity import Fidelity, RawOutputs
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, Exportable, LoadedModel, Task
 
@@ -125,6 +127,14 @@ class ClassificationTask(Task):
             raise DataError(f"A head for {source.name} needs the training part of ImageNet.")
         pairs = (images(bank, loaded.eval_transform), bank), test
         return Evaluator(*how).measure(model, loaded.head, *pairs)
+
+    def fidelity(
+        self, full: RawOutputs, evaluation: Evaluation, loaded: LoadedModel, data: DataRequest
+    ) -> Fidelity:
+        """Compare with full precision, by labels only where each image has one label."""
+        found = super().fidelity(full, evaluation, loaded, data)
+        several = data.dataset is not None and read_dataset(data.dataset).name in SEVERAL
+        return found.without_labels() if several else found
 
 
 def _features(loaded: LoadedModel, chain: BlockChain, images: CalibrationSet) -> Exportable:

@@ -40,21 +40,23 @@ from tasks.common.record_entries import (
     Seconds,
     Seed,
     Sha256,
+    SignedMetric,
     Text,
     Weights,
 )
 
 __all__ = [
     "BlockFigures", "Calibration", "Dataset", "Environment", "Exported", "LayerEntry", "Metric",
-    "ModuleMap", "NotMeasured", "ResultRecord", "Weights",
+    "ModuleMap", "NotMeasured", "ResultRecord", "SignedMetric", "Weights",
 ]  # fmt: skip
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 #: Fields by the version that added them. Their defaults mean "not recorded".
 _ADDED = {
     2: ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint"),
     4: ("identity", "model_args", "artefacts"),
     5: ("exported",),
+    6: ("fidelity",),
 }
 
 #: Metrics of the tasks here, as patterns; other tasks have metrics of their own.
@@ -85,7 +87,7 @@ class ResultRecord(Strict):
         print(record.model, record.method, record.metrics["top1"].value)
     """
 
-    schema_version: Literal[5] = 5
+    schema_version: Literal[6] = 6
     identity: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # empty in old records
     task: Text
     model: Text
@@ -100,6 +102,7 @@ class ResultRecord(Strict):
     metrics: dict[Text, Metric] = Field(min_length=1)
     n: Count = Field(ge=1)
     fp_metrics: dict[Text, Metric]
+    fidelity: dict[Text, SignedMetric] = {}  # to full precision, see tasks.common.fidelity
     weights: Weights
     preprocessing: Preprocessing | None = None
     dataset: Dataset

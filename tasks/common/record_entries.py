@@ -26,6 +26,13 @@ class Metric(Strict):
     stderr: Amount
 
 
+class SignedMetric(Strict):
+    """A value in a unit of its own, which may be negative, and its standard error."""
+
+    value: FiniteFloat
+    stderr: Amount
+
+
 class Weights(Strict):
     """Origin of the float weights."""
 

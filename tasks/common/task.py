@@ -18,6 +18,7 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
+from tasks.common.fidelity import Fidelity, RawOutputs, classifier_fidelity
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.record import Dataset, Metric, Weights
 from tasks.common.request import DataRequest, ModelRequest
@@ -242,6 +243,19 @@ class Task:
         Raises DataError, ModelError if the model does not take the images, and NumericsError.
         """
         raise NotImplementedError
+
+    def fidelity(
+        self, full: RawOutputs, evaluation: Evaluation, loaded: LoadedModel, data: DataRequest
+    ) -> Fidelity:
+        """Compare an evaluation with the outputs in full precision on the same samples.
+
+        ``full`` is :attr:`Evaluation.outputs` of the full-precision model. The result is empty if
+        the task keeps no outputs.
+        """
+        own = evaluation.outputs
+        if "logits" not in full or "logits" not in own:
+            return Fidelity()
+        return classifier_fidelity(full, own, evaluation.outcomes["label"])
 
     def originals(
         self, model: ModelRequest, data: DataRequest, ids: Sequence[str]

@@ -33,6 +33,7 @@ def evaluate(
     does not take these images, and NumericsError if a logit is NaN or infinite.
     """
     columns: dict[str, list[Tensor]] = {"position": [], "label": [], "predicted": [], "rank": []}
+    outputs: dict[str, list[Tensor]] = {"logits": [], "feature": []}
     examples: list[dict[str, Any]] = []
     spread = Spread(len(images))
     for batch in image_outputs(model, images, device, batch_size, workers):
@@ -41,6 +42,9 @@ def evaluate(
             raise NumericsError(
                 "The model's outputs have NaN or infinite values: check the weights and the recipe."
             )
+        outputs["logits"].append(logits.cpu())
+        if batch.feature is not None:
+            outputs["feature"].append(batch.feature.cpu())
         right = _right(source, batch, logits.shape[1]).to(device)
         best = logits.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         # Ties count against the model, so that constant outputs score nothing.
@@ -66,7 +70,8 @@ def evaluate(
     skipped = [source.ids[index] for index in sorted({*range(len(images))} - {*positions})]
     notes = [*source.notes(), *images.notes()]
     measured = metrics, len(positions), outcomes, source.describe()
-    return Evaluation(*measured, skipped=skipped, examples=examples, notes=notes)
+    raw = {name: torch.cat(parts).numpy() for name, parts in outputs.items() if parts}
+    return Evaluation(*measured, raw, skipped=skipped, examples=examples, notes=notes)
 
 
 def _right(source: Source, batch: Outputs, classes: int) -> Tensor:

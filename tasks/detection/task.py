@@ -1,6 +1,7 @@
 """Detection as a task: its models, chains, calibration, divergence and evaluation."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import OFF, PREDICTION, Recipe
 from fimaq_core.samples import Samples
+from tasks.common.fidelity import Fidelity, RawOutputs
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, Exportable, LoadedModel, Task
 from tasks.detection import export, models, roi, tags
@@ -19,6 +21,7 @@ from tasks.detection.coco import open_source
 from tasks.detection.detector import DETECTOR, QuantizedDetector, detector_segments
 from tasks.detection.divergence import ProposalDivergence
 from tasks.detection.evaluate import detect, measure
+from tasks.detection.fidelity import detection_fidelity, raw_detections
 from tasks.detection.neck import rpn_levels, rpn_segment
 
 #: Changes of the recipe for a piece that stays in full precision.
@@ -170,7 +173,18 @@ class DetectionTask(Task):
         assert isinstance(model, QuantizedDetector)
         source = open_source(loaded, data, "val").head(data.limit).settled()
         made = model.predict, source, loaded.eval_transform, device, on_progress
-        return measure(source, detect(*made, data.skip_corrupt, workers), data.keep_outputs)
+        found = detect(*made, data.skip_corrupt, workers)
+        raw = raw_detections(found)
+        return replace(measure(source, found, data.keep_outputs), outputs=raw)
+
+    def fidelity(
+        self, full: RawOutputs, evaluation: Evaluation, loaded: LoadedModel, data: DataRequest
+    ) -> Fidelity:
+        """Compare detections with those in full precision."""
+        if not full:
+            return Fidelity()
+        source = open_source(loaded, data, "val").head(data.limit)
+        return detection_fidelity(full, evaluation, source)
 
 
 TASK = DetectionTask()

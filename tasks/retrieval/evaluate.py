@@ -82,7 +82,8 @@ def evaluate_pairs(
     captions = embed_texts(encoders, texts, batch_size, advance)
     image_of = np.searchsorted(kept, source.image_of[kept_captions])
     shown = Spread(len(images)).take(kept.tolist())
-    ranks = pair_ranks(torch.cat(embedded), captions, image_of, shown)
+    embeddings = torch.cat(embedded)
+    ranks = pair_ranks(embeddings, captions, image_of, shown)
     ranked = ranks.image_to_text, ranks.text_to_image, image_of
     values = measures(*ranked, counts=np.ones((1, len(kept)), dtype=np.int64))
     errors = standard_errors(*ranked)
@@ -96,6 +97,7 @@ def evaluate_pairs(
         n=len(kept),
         outcomes=_outcomes(ranks, source, kept, kept_captions),
         dataset=source.describe().model_copy(update=sizes),
+        outputs={"image": embeddings.cpu().numpy(), "caption": captions.cpu().numpy()},
         skipped=[source.image_ids[index] for index in np.setdiff1d(np.arange(len(images)), kept)],
         examples=_examples(ranks, source, kept[shown], kept_captions),
         notes=[*images.notes(), *truncation_notes(cut, len(source.captions), "captions")],

@@ -16,6 +16,7 @@ from fimaq_core.samples import Samples
 from tasks.common.data.class_names import distinct_names
 from tasks.common.data.folders import open_folder
 from tasks.common.data.images import Images
+from tasks.common.fidelity import Fidelity, RawOutputs
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, Exportable, LoadedModel, Task
 from tasks.common.top_k import evaluate
@@ -24,6 +25,7 @@ from tasks.retrieval.calibration import calibration_set
 from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.divergence import contrastive
 from tasks.retrieval.evaluate import Encoders, evaluate_pairs, normalised
+from tasks.retrieval.fidelity import ranking_fidelity
 from tasks.retrieval.towers import TOWERS, build_towers
 from tasks.retrieval.zero_shot import (
     LINES,
@@ -168,6 +170,14 @@ class RetrievalTask(Task):
                     model, encoders[other], inputs, batch=batch, size=batch_size
                 )
         return made
+
+    def fidelity(
+        self, full: RawOutputs, evaluation: Evaluation, loaded: LoadedModel, data: DataRequest
+    ) -> Fidelity:
+        """Compare rankings or, for zero-shot classification, probabilities of classes."""
+        if "image" in full and "image" in evaluation.outputs:
+            return ranking_fidelity(full, evaluation.outputs, evaluation.outcomes["cluster"])
+        return super().fidelity(full, evaluation, loaded, data)
 
     def evaluate(
         self,

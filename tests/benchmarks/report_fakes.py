@@ -20,6 +20,7 @@ from tasks.common.record import (
     LayerEntry,
     ModuleMap,
     ResultRecord,
+    SignedMetric,
     write_record,
 )
 
@@ -70,6 +71,10 @@ def full_record(cell: Cell, **changes: Any) -> ResultRecord:
             "seconds": {"load": 0.5, "calibrate": 2.0, "evaluate": 1.0}
             | ({"reconstruct": 30.0} if recipe.reconstruct else {}),
             "stage_memory_bytes": {"load": 10**8, "calibrate": 2 * 10**9, "evaluate": 10**9},
+        }
+        update["fidelity"] = {
+            "kl": SignedMetric(value=0.25, stderr=0.01),
+            "snr_db": SignedMetric(value=-1.5, stderr=0.1),
         }
         if recipe.reconstruct:
             weight = 0.25 if recipe.method == "fimaq" else None

@@ -18,10 +18,11 @@ from fimaq_core.export.writing import Normalise
 from fimaq_core.progress import OnProgress
 from tasks.common.cell.checkpointed import SAME
 from tasks.common.cell.export import ExportForm, export_stage, speed_text
+from tasks.common.cell.full_precision import FullPrecision
 from tasks.common.cell.identity import variant_name
 from tasks.common.cell.lease import Lease
 from tasks.common.cell.origin import read_origin
-from tasks.common.cell.outputs import Metrics, write_outputs
+from tasks.common.cell.outputs import write_outputs
 from tasks.common.cell.prepare import PreparedCell, prepare
 from tasks.common.cell.stages import restored
 from tasks.common.record import Exported, read_record
@@ -42,7 +43,7 @@ class FromNormalised(nn.Module):
 def measure_export(
     request: CellRequest,
     simulated: Path,
-    full: Metrics,
+    full: FullPrecision,
     lease: Lease,
     identity: str,
     on_progress: OnProgress,
@@ -52,7 +53,7 @@ def measure_export(
     Args:
         request: the resolved request of the export.
         simulated: record of the quantized cell, with the checkpoint beside it.
-        full: metrics of the full-precision model.
+        full: cell of the full-precision model.
         lease: of the record to write; the files lie beside it.
         identity: of the cell.
         on_progress: receives progress.
@@ -76,7 +77,7 @@ def measure_export(
 def measure_file(
     request: CellRequest,
     file: OnnxFile,
-    full: Metrics,
+    full: FullPrecision,
     lease: Lease,
     identity: str,
     on_progress: OnProgress,
@@ -102,7 +103,7 @@ def _measure(
     request: CellRequest,
     files: Mapping[str, OnnxFile],
     changes: dict[str, Any],
-    full: Metrics,
+    full: FullPrecision,
     lease: Lease,
     identity: str,
     on_progress: OnProgress,

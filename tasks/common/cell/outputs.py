@@ -15,37 +15,46 @@ from fimaq_core.recipe import OFF
 from fimaq_core.store import Pieces
 from tasks.common import record as records
 from tasks.common.cell.environment import describe
+from tasks.common.cell.full_precision import FullPrecision, write_raw
 from tasks.common.cell.identity import variant_name
 from tasks.common.cell.lease import Lease
 from tasks.common.cell.prediction_samples import EXAMPLES_FILE
 from tasks.common.cell.prepare import PreparedCell
+from tasks.common.fidelity import Fidelity
 from tasks.common.hashing import file_sha256
 from tasks.common.models.module_map import whole_map
 from tasks.common.task import Evaluation
-
-Metrics = dict[str, records.Metric]
 
 
 def write_outputs(
     cell: PreparedCell,
     evaluation: Evaluation,
-    full: Metrics | None,
+    full: FullPrecision | None,
     lease: Lease,
     identity: str,
     changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write outcomes and further files and, as the last file, the record; remove finished blocks.
 
-    ``full`` are the metrics of the full-precision model; None if the cell is that model.
+    ``full`` is the cell of the full-precision model; None if this cell is that one.
     ``changes`` are fields of the record that the cell does not tell.
     """
     cell.clock.lap("evaluate")
     record, folder = _record(cell, evaluation, full, identity), lease.path.parent
     record = record.model_copy(update=changes)
+    samples, fidelity = evaluation.outcomes["sample"].tolist(), Fidelity()
+    if full is not None and evaluation.outputs:
+        reference = full.outputs(samples, cell.resources.on_progress)
+        fidelity = cell.task.fidelity(reference, evaluation, cell.loaded, cell.request.data)
     lease.check()
+    outcomes = {**evaluation.outcomes, **fidelity.outcomes}
     with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **evaluation.outcomes)
-    beside = {"outcomes_sha256": file_sha256(folder / record.outcomes)}
+        np.savez_compressed(file, allow_pickle=False, **outcomes)
+    beside: dict[str, Any] = {"outcomes_sha256": file_sha256(folder / record.outcomes)}
+    beside["fidelity"] = fidelity.metrics
+    if full is None:
+        raw = write_raw(folder, evaluation.outputs, samples)
+        beside["artefacts"] = {**record.artefacts, **raw}
     files = dict(evaluation.files)
     if evaluation.examples:
         files[EXAMPLES_FILE] = {"task": record.task, "samples": evaluation.examples}
@@ -59,7 +68,7 @@ def write_outputs(
 
 
 def _record(
-    cell: PreparedCell, evaluation: Evaluation, full: Metrics | None, identity: str
+    cell: PreparedCell, evaluation: Evaluation, full: FullPrecision | None, identity: str
 ) -> records.ResultRecord:
     """Return the record of a cell, without the facts about the files beside it."""
     request, loaded, recipe, images = cell.request, cell.loaded, cell.request.recipe, cell.images
@@ -97,7 +106,7 @@ def _record(
         variant=variant_name(request),
         metrics=evaluation.metrics,
         n=evaluation.n,
-        fp_metrics=evaluation.metrics if full is None else full,
+        fp_metrics=(evaluation if full is None else full).metrics,
         weights=loaded.weights,
         preprocessing=loaded.preprocessing,
         dataset=evaluation.dataset,

@@ -12,10 +12,11 @@ from fimaq_core.progress import OnProgress, silent
 from tasks.common.cell.checkpointed import measure_checkpoint
 from tasks.common.cell.exported import measure_export, measure_file
 from tasks.common.cell.finishing import finish_cell
+from tasks.common.cell.full_precision import FullPrecision
 from tasks.common.cell.identity import Place, planned_place, recipe_digest, resolved, unfinished
 from tasks.common.cell.lease import Lease, acquire, awaited
 from tasks.common.cell.origin import origin_of_export, with_origin
-from tasks.common.cell.outputs import Metrics, write_outputs
+from tasks.common.cell.outputs import write_outputs
 from tasks.common.cell.prepare import prepare
 from tasks.common.cell.stages import run_stages
 from tasks.common.data.elsewhere import at_home
@@ -23,9 +24,9 @@ from tasks.common.preprocessing import replaced_fields
 from tasks.common.record import has_record, read_record
 from tasks.common.request import CellRequest
 
-#: Function that measures a cell and writes its record. It takes the metrics of the full-precision
-#: model, None for the cell of that model.
-Measure = Callable[[Metrics | None, Lease], None]
+#: Function that measures a cell and writes its record. It takes the cell of the full-precision
+#: model, None for that cell itself.
+Measure = Callable[[FullPrecision | None, Lease], None]
 
 
 def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bool = False) -> Path:
@@ -45,7 +46,7 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, *, wait: bo
     if request.recipe is not None:
         home = replace(request, data=at_home(request.data))
 
-    def measure(full: Metrics | None, lease: Lease) -> None:
+    def measure(full: FullPrecision | None, lease: Lease) -> None:
         if request.export and full is not None:
             simulated = run_cell(replace(home, export=False), on_progress, wait=True)
             measure_export(request, simulated, full, lease, place.identity, on_progress)
@@ -82,7 +83,7 @@ def evaluate_file(request: CellRequest, path: Path, on_progress: OnProgress = si
     request = resolved(replace(request, export=True))
     place = planned_place(request, file.sha256)
 
-    def measure(full: Metrics | None, lease: Lease) -> None:
+    def measure(full: FullPrecision | None, lease: Lease) -> None:
         assert full is not None
         measure_file(request, file, full, lease, place.identity, on_progress)
 
@@ -104,7 +105,8 @@ def _measured(
                 plain = replace(
                     request, recipe=None, mlp_checkpoint=None, variant=None, export=False
                 )
-                full = read_record(run_cell(plain, on_progress, wait=True)).metrics
+                there = run_cell(plain, on_progress, wait=True)
+                full = FullPrecision(read_record(there), there.parent, plain)
             measure(full, lease)
         read_record(path, digest)
     return path

@@ -239,6 +239,9 @@ def _echo_record(path: Path) -> None:
             f"{record.model} {record.method} {name} {metric.value:.2f} ± {metric.stderr:.2f} "
             f"(n = {record.n}{compared})"
         )
+    if record.fidelity:
+        figures = (f"{name} {one.value:.3g}" for name, one in record.fidelity.items())
+        click.echo(f"fidelity to full precision: {', '.join(figures)}")
     _echo(record.weights.notes())
     if record.preprocessing is not None:
         click.echo(f"preprocessing: {record.preprocessing.text()}")

@@ -24,6 +24,9 @@ SEVERITIES = ("1", "2", "3", "4", "5")
 IMAGENET_C = "imagenet-c"
 #: The images of ImageNet's part ``val`` with other labels (Beyer et al., 2020).
 REAL = "imagenet-real"
+OBJECTNET = "objectnet"
+#: Data sets whose images may have several right labels.
+SEVERAL = (REAL, OBJECTNET)
 #: Names of data sets on the command line and in records.
 TITLES = {
     "imagenet-v2-matched-frequency": "ImageNet-V2 matched-frequency",
@@ -33,7 +36,7 @@ TITLES = {
     "imagenet-r": "ImageNet-R",
     "imagenet-sketch": "ImageNet-Sketch",
     REAL: "ImageNet-1k val, ReaL labels",
-    "objectnet": "ObjectNet",
+    OBJECTNET: "ObjectNet",
 }
 DATASET_HELP = (
     f"Evaluate an ImageNet classifier on this data set: {', '.join(TITLES)} or "

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset as TorchDataset
 from fimaq_core.errors import DataError, ModelError
 from fimaq_core.files import open_regular
 from tasks.common.data.files import counted, named
+from tasks.common.penultimate import penultimate
 
 #: Formats that are opened. Pillow knows more: some start programs (EPS), or are no images.
 FORMATS = (
@@ -260,6 +261,7 @@ class Outputs:
     targets: Tensor  # (B,) on the CPU
     positions: Tensor  # (B,) on the CPU
     done: int  # number of images read so far, including damaged images
+    feature: Tensor | None = None  # (B, d) penultimate features, if the model's kind is known
 
 
 def image_outputs(
@@ -278,19 +280,20 @@ def image_outputs(
         images, batch_size, num_workers=workers, collate_fn=collate, pin_memory=cuda
     )
     done = 0
-    for batch in loader:
-        done = min(done + batch_size, len(images))
-        if isinstance(batch, DataError):
-            raise batch
-        if batch is None:
-            continue
-        pixels, targets, positions = batch
-        try:
-            with torch.no_grad():
-                values = model(pixels.to(device, non_blocking=True)).float()
-        except (RuntimeError, AssertionError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            shape = tuple(pixels.shape[1:])
-            raise ModelError(f"The model does not take images of shape {shape}: {error}") from error
-        yield Outputs(values, targets, positions, done)
+    with penultimate(model) as feature:
+        for batch in loader:
+            done = min(done + batch_size, len(images))
+            if isinstance(batch, DataError):
+                raise batch
+            if batch is None:
+                continue
+            pixels, targets, positions = batch
+            try:
+                with torch.no_grad():
+                    values = model(pixels.to(device, non_blocking=True)).float()
+            except (RuntimeError, AssertionError) as error:
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                words = f"The model does not take images of shape {tuple(pixels.shape[1:])}"
+                raise ModelError(f"{words}: {error}") from error
+            yield Outputs(values, targets, positions, done, feature())

@@ -13,7 +13,15 @@ from benchmarks.compare.pair_tests import compare_pairs
 from benchmarks.compare.pairs import CompareError, alone, pair_up, read_side
 from fimaq_core.recipe import make_recipe
 from tasks.common.preprocessing import Preprocessing
-from tasks.common.record import Calibration, Metric, ResultRecord, Weights, bits_name, write_record
+from tasks.common.record import (
+    Calibration,
+    Metric,
+    ResultRecord,
+    SignedMetric,
+    Weights,
+    bits_name,
+    write_record,
+)
 
 IDS = np.array([f"val/{i}.png" for i in range(200)])
 RNG = np.random.default_rng(0)
@@ -504,6 +512,28 @@ def test_recalls_of_both_directions_are_compared_by_images(tmp_path: Path):
     ) == list("R@5")
     missing = run(a, b, "--metric", "R@7")
     assert (missing.exit_code, "Did you mean" in missing.stderr) == (2, True)
+
+
+def test_fidelity_is_compared_if_it_is_asked_for(tmp_path: Path):
+    values = {name: np.random.default_rng(i).exponential(1 + i, 200) for i, name in enumerate("ab")}
+    folders = []
+    for name, kl in values.items():
+        chosen = right(0.7)
+        folders.append(
+            save(
+                tmp_path / name,
+                "fimaq",
+                outcomes_content={"sample": IDS, "correct": chosen, "kl": kl.astype(np.float32)},
+                metrics={"top1": Metric(value=100 * float(chosen.mean()), stderr=1.0)},
+                fidelity={"kl": SignedMetric(value=float(kl.mean()), stderr=0.1)},
+            )
+        )
+    assert "kl" not in run(*folders).stdout
+    found = json.loads(run(*folders, "--json", "--metric", "kl").stdout)["pairs"][0]["metrics"][0]
+    assert found["difference"] == pytest.approx(values["a"].mean() - values["b"].mean(), abs=1e-4)
+    text = run(*folders, "--metric", "kl").stdout
+    assert "kl: A is better by" in text  # lower is better
+    assert "nats [" in text
 
 
 def test_average_precisions_are_compared_by_what_images_contribute(tmp_path: Path):

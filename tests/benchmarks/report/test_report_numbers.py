@@ -280,6 +280,22 @@ def test_records_of_filters_beyond_the_grid_are_shown_and_foreign_ones_counted(t
     assert "1 more records" in about
 
 
+def test_fidelity_has_a_table_per_subject_and_bits(tmp_path: Path):
+    grid = fakes.plain_demo(methods=("fp", "rtn"), bits=("w3a3",))
+    report_fakes.write_results(tmp_path, grid)
+    heads = ["method", "kl (nats)", "snr_db (dB)"]
+    found = [
+        table
+        for table in write(tmp_path, grid).one(id="results").all("table")
+        if [head.text for head in table.one("thead").all("th")] == heads
+    ]
+    assert found
+    for table in found:
+        (row,) = table.one("tbody").all("tr")
+        assert row.one("th").text == "rtn"
+        assert [cell.text.split(" ±")[0] for cell in row.all("td")] == ["0.25", "-1.5"]
+
+
 def test_axes_have_rows_of_their_own_and_tables(tmp_path: Path):
     grid = fakes.plain_demo(
         methods=("fp", "fimaq"), bits=("w3a3",), axes={"k": {"5": {}, "15": {"fisher_k": 15}}}

@@ -15,6 +15,7 @@ from benchmarks.grid.schema import load_grid, parse_grid
 from benchmarks.results import scores
 from benchmarks.tables import formats, summary
 from benchmarks.tables.write import title, write_tables
+from tasks.common.record import SignedMetric, read_record, write_record
 
 GRID = {
     "name": "my_grid",
@@ -236,6 +237,29 @@ def test_tables_are_made_anew_from_records(tmp_path: Path):
     assert (tmp_path / "tables" / "demo.tex").is_file()
     assert run("--format", "latex", "--output", str(tmp_path / "one")).exit_code == 0
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["demo.tex"]
+
+
+def test_a_table_of_another_metric_is_printed(tmp_path: Path):
+    cells = expand(load_grid("demo"), Filters(methods=("fp", "rtn")), RunOptions(results=tmp_path))
+    fakes.write_cells(cells, lambda cell: 50.0)
+    for path in tmp_path.rglob("result.json"):
+        record = read_record(path)
+        if record.method == "rtn":
+            kl = {"kl": SignedMetric(value=0.125, stderr=0.01)}
+            write_record(record.model_copy(update={"fidelity": kl}), path.parent)
+
+    def run(*arguments: str):
+        given = ["tables", "--profile", "demo", "--results", str(tmp_path), *arguments]
+        return CliRunner().invoke(cli, given, obj=fakes.ADAPTER)
+
+    text = run("--metric", "kl").stdout
+    assert "classification: kl (nats), mean ± sd over seeds" in text
+    assert "0.12" in text
+    assert "kl" not in run().stdout
+    assert ",kl,0.1250,0.0100," in run("--format", "csv").stdout
+    unknown = run("--metric", "kll")
+    assert (unknown.exit_code, "Did you mean 'kl'" in unknown.stderr) == (2, True)
+    assert run("--metric", "kl", "--format", "csv").exit_code == 2
 
 
 def test_no_records_is_said(tmp_path: Path):

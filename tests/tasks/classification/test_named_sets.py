@@ -24,12 +24,14 @@ from tasks.classification.named_sets import (
     with_real_labels,
 )
 from tasks.classification.originals import originals
+from tasks.classification.task import TASK
 from tasks.common import top_k
 from tasks.common.data.folders import Source
 from tasks.common.data.imagenet import wordnet_ids
 from tasks.common.data.images import Images
+from tasks.common.record import Dataset
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.task import LoadedModel
+from tasks.common.task import Evaluation, LoadedModel
 
 WNIDS = wordnet_ids()
 MODEL = LoadedModel(nn.Identity(), "vit.tag", "file", "0" * 64, 1000, *[torch.as_tensor] * 2)
@@ -213,3 +215,18 @@ def test_accuracy_against_a_loop(outputs: list[int] | None, several: bool) -> No
     assert {k: result.metrics[f"top{k}"].value for k in hits} == pytest.approx(
         {k: 100 * count / 40 for k, count in hits.items()}
     )
+
+
+@pytest.mark.parametrize(("name", "labelled"), [("imagenet-real", False), ("imagenet-r", True)])
+def test_fidelity_uses_labels_only_where_images_have_one(name: str, labelled: bool) -> None:
+    raw = {"logits": np.eye(3, dtype=np.float32)}
+    columns = {"sample": np.array(["a", "b", "c"]), "label": np.arange(3)}
+    dataset = Dataset(name="s", split="val", count=3, classes=3, fingerprint="0")
+    found = TASK.fidelity(
+        {"logits": raw["logits"][::-1]},
+        Evaluation({}, 3, columns, dataset, raw),
+        MODEL,
+        DataRequest(dataset=f"{name}=/sets"),
+    )
+    assert {"kl", "agreement", "snr_db"} <= found.metrics.keys()
+    assert ("wrong_to_right" in found.metrics) is ("nll" in found.outcomes) is labelled

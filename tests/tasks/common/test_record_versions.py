@@ -88,6 +88,7 @@ def test_version_3(tmp_path: Path) -> None:
     assert record.weights.sha256 == content["weights"]["sha256"]
     # Without the new fields it is what it was.
     new = {"identity", "model_args", "artefacts", "exported", "schema_version", "fingerprint"}
+    new |= {"fidelity"}
     dump = record.model_dump(mode="json", exclude=new)
     for name in ("dataset", "split", "listed"):
         del dump["calibration"][name]
@@ -106,12 +107,21 @@ def test_version_4(tmp_path: Path) -> None:
     content, record = json.loads(path.read_bytes()), read_record(path)
     assert (record.schema_version, record.exported) == (SCHEMA_VERSION, None)
     # Without the new field it is what it was.
-    new = {"exported", "schema_version"}
+    new = {"exported", "fidelity", "schema_version"}
     dump = record.model_dump(mode="json", exclude=new)
     assert dump == {name: value for name, value in content.items() if name not in new}
     path.write_text(json.dumps({"schema_version": 4, "exported": None}), encoding="utf-8")
     with pytest.raises(CheckpointError, match="was changed after it was written"):
         read_record(path)
+
+
+def test_version_5(tmp_path: Path) -> None:
+    path = Path(shutil.copy(DATA / "record-v5.json", tmp_path / "result.json"))
+    content, record = json.loads(path.read_bytes()), read_record(path)
+    assert (record.schema_version, record.fidelity) == (SCHEMA_VERSION, {})
+    new = {"fidelity", "schema_version"}
+    dump = record.model_dump(mode="json", exclude=new)
+    assert dump == {name: value for name, value in content.items() if name not in new}
 
 
 def test_version_1_from_before_quantizers_had_names(old: Path) -> None:

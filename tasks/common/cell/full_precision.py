@@ -1,0 +1,68 @@
+"""The cell of the full-precision model, from which quantized cells take metrics and outputs."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fimaq_core.files import replaced_whole
+from fimaq_core.progress import OnProgress
+from tasks.common.cell.prepare import prepare
+from tasks.common.fidelity import RawOutputs
+from tasks.common.hashing import file_sha256
+from tasks.common.record import Metric, ResultRecord
+from tasks.common.request import CellRequest
+
+#: File of the raw outputs in the folder of the cell.
+FILE = "outputs.safetensors"
+
+
+@dataclass(frozen=True)
+class FullPrecision:
+    """A finished cell of a full-precision model."""
+
+    record: ResultRecord
+    folder: Path  # of the record
+    request: CellRequest
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Metrics of the full-precision model."""
+        return self.record.metrics
+
+    def outputs(self, samples: Sequence[str], on_progress: OnProgress) -> RawOutputs:
+        """Return the raw outputs for the ``samples``, in their order.
+
+        Records of older versions have no file of them, and a file may be damaged or of other
+        samples: then the model is measured again. The result is empty if the samples differ.
+        """
+        path, wanted = self.folder / FILE, self.record.artefacts.get(FILE)
+        if wanted is not None and path.is_file() and file_sha256(path) == wanted:
+            try:
+                with safe_open(path, framework="np") as file:
+                    if (file.metadata() or {}).get("samples") == _digest(samples):
+                        return {name: file.get_tensor(name) for name in [*file.keys()]}
+            except (OSError, SafetensorError):
+                pass
+        cell = prepare(self.request, on_progress)
+        found = cell.evaluate({})
+        same = list(found.outcomes["sample"]) == list(samples)
+        return found.outputs if same else {}
+
+
+def write_raw(folder: Path, outputs: RawOutputs, samples: Sequence[str]) -> Mapping[str, str]:
+    """Write raw outputs into ``folder``; return the sha256 (hex) of the file by its name."""
+    if not outputs:
+        return {}
+    arrays = {name: np.ascontiguousarray(array) for name, array in outputs.items()}
+    with replaced_whole(folder / FILE) as temporary:
+        save_file(arrays, temporary, metadata={"samples": _digest(samples)})
+    return {FILE: file_sha256(folder / FILE)}
+
+
+def _digest(samples: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(map(str, samples)).encode()).hexdigest()
