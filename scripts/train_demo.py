@@ -23,13 +23,13 @@ from torch import nn
 # Python looks in the script's folder only; the packages are one level up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo_training import classification, detection, retrieval
+from demo_training import classification, deepfake, detection, retrieval
 
 from fimaq_core.errors import suggest
 from tasks.common.cli import numbers
 from tasks.common.demo.digits import PARTS
 
-TASKS = (classification, retrieval, detection)
+TASKS = (classification, retrieval, detection, deepfake)
 TRAINERS = {name: trainer for trainer in TASKS for name in trainer.DEMO.names}
 
 

@@ -184,6 +184,8 @@ def _other_data(record: ResultRecord, names: Names) -> str | None:
         where = f"{data.name} ({data.split}, {data.count} samples)"
         return f"measured on {where}, on which nothing is published"
     wanted = sets[0][2]
+    if wanted.count is None:
+        return "the source does not state how many samples it used"
     if (data.split, data.count, record.n) != (wanted.split, wanted.count, wanted.count):
         return (
             f"measured on a part of {data.name} ({data.split}, {record.n} samples); "

@@ -28,7 +28,7 @@ class DatasetName(Strict):
     task: str  #: task of the record
     name: str  #: name in the record
     split: str
-    count: int  #: samples of the whole split
+    count: int | None = None  #: samples of the whole split; None: the source does not state it
     calibration: PartName  #: part that calibrates the models
     metrics: dict[str, str]  #: published metric to the metric of records; others are not compared
     notes: dict[str, str] = {}  #: remarks by published method, printed with every verdict

@@ -22,6 +22,8 @@ from tasks.retrieval.metrics import CUTS, MEAN_CUTS
 logger = logging.getLogger(__name__)
 #: Columns of outcomes that metrics are computed from.
 _COLUMNS = ("cluster", "direction", "rank", "correct")
+#: Ends of the metrics that are the share of right answers, such as ``knn_top1``.
+_SHARES = ("top1", "accuracy")
 #: Points by which rounding to 32 bits may move a metric that is the mean of contributions.
 _ROUNDING = 0.01
 #: Arrays that runs share, such as ids of samples; an array is gone when no outcomes use it.
@@ -94,10 +96,12 @@ def read(record: ResultRecord, folder: Path) -> Outcomes:
     if "direction" in content and "rank" in content:
         metrics = _recalls(content["direction"], content["rank"])
     elif "correct" in content:
-        name = "top1" if "top1" in record.metrics else MAIN_METRIC.get(record.task, "")
+        main = MAIN_METRIC.get(record.task, "")
+        name = next((one for one in record.metrics if one.endswith(_SHARES)), main)
         metrics[name] = (MetricPart(every, content["correct"].astype(bool)),)
-        if "top5" in record.metrics and "rank" in content:
-            metrics["top5"] = (MetricPart(every, content["rank"] < 5),)
+        fifth = name.removesuffix("1") + "5"
+        if fifth in record.metrics and "rank" in content:
+            metrics[fifth] = (MetricPart(every, content["rank"] < 5),)
     else:
         for name in record.metrics:
             if name in content:
@@ -272,8 +276,12 @@ def read_outcomes(item: Measured) -> Outcomes:
     if item.folder is None:
         raise OutcomesError(f"{item.cell.label} has no folder.", "outcomes missing")
     outcomes = read(item.record, item.folder)
-    wanted = (MAIN_METRIC.get(item.record.task), "top1")
-    shown = {name: parts for name, parts in outcomes.metrics.items() if name in wanted}
+    main = MAIN_METRIC.get(item.record.task)
+    shown = {
+        name: parts
+        for name, parts in outcomes.metrics.items()
+        if name == main or name.endswith(_SHARES)
+    }
     if not shown:
         raise OutcomesError(f"{item.folder} has other metrics.", "outcomes of other metrics")
     return replace(outcomes, metrics=shown)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from fimaq_core.errors import ModelError, suggest
 from tasks.common.data.elsewhere import missing_dataset
 from tasks.common.data.imagenet import missing_imagenet
+from tasks.common.models import timm_names
 from tasks.common.models.hub import Catalogue, Repository
 from tasks.common.request import DRAWN, DataRequest, Missing, ModelRequest
 
@@ -27,36 +27,15 @@ DEMO_NAMES = ("demo_vit", "demo_deit", "demo_swin")
 
 
 def full_name(name: str) -> str:
-    """Return the full timm name, with a tag if the given name has one. Raises ModelError."""
-    if name in SHORT_NAMES:
-        return SHORT_NAMES[name]
-    import timm
-
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        known = [*SHORT_NAMES, *DEMO_NAMES, *timm.list_models(["vit*", "deit*", "swin*"])]
-        hint = suggest(name, known)
-        hint = hint if len(hint) < 200 else " See `models` for short names."
-        raise ModelError(f"Unknown model '{name}'.{hint}")
-    if tag and tag not in timm_tags(name):
-        raise ModelError(
-            f"timm has no weights '{tag}' for {architecture}.{suggest(tag, timm_tags(name))}"
-        )
-    return name
-
-
-def timm_tags(name: str) -> list[str]:
-    """Return the tags of timm's pretrained weights for an architecture."""
-    import timm
-
-    return [found.partition(".")[2] for found in timm.list_pretrained(f"{name.split('.')[0]}.*")]
+    """Return the full timm name; see :func:`tasks.common.models.timm_names.full_name`."""
+    return timm_names.full_name(name, SHORT_NAMES, DEMO_NAMES)
 
 
 CATALOGUE = Catalogue(
     demo_names=DEMO_NAMES,
     demo_folder=Path(__file__).parent / "demo" / "weights",
     full_name=full_name,
-    choices=lambda name: [f"{name}.{tag}" for tag in timm_tags(name)[:8]],
+    choices=lambda name: [f"{name}.{tag}" for tag in timm_names.timm_tags(name)[:8]],
     untagged="untagged names have changed their meaning",
     repository=lambda tag: Repository(f"timm/{tag}", ("model.safetensors", "pytorch_model.bin")),
 )

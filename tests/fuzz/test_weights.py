@@ -28,9 +28,9 @@ from fimaq_core.documents import Strict
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import silent
 from fimaq_core.recipe import make_recipe
-from tasks.classification.models import TimmArguments
 from tasks.classification.models import load_model as load_classifier
 from tasks.common.cell import stages
+from tasks.common.models.timm_models import TimmArguments
 from tasks.common.models.weights import load_state, read_weights
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.detection.configs import DetectorArguments

@@ -19,7 +19,7 @@ from tasks.classification.models import load_model
 from tasks.classification.tags import DEMO_NAMES, SHORT_NAMES, full_name, model_tag
 from tasks.classification.task import TASK
 from tasks.common.cli.commands import build_group
-from tasks.common.models import hub
+from tasks.common.models import hub, timm_names
 from tasks.common.request import DataRequest, ModelRequest, describe_missing
 
 ARGUMENTS: dict[str, Any] = {"img_size": 32, "num_classes": 5, "depth": 2}
@@ -49,7 +49,7 @@ def test_short_names_are_tagged_and_known_to_timm() -> None:
     for short, full in SHORT_NAMES.items():
         architecture, _, tag = full.partition(".")
         assert timm.is_model(architecture), short
-        assert tag in tags.timm_tags(full), short
+        assert tag in timm_names.timm_tags(full), short
         assert full_name(short) == full
     assert SHORT_NAMES["vit_small"] == "vit_small_patch16_224.augreg_in21k_ft_in1k"
     assert SHORT_NAMES["deit_base"] == "deit_base_patch16_224.fb_in1k"

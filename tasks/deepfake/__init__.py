@@ -1,0 +1,1 @@
+"""Detection of tampered faces: frames and videos in DeepfakeBench's layout."""

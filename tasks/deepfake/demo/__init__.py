@@ -1,0 +1,1 @@
+"""Demo: a small detector of tampered patches in scenes of digits."""
