@@ -2,7 +2,8 @@
 
 A video shows four digits on a grey texture, from frame to frame shifted by a pixel or two and with
 new noise. In a tampered video one square of each frame comes from another scene: pasted, blended
-into the frame, or resampled. So the digits tell nothing; the traces at and within the square do.
+into the frame, or resampled, more or less strongly. So the digits tell nothing; the traces at and
+within the square do.
 """
 
 from functools import lru_cache
@@ -70,7 +71,9 @@ def draw_frame(name: str) -> Image.Image:
     picture = picture + frame.normal(0, 12, picture.shape)
     if kind is not None:
         square = slice(top, top + SQUARE), slice(left, left + SQUARE)
-        picture[square] = _tampered(kind, picture[square], other[square])
+        strength = scene.uniform(0.1, 1)
+        change = _tampered(kind, picture[square], other[square]) - picture[square]
+        picture[square] += strength * change
     return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
 
 
