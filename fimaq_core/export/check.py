@@ -154,6 +154,7 @@ def _session(path: Path, names: list[str]) -> tuple[Any, dict[str, np.ndarray]]:
     makers = {name: node for node in model.graph.node for name in node.output}
     readers = {node.input[0]: node for node in model.graph.node if node.op_type != "Transpose"}
     readers |= {node.input[1]: node for node in model.graph.node if node.op_type == "ConvInteger"}
+    kinds = {info.name: info.type.tensor_type.elem_type for info in model.graph.value_info}
     zeros: dict[str, np.ndarray] = {}
     for name in names:
         if name not in readers:
@@ -167,9 +168,11 @@ def _session(path: Path, names: list[str]) -> tuple[Any, dict[str, np.ndarray]]:
         elif reader.op_type == "DequantizeLinear":
             zero = numpy_helper.to_array(values[reader.input[2]])
         elif reader.op_type == "Cast" and (following := readers[reader.output[0]]).op_type == "Sub":
-            zero = numpy_helper.to_array(values[makers[following.input[1]].input[0]])
+            # The exporter may have computed the cast of a constant zero point.
+            cast = following.input[1]
+            zero = numpy_helper.to_array(values[cast if cast in values else makers[cast].input[0]])
         zeros[name] = zero.astype(np.int32)
-        kind = helper.np_dtype_to_tensor_dtype(zero.dtype)
+        kind = kinds.get(name) or helper.np_dtype_to_tensor_dtype(zero.dtype)
         model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
