@@ -174,7 +174,7 @@ def measure(source: DetectionSource, detections: Detections, keep: bool = False)
         len(kept),
         _outcomes(source, detections, shares),
         source.describe(),
-        [name for index, name in enumerate(source.image_ids) if index not in kept],
+        skipped=[name for index, name in enumerate(source.image_ids) if index not in kept],
         examples=detection_examples(source, detections),
         files={"detections.json": detections.results} if keep else {},
         notes=[*source.notes, *notes, *detections.notes],

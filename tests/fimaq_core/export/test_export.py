@@ -93,6 +93,7 @@ CASES: dict[str, tuple[Callable[[Tensor], QuantizedModel], dict[str, Any]]] = {
         {"packed": True},
     ),
     "8 bits, zero points far apart": (_rtn(8, patch_input_bits=8), {}),
+    "8 bits": (_rtn(8), {}),
     "weights alone": (_rtn(4, a_bits=32), {}),
     "ranges beside zero": (_rtn(4, method="repq", softmax_quantizer="uniform"), {}),
     "two heads": (lambda x: _quantized(deit(1), x, method="qdrop", w_bits=4, a_bits=4), {}),

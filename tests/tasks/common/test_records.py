@@ -169,7 +169,7 @@ def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None
             f',\n "fingerprint": "{mark}"', ""
         ),
         "an empty one": text.replace(mark, ""),
-        "an older version": text.replace('"schema_version": 5', '"schema_version": 1'),
+        "an older version": text.replace('"schema_version": 6', '"schema_version": 1'),
     }[change]
     assert edited != text
     path.write_text(edited, encoding="utf-8")
@@ -185,9 +185,9 @@ def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None
 def test_newer_schemas_and_what_is_no_record_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"schema version 6, and this version of fimaq reads up to 5: update fimaq",
+        match=r"schema version 7, and this version of fimaq reads up to 6: update fimaq",
     ):
-        read_record(written(tmp_path, schema_version=6))
+        read_record(written(tmp_path, schema_version=7))
     for version in (None, "2", 0, True, 2.0):
         with pytest.raises(CheckpointError, match="is no record: its schema version is"):
             read_record(written(tmp_path, schema_version=version))

@@ -29,7 +29,7 @@ def task() -> Iterator[Task]:
 
 
 def test_packages_are_tasks() -> None:
-    assert registry.TASKS == ("classification", "detection", "retrieval")
+    assert registry.TASKS == ("classification", "deepfake", "detection", "retrieval")
     for name in registry.TASKS:
         assert registry.get_task(name).name == name
     with pytest.raises(RecipeError, match=r"Unknown task 'retrival'\. Did you mean 'retrieval'"):

@@ -79,7 +79,8 @@ def own(place: Path) -> Done:
 def test_run_says_every_metric(tmp_path: Path) -> None:
     said = run(*RTN, "--limit", LIMIT, "--results", tmp_path / "runs")
     record = record_of(said).record
-    *lines, last = said.splitlines()
+    *lines, fidelity, last = said.splitlines()
+    assert fidelity.startswith("fidelity to full precision: AP_box_to_full ")
     assert last.startswith("record: ")
     shown = [
         f"{record.model} rtn {name} {metric.value:.2f} ± {metric.stderr:.2f} "
