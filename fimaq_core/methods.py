@@ -63,9 +63,9 @@ METHODS: dict[str, Changes] = {
     "lsvit": {"loss": "least_squares"},
     # GLF-Q (2026): a loss at the end of the model, on a rotated model with reconstructed MLPs.
     "glfq": {**_GLFQ, "rotate": "hadamard", "reconstruct_mlp": True},
-    # Our own: squared error with scales per token, then joint finishing. Without Fisher passes a
-    # step costs half of a step of FIMA-Q, so the same time allows more steps.
-    "mse-finish": {"loss": "mse", **_FINISH, "range_grid": "extended"},
+    # Our own: MLP reconstruction, squared error with scales per token, joint finishing. No Fisher
+    # passes: their time goes into the first and the last of these.
+    "mlp-finish": {"reconstruct_mlp": True, "loss": "mse", **_FINISH, "range_grid": "extended"},
 }
 #: Further changes at some weight bits, as in the method's released configuration.
 AT_BITS: dict[str, dict[int, Changes]] = {

@@ -54,7 +54,7 @@ def test_methods() -> None:
         "fimaq-mlp",
         "lsvit",
         "glfq",
-        "mse-finish",
+        "mlp-finish",
     ]
     assert all(make_recipe(name).changes() == {} for name in METHODS)
     brecq, qdrop, rtn = make_recipe("brecq"), make_recipe("qdrop"), make_recipe("rtn")

@@ -91,7 +91,7 @@ def test_profile_has_methods_alone_and_with_parts(tmp_path):
     }
     rows = [cell.row for cell in cells if cell.model == "demo_vit"]
     alone = ["fp", "fimaq", "lsvit", "aphq", "fimaq-mlp", "glfq"]
-    alone += ["rtn", "gptq", "gptaq", "qdrop", "mse-finish"]
+    alone += ["rtn", "gptq", "gptaq", "qdrop", "mlp-finish"]
     assert [row for row in rows if " " not in row] == alone
     assert len(cells) == len(models) * len(rows)
     assert {row.partition(" ")[0] for row in rows if "=" in row} == set(alone[1:6])

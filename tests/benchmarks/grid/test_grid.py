@@ -32,7 +32,7 @@ def test_demo_grid_has_its_cells_with_full_precision_first():
     cells = [cell for cell in everything if cell.section == "classification"]
     assert len(cells) == 3 * (2 + 12 * 2 + 1) + 2
     assert len(everything) == len(cells) + (1 + 5 * 2 * 2 * 2) + 2 * (1 + 4 * 2 * 2)
-    left_out = {"qdrop-aphq", "gptq", "gptaq", "glfq", "mse-finish"}
+    left_out = {"qdrop-aphq", "gptq", "gptaq", "glfq", "mlp-finish"}
     assert {cell.method for cell in cells} == {"fp", *METHODS} - left_out
     by_model = {
         model: [cell for cell in cells if cell.model == model]
