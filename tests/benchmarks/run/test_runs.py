@@ -145,7 +145,7 @@ def test_plan_lists_cells_and_runs_nothing(tmp_path: Path):
     assert " ".join(row[:12]) == (
         "15 vit_small fimaq w3a3 3407 20000 - fisher_dplr 1024 32 train no"
     )
-    assert "19 cells, 0 done, 19 to run." in result.output
+    assert "20 cells, 0 done, 20 to run." in result.output
     assert measured(tmp_path) == []
 
 
