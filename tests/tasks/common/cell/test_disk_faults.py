@@ -220,7 +220,7 @@ def damaged(path: Path, how: str) -> None:
         "empty": "",
         "newer": read_record(path)
         .model_dump_json()
-        .replace('"schema_version":5', '"schema_version":6'),
+        .replace('"schema_version":6', '"schema_version":7'),
     }[how]
     assert content != text
     path.write_text(content, encoding="utf-8")
@@ -282,7 +282,7 @@ def test_records_of_the_former_schema_are_finished_cells(tmp_path: Path) -> None
     for name in ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint"):
         assert f'"{name}"' in text
     later = {"stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint"}
-    later |= {"identity", "model_args", "artefacts", "exported"}
+    later |= {"identity", "model_args", "artefacts", "exported", "fidelity"}
     old = read_record(full).model_dump(mode="json", exclude=later)
     full.write_text(json.dumps({**old, "schema_version": 1}), encoding="utf-8")
     before = full.read_bytes()
