@@ -62,7 +62,7 @@ def test_a_finished_cell_is_not_measured_again(old: Path) -> None:
     assert str(old / "runs" / CELL / "result.json") in out
     assert {path: path.read_bytes() for path in before} == before
     record = read_record(old / "runs" / CELL / "result.json")
-    assert (record.method, record.n, record.schema_version) == ("fimaq", 64, 5)
+    assert (record.method, record.n, record.schema_version) == ("fimaq", 64, 6)
     assert record.metrics["top1"].value == 93.75
     assert record.calibration is not None
     assert len(record.calibration.ids) == 32
