@@ -9,12 +9,13 @@ from typing import Literal, NamedTuple
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import OFF
+from tasks.common import registry
 from tasks.common.cell import identity
 from tasks.common.record import NotMeasured, ResultRecord, bits_name, read_record
 from tasks.common.request import CellRequest, Missing
 
 #: Metric of each task that tables and progress show; the CSV files have all metrics.
-MAIN_METRIC = {"classification": "top1", "retrieval": "R@1", "detection": "AP_box"}
+MAIN_METRIC = {name: registry.main_metric(name) for name in registry.TASKS}
 #: Point of cells that measure the export to ONNX of the cell without a point.
 EXPORT = identity.ONNX
 

@@ -23,6 +23,8 @@ SHORT_NAMES = {
     "swin_base_384": "swin_base_patch4_window12_384.ms_in22k_ft_in1k",
 }
 
+#: Metric that tables show.
+MAIN_METRIC = "top1"
 DEMO_NAMES = ("demo_vit", "demo_deit", "demo_swin")
 
 

@@ -66,6 +66,11 @@ def evaluations(name: str) -> tuple[str, ...]:
     return tuple(_of_tags(name, "EVALUATIONS", ()))
 
 
+def main_metric(name: str) -> str:
+    """Return the metric that the tables of a task show."""
+    return str(_of_tags(name, "MAIN_METRIC"))
+
+
 def defaults(name: str) -> dict[str, Any]:
     """Return the task's own defaults of recipe fields, which hold for every method."""
     return dict(_of_tags(name, "DEFAULTS", {}))

@@ -129,8 +129,9 @@ class Task:
     :meth:`build` and :meth:`divergence` by the methods that take or return several chains.
 
     The module ``tags`` of a task imports nothing heavy. It has ``SHORT_NAMES``, ``DEMO_NAMES``,
-    ``CATALOGUE``, ``model_tag``, ``weights_digest``, ``missing_data`` and ``preflight``. It may
-    have ``SCOPES``, ``parts``, ``EVALUATIONS`` and ``DEFAULTS``, see :mod:`tasks.common.registry`.
+    ``MAIN_METRIC``, ``CATALOGUE``, ``model_tag``, ``weights_digest``, ``missing_data`` and
+    ``preflight``. It may have ``SCOPES``, ``parts``, ``EVALUATIONS`` and ``DEFAULTS``, see
+    :mod:`tasks.common.registry`.
     """
 
     name: str  # of the package

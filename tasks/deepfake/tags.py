@@ -14,6 +14,8 @@ SHORT_NAMES = {
     "clip_vit_l14": "vit_large_patch14_clip_224",
     "swin_tiny": "swin_tiny_patch4_window7_224",
 }
+#: Metric that tables show.
+MAIN_METRIC = "frame_auc"
 DEMO_NAMES = ("demo_deepfake",)
 #: Set that the models are trained and calibrated on, with its compression.
 TRAINED_ON, COMPRESSION = "FaceForensics++", "c23"

@@ -37,6 +37,8 @@ SHORT_NAMES = {
     model: f"{model}.coco_3x" if "coco_3x" in tags else model for model, tags in PUBLISHED.items()
 }
 
+#: Metric that tables show.
+MAIN_METRIC = "AP_box"
 DEMO_NAMES = ("demo_mask_rcnn", "demo_cascade")
 
 #: Pieces of a detector. A scope joins any of them; the first scope, with all, is the usual one.

@@ -49,6 +49,8 @@ _PUBLISHED = {
 SHORT_NAMES = {short: full for short, (full, _) in _PUBLISHED.items()}
 _REPOSITORIES = dict(_PUBLISHED.values())
 _TOKENIZERS = {name: f"timm/{name}" for name in ("ViT-B-16-SigLIP", "ViT-B-16-SigLIP2")}
+#: Metric that tables show.
+MAIN_METRIC = "R@1"
 DEMO_NAMES = ("demo_clip",)
 #: Name of the data of the demo model.
 DEMO_DATA = "digit-scenes"
