@@ -275,6 +275,11 @@ def value_text(mean: float, sd: float) -> str:
     return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
 
 
+def figure_text(mean: float, sd: float) -> str:
+    """Return a figure that is no percentage with three digits: ``0.0123 ± 0.001``."""
+    return f"{mean:.3g}" if pd.isna(sd) else f"{mean:.3g} ± {sd:.2g}"
+
+
 def main_metric(task: str, table: pd.DataFrame, asked: str | None = None) -> str:
     """Return the metric that the main table of a task shows: that ``asked`` for if it is there."""
     present = unique(table["metric"])

@@ -26,6 +26,7 @@ from benchmarks.tables.exports import TITLE, export_table
 from benchmarks.tables.formats import PREAMBLE, escape, latex, markdown
 from benchmarks.tables.settings import MARKS, marks, settings_lines
 from fimaq_core.terminal import one_line
+from tasks.common.fidelity import UNITS
 
 
 def grid_markdown(
@@ -118,7 +119,8 @@ def _tables(
     own = table[table["point"].isin(["", EXPORT])]
     metric = scores.main_metric(mine[0].cell.task, table, asked)
     title = f"{scores.metric_title(metric)}, mean ± sd over seeds"
-    tables = [(title, wide(own[own["metric"] == metric], cells))]
+    text = scores.figure_text if metric in UNITS else scores.value_text
+    tables = [(title, wide(own[own["metric"] == metric], cells, text))]
     for title, metrics in METRIC_PAIRS.items():
         if set(metrics) <= set(own["metric"]):
             pair = (own[own["metric"] == name] for name in metrics)
