@@ -102,10 +102,9 @@ def read(record: ResultRecord, folder: Path) -> Outcomes:
         fifth = name.removesuffix("1") + "5"
         if fifth in record.metrics and "rank" in content:
             metrics[fifth] = (MetricPart(every, content["rank"] < 5),)
-    else:
-        for name in record.metrics:
-            if name in content:
-                metrics[name] = (MetricPart(every, content[name].astype(np.float64)),)
+    # The metric that tables show comes first.
+    shares = {name: content[name].astype(np.float64) for name in record.metrics if name in content}
+    metrics = {name: (MetricPart(every, values),) for name, values in shares.items()} | metrics
     sides = [every]
     if "direction" in content:
         sides = [_shared(np.flatnonzero(content["direction"] == side)) for side in (0, 1)]

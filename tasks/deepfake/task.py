@@ -26,7 +26,7 @@ from tasks.deepfake import tags
 from tasks.deepfake.demo import scenes
 from tasks.deepfake.demo.models import DEMO
 from tasks.deepfake.index import CLASSES, Frames, open_frames
-from tasks.deepfake.metrics import measures
+from tasks.deepfake.metrics import Curve, measures
 
 #: Preprocessing of DeepfakeBench, except for CLIP backbones, which have their own.
 _PREPROCESSING = {"crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -155,12 +155,14 @@ class DeepfakeTask(Task):
         fake = found.outcomes["label"] == 1
         if fake.all() or not fake.any():
             raise DataError(f"{source.name} {source.split} has one class only: raise --limit.")
+        probability = logits.softmax(1)[:, 1].numpy()
         outcomes = {**found.outcomes, "cluster": cluster.astype(np.int32)}
+        outcomes["frame_auc"] = Curve(probability, fake).auc_by_sample()
         del outcomes["rank"]
         count = len({*whole.video[: len(source.ids)]})
         return replace(
             found,
-            metrics=measures(logits.softmax(1)[:, 1].numpy(), fake, cluster),
+            metrics=measures(probability, fake, cluster),
             n=len(videos),
             outcomes=outcomes,
             dataset=found.dataset.model_copy(update={"count": count}),

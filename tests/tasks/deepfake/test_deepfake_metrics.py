@@ -56,3 +56,13 @@ def test_perfect_and_constant_detectors() -> None:
     }  # fmt: skip
     constant = measures(np.full(len(FAKE), 0.5), FAKE, VIDEO)
     assert (constant["frame_auc"].value, constant["frame_eer"].value) == (50, 50)
+
+
+def test_contributions_have_the_area_as_mean_and_its_error() -> None:
+    each = Curve(SCORES, FAKE).auc_by_sample()
+    assert each.mean() == pytest.approx(roc_auc_score(FAKE, SCORES))
+    rng, drawn = np.random.default_rng(3), []
+    for _ in range(2000):
+        rows = rng.integers(0, len(FAKE), len(FAKE))
+        drawn.append(roc_auc_score(FAKE[rows], SCORES[rows]))
+    assert each.std() / np.sqrt(len(each)) == pytest.approx(np.std(drawn), rel=0.1)
