@@ -24,6 +24,8 @@ EVALUATIONS = (
     TRAINED_ON, "FF-DF", "FF-F2F", "FF-FS", "FF-NT", "FaceShifter", "DeepFakeDetection", "DFDC",
     "DFDCP", "Celeb-DF-v1", "Celeb-DF-v2", "UADFV",
 )  # fmt: skip
+#: Recipe fields of every method. Augmentation would add traces of its own.
+DEFAULTS = {"calibration_transform": "eval"}
 LAYOUT = (
     "Data folder with dataset_json/<Set>.json of DeepfakeBench and the frames that these files name"
 )
