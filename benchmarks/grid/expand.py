@@ -227,7 +227,7 @@ def _make_cell(
         model=ModelRequest(name=model, model_args=part.model_args, weights_folder=weights),
         data=DataRequest(data, evaluation=part.evaluation, dataset=part.on, corrupt=part.corrupt),
         recipe=recipe,
-        variant=None if recipe is None else grid.variant,
+        variant=None if recipe is None else part.variant or grid.variant,
         results=options.results / "runs",
         device=options.device or grid.device,
         threads=options.threads or grid.threads,

@@ -106,6 +106,7 @@ class TaskGrid(Strict):
     seeds: tuple[int, ...] | None = Field(None, min_length=1)
     overrides: Overrides = {}  #: added to those of the grid, and stronger
     of_methods: dict[Method, Overrides] = {}  #: of single methods, added to both and stronger
+    variant: str | None = None  #: name of the settings in records; None: that of the grid
     scopes: tuple[str, ...] = ()  #: one cell per scope; empty: the default scope of the task
     #: Methods whose cells are also measured as exports to ONNX, in the grid's own settings.
     export: tuple[Method, ...] = ()

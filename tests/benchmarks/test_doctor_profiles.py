@@ -22,7 +22,7 @@ from tasks.common.record import write_record
 
 pytestmark = pytest.mark.slow
 
-DEMO_CELLS = 158
+DEMO_CELLS = 166
 ROOT = Path(__file__).parents[2]
 
 
@@ -137,7 +137,8 @@ def test_missing_data_of_one_section_leave_the_others(tmp_path: Path):
         if finding.state == "problem"
     ]
     assert [finding.text for finding in found] == [
-        "demo: cannot run: retrieval; can run: --tasks classification,detection",
+        "demo: cannot run: retrieval; can run: --tasks classification,detection,"
+        "mixed-mean-4-bits,deepfake",
         "retrieval: Missing: the data. Fetch it.",
         "retrieval: Missing: the weights of demo_clip. Train them.",
     ]
@@ -157,7 +158,8 @@ def test_a_check_that_fails_is_a_reason(tmp_path: Path):
         "demo cannot be examined: ImportError: timm is half installed",
     )
     found = findings("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, unknown))[1]
-    assert found.text == "classification, retrieval, detection: Unknown model 'x'."
+    sections = "classification, retrieval, detection, mixed-mean-4-bits, deepfake"
+    assert found.text == f"{sections}: Unknown model 'x'."
 
 
 def test_a_profile_that_cannot_be_read_and_one_that_wants_a_gpu(tmp_path: Path):

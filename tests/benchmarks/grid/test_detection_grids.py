@@ -60,8 +60,8 @@ def test_the_demo_profile_has_two_detectors_and_runs_them_on_request():
     assert {(cell.task, cell.scope, cell.request.data.path) for cell in cells} == {
         ("detection", "", None)
     }
-    others = demo_cells(tasks="classification,retrieval")
-    assert {cell.section for cell in others} == {"classification", "retrieval"}
+    others = demo_cells(tasks="classification,retrieval,deepfake")
+    assert {cell.task for cell in others} == {"classification", "retrieval", "deepfake"}
     assert len(others) + len(cells) == len(demo_cells())
 
 

@@ -9,7 +9,7 @@ from benchmarks.grid.cell import Places, RunOptions
 from benchmarks.grid.expand import Filters, expand, parse_filters
 from benchmarks.grid.schema import GridError, load_grid, parse_bits, parse_grid
 from fimaq_core.errors import FimaqError
-from fimaq_core.recipe import METHODS
+from fimaq_core.recipe import METHODS, make_recipe
 
 MINIMAL = {
     "name": "t",
@@ -31,7 +31,8 @@ def test_demo_grid_has_its_cells_with_full_precision_first():
     everything = expand(load_grid("demo"), Filters(), RunOptions())
     cells = [cell for cell in everything if cell.section == "classification"]
     assert len(cells) == 3 * (2 + 12 * 2 + 1) + 2
-    assert len(everything) == len(cells) + (1 + 5 * 2 * 2 * 2) + 2 * (1 + 4 * 2 * 2)
+    others = (1 + 5 * 2 * 2 * 2) + 2 * (1 + 4 * 2 * 2) + (1 + 3 * 2) + 1
+    assert len(everything) == len(cells) + others
     left_out = {"qdrop-aphq", "gptq", "gptaq", "glfq", "mlp-finish"}
     assert {cell.method for cell in cells} == {"fp", *METHODS} - left_out
     by_model = {
@@ -59,7 +60,8 @@ def test_demo_overrides_are_the_same_for_all_methods():
     for cell in expand(grid, Filters(), RunOptions()):
         if cell.request.recipe is not None:
             for name, value in {**grid.overrides, **grid.tasks[cell.section].overrides}.items():
-                assert getattr(cell.request.recipe, name) == value
+                own = getattr(cell.request.recipe, name)
+                assert own == getattr(make_recipe("fimaq", {name: value}), name)
 
 
 def test_paper_grid_uses_released_settings_and_the_given_data():

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.grid.cell import Places, RunOptions
 from benchmarks.grid.expand import Filters, expand
-from benchmarks.grid.schema import GridError, parse_grid
+from benchmarks.grid.schema import GridError, load_grid, parse_grid
 from fimaq_core.bits_map import BitsMap
 from tasks.common.cell.identity import planned_folder, variant_name
 
@@ -37,3 +37,12 @@ def test_a_section_may_have_a_bits_map(tmp_path_factory: pytest.TempPathFactory)
 def test_a_wrong_map_is_an_error_of_the_grid() -> None:
     with pytest.raises(GridError, match="head needs bits by operand"):
         parse_grid(content({"head": 4}))
+
+
+def test_the_demos_row_of_mixed_bits_has_a_variant_of_its_own() -> None:
+    cells = expand(load_grid("demo"), Filters(), RunOptions())
+    (mixed,) = [cell for cell in cells if cell.section == "mixed-mean-4-bits"]
+    same = [cell for cell in cells if (cell.model, cell.method) == (mixed.model, "fimaq")]
+    assert mixed.request.recipe.bits_map is not None
+    assert [cell.request.variant for cell in same if cell is not mixed] == ["demo"] * 2
+    assert mixed.request.variant == "mixed bits"

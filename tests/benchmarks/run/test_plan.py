@@ -236,7 +236,7 @@ def test_cells_whose_identity_is_not_known_are_planned_all_the_same(tmp_path: Pa
 def test_the_real_adapter_knows_what_is_there(tmp_path: Path):
     filters = Filters(("classification",), ("demo_vit",), ("fimaq",), ("w3a3",))
     request = RunRequest(load_grid("demo"), filters, RunOptions(tmp_path))
-    (cell,) = request.cells()
+    cell = request.cells()[0]
     blocks = request.adapter.planned_folder(cell.request) / "blocks"
     blocks.mkdir(parents=True)
     (blocks / "block-000.safetensors").touch()
