@@ -5,6 +5,7 @@ Figures of classifiers, from logits f in full precision and q quantized, with p 
 - ``kl``: KL(p(f) || p(q)) in nats, the mean over samples.
 - ``agreement``: percentage of samples with the same most probable class.
 - ``right_to_wrong``, ``wrong_to_right``: percentage of samples whose answer became wrong, or right.
+  As in top-1 accuracy, an answer is right if no other class has a logit as large.
 - ``snr_db``: 10 log10(Σ f² / Σ (q - f)²) over all samples, with each sample's logits minus their
   mean, since softmax does not see a constant.
 - ``cosine``: mean cosine of the penultimate features.
@@ -53,10 +54,14 @@ class Fidelity:
         return Fidelity(*({k: own[k] for k in WITHOUT_LABELS if k in own} for own in parts))
 
 
-def classifier_fidelity(full: RawOutputs, own: RawOutputs, labels: np.ndarray) -> Fidelity:
+def classifier_fidelity(
+    full: RawOutputs, own: RawOutputs, labels: np.ndarray, *, cluster: np.ndarray | None = None
+) -> Fidelity:
     """Compare ``logits`` (n, classes) and, if both have it, ``feature`` (n, d) with full precision.
 
     ``labels`` (n,) are the true classes. A label outside the classes makes no answer right.
+    ``cluster`` (n,) is equal for dependent samples, such as frames of one video, whose standard
+    errors are larger; None: all samples are independent.
     """
     columns: dict[str, list[np.ndarray]] = {}
     pairs = full["logits"], own["logits"]
@@ -70,11 +75,12 @@ def classifier_fidelity(full: RawOutputs, own: RawOutputs, labels: np.ndarray) -
     right = {"": each.pop("right"), "fp_": each.pop("fp_right")}
     if "feature" in full and "feature" in own:
         each["cosine"] = cosines(full["feature"], own["feature"])
-    metrics = {name: mean_of(name, values) for name, values in each.items()}
-    metrics["snr_db"] = decibels(signal, noise)
+    metrics = {name: mean_of(name, values, cluster=cluster) for name, values in each.items()}
+    metrics["snr_db"] = decibels(signal, noise, cluster=cluster)
     for start in ("", "fp_"):
-        metrics[f"{start}ece"] = calibration_error(confidence[start], right[start])
-    kept = (name for name in ("kl", "agreement", "cosine", "nll", "brier") if name in each)
+        sides = confidence[start], right[start]
+        metrics[f"{start}ece"] = calibration_error(*sides, cluster=cluster)
+    kept = (name for name in each if not name.startswith("fp_"))
     whole = {k: each[k].astype(np.float32) for k in kept if not np.isnan(each[k]).any()}
     return Fidelity(metrics, whole)
 
@@ -90,7 +96,8 @@ def _columns(full: np.ndarray, own: np.ndarray, labels: np.ndarray) -> dict[str,
     known = (labels >= 0) & (labels < f.shape[1])
     rows, place = np.arange(len(labels)), np.where(known, labels, 0)
     answers = [x.argmax(axis=1) for x in (f, q)]
-    right_f, right_q = ((answer == labels) for answer in answers)
+    # Ties count against a model, as in top-1 accuracy.
+    right_f, right_q = (known & ((x >= x[rows, place, None]).sum(axis=1) == 1) for x in (f, q))
 
     def errors(p: np.ndarray, log_p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         nll = np.where(known, -log_p[rows, place], np.nan)
@@ -110,12 +117,34 @@ def _columns(full: np.ndarray, own: np.ndarray, labels: np.ndarray) -> dict[str,
     }  # fmt: skip
 
 
-def mean_of(name: str, values: np.ndarray) -> SignedMetric:
-    """Return the mean of values (n,) of independent samples, in percent if the figure is one."""
+def mean_of(name: str, values: np.ndarray, *, cluster: np.ndarray | None = None) -> SignedMetric:
+    """Return the mean of values (n,) of samples without NaN, in percent if the figure is one.
+
+    ``cluster`` (n,) is that of :func:`classifier_fidelity`.
+    """
     values = (1 if name in UNITS else 100) * values.astype(np.float64)
-    values = values[~np.isnan(values)]
-    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return SignedMetric(value=float(values.mean()) if len(values) else 0.0, stderr=error)
+    known = ~np.isnan(values)
+    values, cluster = values[known], None if cluster is None else cluster[known]
+    mean = float(values.mean()) if len(values) else 0.0
+    return SignedMetric(value=mean, stderr=_standard_error(values, cluster))
+
+
+def _standard_error(values: np.ndarray, cluster: np.ndarray | None) -> float:
+    """Return the standard error of the mean of values (n,) of samples in G clusters.
+
+    It is cluster-robust (Liang and Zeger, Biometrika 73, 1986): √(G/(G-1) Σs²)/n, where s is the
+    sum of the deviations from the mean in a cluster. For independent samples it is sd/√n.
+    """
+    if len(values) < 2:
+        return 0.0
+    sums = np.bincount(_owner(cluster, len(values)), values - values.mean())
+    groups = len(sums)
+    return math.sqrt(groups / (groups - 1) * float(sums @ sums)) / len(values) if groups > 1 else 0
+
+
+def _owner(cluster: np.ndarray | None, count: int) -> np.ndarray:
+    """Return the cluster of each sample (count,), numbered from 0 without gaps."""
+    return np.arange(count) if cluster is None else np.unique(cluster, return_inverse=True)[1]
 
 
 def cosines(full: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -126,24 +155,29 @@ def cosines(full: np.ndarray, own: np.ndarray) -> np.ndarray:
     return found
 
 
-def decibels(signal: np.ndarray, noise: np.ndarray) -> SignedMetric:
+def decibels(
+    signal: np.ndarray, noise: np.ndarray, *, cluster: np.ndarray | None = None
+) -> SignedMetric:
     """Return the signal-to-noise ratio of sums over samples (n,) in dB; at most 200 dB.
 
-    The standard error follows from the variances of both sums (delta method).
+    The standard error follows from the variances of both sums (delta method). ``cluster`` (n,) is
+    that of :func:`classifier_fidelity`.
     """
     most = 200.0
-    a, b, n = signal.mean(), noise.mean(), len(signal)
+    a, b = signal.mean(), noise.mean()
     if a <= 0 or b <= a * 10 ** (-most / 10):
         return SignedMetric(value=most if a > 0 or b <= 0 else -most, stderr=0.0)
-    relative = signal / a - noise / b
-    error = float(relative.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    error = _standard_error(signal / a - noise / b, cluster)
     return SignedMetric(value=10 * math.log10(a / b), stderr=10 / math.log(10) * error)
 
 
-def calibration_error(confidence: np.ndarray, right: np.ndarray) -> SignedMetric:
+def calibration_error(
+    confidence: np.ndarray, right: np.ndarray, *, cluster: np.ndarray | None = None
+) -> SignedMetric:
     """Return the expected calibration error in percent, from values (n,); see the module.
 
-    The standard error is that of a bootstrap over samples with the bins of the whole data.
+    The standard error is that of a bootstrap over the clusters of :func:`classifier_fidelity`, with
+    the bins of the whole data.
     """
     order = np.argsort(confidence, kind="stable")
     gaps = 100 * (right[order].astype(np.float64) - confidence[order])
@@ -152,9 +186,11 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> SignedMetric
     def error(counts: np.ndarray) -> float:
         return float(np.abs(np.bincount(bins, counts * gaps)).sum() / counts.sum())
 
+    owner = _owner(None if cluster is None else cluster[order], len(gaps))
     generator, n = np.random.default_rng(0), len(gaps)
-    draws = (np.bincount(generator.integers(0, n, n), minlength=n) for _ in range(DRAWS))
-    spread = np.std([error(counts) for counts in draws], ddof=1)
+    groups = int(owner.max()) + 1
+    draws = (generator.integers(0, groups, groups) for _ in range(DRAWS))
+    spread = np.std([error(np.bincount(d, minlength=groups)[owner]) for d in draws], ddof=1)
     return SignedMetric(value=error(np.ones(n)), stderr=float(spread))
 
 

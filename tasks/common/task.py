@@ -256,7 +256,8 @@ class Task:
         own = evaluation.outputs
         if "logits" not in full or "logits" not in own:
             return Fidelity()
-        return classifier_fidelity(full, own, evaluation.outcomes["label"])
+        outcomes = evaluation.outcomes
+        return classifier_fidelity(full, own, outcomes["label"], cluster=outcomes.get("cluster"))
 
     def originals(
         self, model: ModelRequest, data: DataRequest, ids: Sequence[str]

@@ -25,6 +25,9 @@ from tasks.common.hashing import file_sha256
 from tasks.common.models.module_map import whole_map
 from tasks.common.task import Evaluation
 
+#: Note of a record without fidelity.
+OTHER_SAMPLES = "no fidelity: the full-precision model gave outputs for other samples"
+
 
 def write_outputs(
     cell: PreparedCell,
@@ -46,6 +49,8 @@ def write_outputs(
     if full is not None and evaluation.outputs:
         reference = full.outputs(samples, cell.resources.on_progress)
         fidelity = cell.task.fidelity(reference, evaluation, cell.loaded, cell.request.data)
+        if not reference:
+            record = record.model_copy(update={"notes": [*record.notes, OTHER_SAMPLES]})
     lease.check()
     outcomes = {**evaluation.outcomes, **fidelity.outcomes}
     with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:

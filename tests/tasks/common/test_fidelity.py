@@ -12,11 +12,15 @@ from scipy.special import log_softmax
 from sklearn.metrics import brier_score_loss, cohen_kappa_score, log_loss
 from sklearn.metrics.pairwise import cosine_similarity
 
+from fimaq_core.errors import FimaqError
 from fimaq_core.progress import silent
 from fimaq_core.recipe import make_recipe
 from tasks.common import fidelity
 from tasks.common.cell.full_precision import FILE, FullPrecision
 from tasks.common.cell.identity import planned_folder
+from tasks.common.cell.lease import acquire
+from tasks.common.cell.outputs import OTHER_SAMPLES, write_outputs
+from tasks.common.cell.prepare import prepare
 from tasks.common.cell.run import run_cell
 from tasks.common.record import ResultRecord, read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
@@ -95,6 +99,37 @@ def test_errors_agree_with_the_bootstrap(logits) -> None:
             drawn.setdefault(name, []).append(one.value)
     for name in ("kl", "agreement", "snr_db", "cosine", "nll", "brier"):
         assert found[name].stderr == pytest.approx(np.std(drawn[name]), rel=0.3), name
+
+
+def test_dependent_samples_have_the_errors_of_drawing_clusters(logits) -> None:
+    """Copies of a sample tell nothing new: errors are those of one copy, not √3 smaller."""
+    full, own, labels = logits
+    once = fidelity.classifier_fidelity(full, own, labels).metrics
+    thrice = [{k: v.repeat(3, axis=0) for k, v in side.items()} for side in (full, own)]
+    clusters = 7 * np.arange(N).repeat(3)  # numbers with gaps, as if others were skipped
+    found = fidelity.classifier_fidelity(*thrice, labels.repeat(3), cluster=clusters).metrics
+    for name in ("kl", "agreement", "right_to_wrong", "snr_db", "cosine", "nll", "brier"):
+        assert found[name].value == pytest.approx(once[name].value), name
+        assert found[name].stderr == pytest.approx(once[name].stderr), name
+    assert found["ece"].stderr == pytest.approx(once["ece"].stderr, rel=0.2)
+    one = fidelity.classifier_fidelity(full, own, labels, cluster=np.zeros(N, int)).metrics
+    for name in ("kl", "ece"):  # the error of one cluster is unknown
+        assert one[name].stderr == pytest.approx(0, abs=1e-9)
+
+
+def test_flips_add_up_to_the_change_of_accuracy_also_with_ties(logits) -> None:
+    full, own, labels = logits
+    tied = {"logits": np.round(own["logits"])}
+    for outputs in (tied, {"logits": np.zeros_like(own["logits"])}):
+        found = fidelity.classifier_fidelity(full, outputs, labels)
+        shares = []
+        for side in (full, outputs):
+            others = np.delete(side["logits"].ravel(), np.arange(N) * CLASSES + labels)
+            best = others.reshape(N, CLASSES - 1).max(1)
+            shares.append(100 * (side["logits"][np.arange(N), labels] > best).mean())
+        worse, better = (found.metrics[n].value for n in ("right_to_wrong", "wrong_to_right"))
+        assert better - worse == pytest.approx(shares[1] - shares[0])
+    assert (shares[1], better) == (0, 0)  # equal logits are no answer
 
 
 def test_equal_outputs_are_faithful_and_shifted_ones_too(logits) -> None:
@@ -183,7 +218,7 @@ def test_a_cell_takes_the_outputs_of_full_precision(measured) -> None:
     right = [one["correct"] for one in outcomes]
     flips = 100 * (right[0] & ~right[1]).mean()
     assert record.fidelity["right_to_wrong"].value == pytest.approx(flips)
-    for name in ("kl", "agreement", "cosine", "nll", "brier"):
+    for name in ("kl", "agreement", "cosine", "nll", "brier", "right_to_wrong", "wrong_to_right"):
         values = outcomes[1][name].astype(float) * (1 if name in fidelity.UNITS else 100)
         assert values.mean() == pytest.approx(record.fidelity[name].value, rel=1e-5)
     samples = outcomes[0]["sample"].tolist()
@@ -206,7 +241,29 @@ def test_outputs_that_do_not_fit_are_measured_again(measured, how: str, tmp_path
     found = (full if how == "of other samples" else place).outputs(samples, silent)["logits"]
     assert np.allclose(found, expected, atol=1e-5)
     if how == "of other samples":
+        before = (full.folder / FILE).read_bytes()
         assert full.outputs(samples[::-1], silent) == {}
+        assert (full.folder / FILE).read_bytes() == before
+        return
+    # The next cell takes the file, so what was measured again is measured once.
+    loads = replace(place, request=replace(full.request, task="no such task"))
+    assert (loads.outputs(samples, silent)["logits"] == found).all()
+    other = loads.record.model_copy(update={"fingerprint": "f" * 64, "artefacts": {}})
+    with pytest.raises(FimaqError, match="no such task"):
+        replace(loads, record=other).outputs(samples, silent)
+
+
+def test_a_record_says_why_it_has_no_fidelity(measured, tmp_path: Path) -> None:
+    results, _ = measured
+    full = full_precision(results)
+    request = cell(tmp_path / "runs", "rtn")
+    prepared = prepare(request, silent)
+    found = replace(prepared.evaluate(prepared.chains), outputs={"logits": np.zeros((64, 100))})
+    found.outcomes["sample"] = found.outcomes["sample"][::-1]
+    with acquire(tmp_path / "result.json") as lease:
+        write_outputs(prepared, found, full, lease, "")
+    record = read_record(tmp_path / "result.json")
+    assert (record.fidelity, record.notes[-1]) == ({}, OTHER_SAMPLES)
 
 
 def test_two_heads_have_one_feature() -> None:
