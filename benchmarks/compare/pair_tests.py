@@ -19,7 +19,10 @@ _MAIN = ("top1", "R@1", "AP_box", "AP_mask")
 
 @dataclass
 class MetricComparison:
-    """One metric of a pair. Values, difference, interval and error are in points."""
+    """One metric of a pair.
+
+    Values, difference, interval and error are in points, or in the unit of a figure of fidelity.
+    """
 
     metric: str
     test: Literal["McNemar", "bootstrap"]
@@ -34,6 +37,11 @@ class MetricComparison:
     samples: int
     clusters: int  #: number of independent groups of samples
     holm: float | None = None  #: p corrected for the number of pairs; None for one pair
+
+    @property
+    def form(self) -> str:
+        """Format of values: three digits for figures that are no percentages."""
+        return ".3g" if self.metric in UNITS else ".2f"
 
     def better(self, level: float) -> Literal["A", "B"] | None:
         """Return the better side; None unless both the interval and p show a difference."""
@@ -51,13 +59,14 @@ class MetricComparison:
         low, high = self.low, self.high
         up, ends = (True, (low, high)) if self.difference >= 0 else (False, (-high, -low))
         ahead = "A" if up != (self.metric in LOWER) else "B"
-        unit = f" {UNITS.get(self.metric, 'points')}".rstrip()
-        lead = f"by {abs(self.difference):.2f}{unit} [{ends[0]:.2f}, {ends[1]:.2f}]"
+        unit, form = f" {UNITS.get(self.metric, 'points')}".rstrip(), self.form
+        lead = f"by {abs(self.difference):{form}}{unit} [{ends[0]:{form}}, {ends[1]:{form}}]"
         if self.better(level):
             return f"{ahead} is better {lead}, {p}"
         if not low <= 0 <= high and self.p <= 1 - level:
             return f"no difference shown among so many pairs ({ahead} ahead {lead}, {p})"
-        return f"no difference shown ({self.difference:+.2f}{unit} [{low:.2f}, {high:.2f}], {p})"
+        interval = f"[{low:{form}}, {high:{form}}]"
+        return f"no difference shown ({self.difference:+{form}}{unit} {interval}, {p})"
 
 
 @dataclass(frozen=True)

@@ -42,14 +42,15 @@ def _side(side: Side, files: Sequence[RecordFile]) -> str:
 
 def _row(pair: Pair, found: MetricComparison, level: float) -> dict[str, str]:
     effect, images = found.effect, f" ({found.clusters} images)"
+    form = found.form
     words = f"g {effect['cohens_g']:+.2f}, {effect['only_a']}:{effect['only_b']}" if effect else "-"
     return {
         "metric": found.metric,
-        "A": f"{found.a:.2f}",
-        "B": f"{found.b:.2f}",
-        "A - B": f"{found.difference:+.2f}",
-        f"{100 * level:g} % interval": f"[{found.low:.2f}, {found.high:.2f}]",
-        "se": f"{found.se:.2f}",
+        "A": f"{found.a:{form}}",
+        "B": f"{found.b:{form}}",
+        "A - B": f"{found.difference:+{form}}",
+        f"{100 * level:g} % interval": f"[{found.low:{form}}, {found.high:{form}}]",
+        "se": f"{found.se:{form}}",
         "p": p_text(found.p),
         "Holm p": p_text(found.holm),
         "effect": words,

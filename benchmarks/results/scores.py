@@ -264,20 +264,17 @@ def differences(scores: pd.DataFrame, base: pd.DataFrame) -> "pd.Series[float]":
     return both["value"] - both["value_base"]
 
 
-def difference_text(differences: "pd.Series[float]") -> str:
+def difference_text(differences: "pd.Series[float]", metric: str = "") -> str:
     """Return the mean with its standard error, ``+0.50 ± 0.10``; no error for one difference."""
-    error = f" ± {differences.sem():.2f}" if len(differences) > 1 else ""
-    return f"{differences.mean():+.2f}{error}"
+    form = ".3g" if metric in UNITS else ".2f"
+    error = f" ± {differences.sem():{form}}" if len(differences) > 1 else ""
+    return f"{differences.mean():+{form}}{error}"
 
 
-def value_text(mean: float, sd: float) -> str:
-    """Return ``88.20 ± 0.40``; the mean alone for one seed (``sd`` is NaN)."""
-    return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
-
-
-def figure_text(mean: float, sd: float) -> str:
-    """Return a figure that is no percentage with three digits: ``0.0123 ± 0.001``."""
-    return f"{mean:.3g}" if pd.isna(sd) else f"{mean:.3g} ± {sd:.2g}"
+def value_text(mean: float, sd: float, metric: str = "") -> str:
+    """Return ``88.20 ± 0.40``, or three digits if ``metric`` has :data:`UNITS`; NaN: no ``sd``."""
+    form, error = (".3g", ".2g") if metric in UNITS else (".2f", ".2f")
+    return f"{mean:{form}}" if pd.isna(sd) else f"{mean:{form}} ± {sd:{error}}"
 
 
 def main_metric(task: str, table: pd.DataFrame, asked: str | None = None) -> str:

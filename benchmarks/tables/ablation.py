@@ -49,7 +49,9 @@ def axis_table(
     """
     keys = {cell.key for cell in cells}
     items = [item for item in measured if item.cell.key in keys]
-    table = scores.scores(items)
+    table = scores.scores(items, fidelity=True)
+    # Errors over samples are known for the main metric only.
+    judged = bool(items) and metric == scores.main_metric(items[0].cell.task, scores.scores(items))
     table = table[table["metric"] == metric]
     base, rows = table[table["point"] == ""], []
     for point in points:
@@ -59,13 +61,14 @@ def axis_table(
         mine = table[table["item"].isin(here)]
         row = {f"{column.subject} {column.bits}": "-" for column in scores.columns_of(cells)}
         for score in scores.over_seeds(mine, ["subject", "bits"]).itertuples():
-            row[f"{score.subject} {score.bits}"] = scores.value_text(score.mean, score.sd)
+            row[f"{score.subject} {score.bits}"] = scores.value_text(score.mean, score.sd, metric)
         for bits, mark in dict.fromkeys((cell.bits, cell.mark) for cell in cells):
             own, theirs = (t[(t["bits"] == bits) & (t["mark"] == mark)] for t in (mine, base))
             gaps = scores.differences(own, theirs)
-            text = f"{scores.difference_text(gaps)} ({len(gaps)})" if len(gaps) else "-"
+            text = f"{scores.difference_text(gaps, metric)} ({len(gaps)})" if len(gaps) else "-"
             row[f"{bits}{mark} - base"] = "base" if is_base else text
-            row[f"{bits}{mark} se (samples)"] = "-" if is_base else _error(own, theirs, items)
+            error = "-" if is_base or not judged else _error(own, theirs, items)
+            row[f"{bits}{mark} se (samples)"] = error
         rows.append(row)
     return pd.DataFrame(rows, index=pd.Index(list(points), name=axis))
 

@@ -8,6 +8,7 @@ from benchmarks.console import share_text
 from benchmarks.grid.cell import EXPORT
 from benchmarks.results import scores
 from benchmarks.results.scores import Items
+from tasks.common.fidelity import UNITS
 
 TITLE = "Exports to ONNX, run by onnxruntime"
 NOTE = (
@@ -30,15 +31,16 @@ def export_table(metric: str, measured: Items) -> pd.DataFrame:
         Means over seeds: the score, its difference to the simulated model, size, integer coverage
         and speed; ``-`` for values that were not measured.
     """
-    table = scores.scores(measured)
+    table = scores.scores(measured, fidelity=True)
     table = table[table["metric"] == metric]
     names, rows = ["subject", "method", "bits"], {}
+    form = ".3g" if metric in UNITS else ".2f"
     simulated = dict(list(table[table["point"] == ""].groupby(names)))
     for name, own in table[table["point"] == EXPORT].groupby(names, sort=False):
         gaps = scores.differences(own, simulated.get(name, table[:0]))
         rows[" ".join(name)] = {
-            metric: scores.value_text(own["value"].mean(), own["value"].std()),
-            "- simulated": f"{gaps.mean():+.2f}" if len(gaps) else "-",
+            metric: scores.value_text(own["value"].mean(), own["value"].std(), metric),
+            "- simulated": f"{gaps.mean():+{form}}" if len(gaps) else "-",
             **{head: _text(column, own[column].mean()) for column, head in _HEADS.items()},
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("export")

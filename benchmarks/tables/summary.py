@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -119,7 +120,7 @@ def _tables(
     own = table[table["point"].isin(["", EXPORT])]
     metric = scores.main_metric(mine[0].cell.task, table, asked)
     title = f"{scores.metric_title(metric)}, mean ± sd over seeds"
-    text = scores.figure_text if metric in UNITS else scores.value_text
+    text = partial(scores.value_text, metric=metric)
     tables = [(title, wide(own[own["metric"] == metric], cells, text))]
     for title, metrics in METRIC_PAIRS.items():
         if set(metrics) <= set(own["metric"]):
@@ -171,8 +172,9 @@ def _section_parts(
         brackets = "Brackets name the quantized parts of a model"
         lines.append(f"{brackets}. The score in full precision is repeated in each of its columns.")
     lines += [*data_lines(mine), *settings_lines(own), *_spread_lines(by_mark, table)]
-    for mark, rows in by_mark.items():
-        lines += order_lines(rows, own, mark)
+    if metric == scores.main_metric(mine[0].cell.task, scores.scores(mine)):
+        for mark, rows in by_mark.items():
+            lines += order_lines(rows, own, mark)
     unfinished = len({cell.key for cell in planned}) - len(mine) - len(damaged)
     if unfinished > 0:
         lines.append(f"{unfinished} of {len(planned)} cells are not measured: `-`.")
@@ -235,6 +237,7 @@ def _spread_lines(by_mark: dict[str, pd.DataFrame], table: pd.DataFrame) -> list
     if table.empty:
         return []
     texts = []
+    form, unit = _form(table["metric"].iloc[0])
     for mark, rows in by_mark.items():
         stats = over_seeds(rows)
         stats = stats[stats["seeds"] > 1].assign(freedom=lambda found: found["seeds"] - 1)
@@ -242,22 +245,30 @@ def _spread_lines(by_mark: dict[str, pd.DataFrame], table: pd.DataFrame) -> list
         for bits, group in stats.groupby("bits", sort=False):
             sums = group.groupby("method")[["squares", "freedom"]].sum()
             pooled = (sums["squares"] / sums["freedom"]) ** 0.5
-            spreads = [f"{method} {pooled[method]:.2f}" for method in in_order(pooled.index)]
+            spreads = [f"{method} {pooled[method]:{form}}" for method in in_order(pooled.index)]
             name = "full precision" if bits == FULL else bits
             texts.append(f"{name}{mark}: {', '.join(spreads)}")
     lines = []
     if texts:
-        lines.append(f"Sd over seeds, pooled over models, in points: {'; '.join(texts)}.")
+        named = f", in {unit}" if unit else ""
+        lines.append(f"Sd over seeds, pooled over models{named}: {'; '.join(texts)}.")
     elif (table["method"] != "fp").any():
         lines.append("Sd over seeds: unknown, since there is only one seed.")
-    return [*lines, sampling_line(table["stderr"])]
+    return [*lines, sampling_line(table["stderr"], table["metric"].iloc[0])]
 
 
-def sampling_line(errors: "pd.Series[float]") -> str:
+def _form(metric: str) -> tuple[str, str]:
+    """Return the format and the unit of errors of a metric."""
+    return (".2g", UNITS[metric]) if metric in UNITS else (".2f", "points")
+
+
+def sampling_line(errors: "pd.Series[float]", metric: str = "") -> str:
     """Return the line on the standard errors of single cells."""
+    form, unit = _form(metric)
+    most = f"{errors.max():{form}} {unit}".rstrip()
     return (
-        f"Standard error of one cell from its finite number of samples: {errors.min():.2f} to "
-        f"{errors.max():.2f} points. Methods are measured on the same samples, so the errors of "
+        f"Standard error of one cell from its finite number of samples: {errors.min():{form}} to "
+        f"{most}. Methods are measured on the same samples, so the errors of "
         "their differences are smaller."
     )
 
@@ -270,5 +281,6 @@ def _mean_over_models(table: pd.DataFrame, mark: str) -> pd.DataFrame:
         means = here.pivot(index="model", columns="method", values="mean").dropna()
         if len(means):
             name = f"{bits}{mark} ({scores.count(len(means), 'model')})"
-            columns[name] = means.mean().map("{:.2f}".format)
+            form = "{:.3g}" if stats["metric"].iloc[0] in UNITS else "{:.2f}"
+            columns[name] = means.mean().map(form.format)
     return pd.DataFrame(columns)

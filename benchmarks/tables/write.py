@@ -131,6 +131,11 @@ def remake(
         if metric not in known:
             words = f"No cell of '{grid.name}' has a metric '{metric}'."
             raise FimaqError(words + suggest(metric, known))
+        if grid.table == "frontier":
+            raise FimaqError(
+                f"The table of '{grid.name}' has columns of its own: leave --metric out. "
+                "--format csv prints all metrics."
+            )
         click.echo(_markdown(grid, found, cells, metric=metric), nl=False)
         return code
     words = texts(grid, found, cells)

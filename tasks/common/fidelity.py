@@ -139,7 +139,9 @@ def _standard_error(values: np.ndarray, cluster: np.ndarray | None) -> float:
         return 0.0
     sums = np.bincount(_owner(cluster, len(values)), values - values.mean())
     groups = len(sums)
-    return math.sqrt(groups / (groups - 1) * float(sums @ sums)) / len(values) if groups > 1 else 0
+    return (
+        math.sqrt(groups / (groups - 1) * float(sums @ sums)) / len(values) if groups > 1 else 0.0
+    )
 
 
 def _owner(cluster: np.ndarray | None, count: int) -> np.ndarray:

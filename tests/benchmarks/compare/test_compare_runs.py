@@ -534,6 +534,7 @@ def test_fidelity_is_compared_if_it_is_asked_for(tmp_path: Path):
     text = run(*folders, "--metric", "kl").stdout
     assert "kl: A is better by" in text  # lower is better
     assert "nats [" in text
+    assert f"{found['difference']:+.3g}" in text
 
 
 def test_average_precisions_are_compared_by_what_images_contribute(tmp_path: Path):

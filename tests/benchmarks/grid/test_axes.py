@@ -1,6 +1,7 @@
 """Axes of ablations: their cells, shared cells, errors, tables and expected times."""
 
 import math
+from dataclasses import replace
 
 import benchmark_fakes as fakes
 import grid_fakes
@@ -21,6 +22,7 @@ from benchmarks.run.order import make_chains
 from benchmarks.tables import summary
 from benchmarks.tables.ablation import axis_table
 from fimaq_core.errors import FimaqError
+from tasks.common.record import SignedMetric
 
 GRID = AXES_GRID
 POINTS = ["", "loss=mse", "k=1", "k=15"]
@@ -189,6 +191,20 @@ def test_tables_of_axes_have_means_and_paired_differences(tmp_path):
         )
         variances.append(100**2 * sample.var(ddof=1) / 10_000)
     assert table.at["15", "w3a3 se (samples)"] == f"{math.sqrt(sum(variances)) / 2:.2f}"
+    figures = {"": 0.0123, "k=15": 0.0456}
+    faithful = [
+        replace(
+            one,
+            record=one.record.model_copy(
+                update={"fidelity": {"kl": SignedMetric(value=figures[one.cell.point], stderr=0)}}
+            ),
+        )
+        for one in measured
+        if one.cell.method == "fimaq" and one.cell.point in figures
+    ]
+    table = axis_table("k", ["1", "5", "15"], "kl", faithful, mine)
+    assert table.loc["5"].tolist() == ["0.0123 ± 0", "0.0123 ± 0", "base", "-"]
+    assert table.loc["15"].tolist() == ["0.0456 ± 0", "0.0456 ± 0", "+0.0333 ± 0 (4)", "-"]
 
 
 def test_tables_of_axes_say_what_is_missing(tmp_path):

@@ -11,7 +11,8 @@ from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.schema import parse_grid
 from benchmarks.tables import frontier
-from benchmarks.tables.write import make_reference
+from benchmarks.tables.write import make_reference, remake
+from fimaq_core.errors import FimaqError
 
 GRID = parse_grid(
     yaml.safe_load(
@@ -143,3 +144,8 @@ def test_page_says_what_is_missing_and_reference_takes_a_part(
     monkeypatch.setattr("benchmarks.compare.reference.write_reference", write)
     make_reference(GRID, RunOptions(results=tmp_path), fakes.ADAPTER, add=False)
     assert written == [(16, "## w3a3")]
+
+
+def test_its_table_has_no_choice_of_metric(measured, tmp_path):
+    with pytest.raises(FimaqError, match="columns of its own: leave --metric out"):
+        remake(GRID, RunOptions(results=tmp_path), fakes.ADAPTER, "md", None, "top1")

@@ -240,7 +240,8 @@ def test_tables_are_made_anew_from_records(tmp_path: Path):
 
 
 def test_a_table_of_another_metric_is_printed(tmp_path: Path):
-    cells = expand(load_grid("demo"), Filters(methods=("fp", "rtn")), RunOptions(results=tmp_path))
+    chosen = Filters(tasks=("classification",), methods=("fp", "rtn", "qdrop"))
+    cells = expand(load_grid("demo"), chosen, RunOptions(results=tmp_path))
     fakes.write_cells(cells, lambda cell: 50.0)
     for path in tmp_path.rglob("result.json"):
         record = read_record(path)
@@ -255,6 +256,11 @@ def test_a_table_of_another_metric_is_printed(tmp_path: Path):
     text = run("--metric", "kl").stdout
     assert "classification: kl (nats), mean ± sd over seeds" in text
     assert "0.125" in text
+    assert "finite number of samples: 0.01 to 0.01 nats." in text
+    # Expected orders are those of accuracy, of which less is worse.
+    assert "Expected order" in run().stdout
+    assert "Expected order" not in text
+    assert "points" not in text
     assert "kl" not in run().stdout
     assert ",kl,0.1250,0.0100," in run("--format", "csv").stdout
     unknown = run("--metric", "kll")
