@@ -50,6 +50,12 @@ def test_the_demo_goes_through_the_layout(tmp_path: Path) -> None:
     assert record.calibration.dataset == "digit-fakes"
     assert record.calibration.split == "train"
     assert record.fidelity["agreement"].value > 90
+    # Frames of a video are alike: the error of a mean over frames is that over videos.
+    content = np.load(path.parent / "outcomes.npz")
+    kl = content["kl"].reshape(400, 4).astype(float)
+    assert (content["cluster"].reshape(400, 4) == np.arange(400)[:, None]).all()
+    error = kl.mean(axis=1).std(ddof=1) / 20
+    assert record.fidelity["kl"].stderr == pytest.approx(error, rel=1e-4)
     outcomes = read(record, path.parent)
     assert outcomes.clusters == 400
     for name in ("frame_auc", "frame_accuracy"):
